@@ -1,0 +1,57 @@
+"""
+Blocking calls in threads, run as a group that fails fast.
+
+`cancellable` gives a task function a cancel token; `TaskGroup` runs the calls on a
+`multiprocessing.pool.ThreadPool`; the first exception stops everything else.
+"""
+
+from fastpool._batch import Batch, as_completed
+from fastpool._callbacks import Registration
+from fastpool._cancellable import Cancellable, cancellable
+from fastpool._scope import checkpoint, current_token, shield, sleep, timeout, use_token
+from fastpool._submitter import Submitter
+from fastpool._task import Failure, Task
+from fastpool._taskgroup import TaskGroup, map, shutdown
+from fastpool._token import CancelToken
+from fastpool._version import __version__
+from fastpool.events import Event, Observer
+from fastpool.exceptions import (
+    Cancelled,
+    GroupClosedError,
+    StuckTaskError,
+    TaskCancelledError,
+    WorkerDiedError,
+)
+from fastpool.policies import FailFast, Judge, Policy
+
+__all__ = [
+    "Batch",
+    "CancelToken",
+    "Cancellable",
+    "Cancelled",
+    "Event",
+    "FailFast",
+    "Failure",
+    "GroupClosedError",
+    "Judge",
+    "Observer",
+    "Policy",
+    "Registration",
+    "StuckTaskError",
+    "Submitter",
+    "Task",
+    "TaskCancelledError",
+    "TaskGroup",
+    "WorkerDiedError",
+    "__version__",
+    "as_completed",
+    "cancellable",
+    "checkpoint",
+    "current_token",
+    "map",
+    "shield",
+    "shutdown",
+    "sleep",
+    "timeout",
+    "use_token",
+]

@@ -1,0 +1,255 @@
+"""Many tasks at once: a batch of them, and tasks as they end."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+from fastpool import _clock, _scope
+from fastpool._gate import Gate
+from fastpool._lane import Lane, here
+from fastpool._task import CANCELLED, ERROR, Task
+from fastpool._token import CancelToken
+from fastpool._waiting import circle_error, find_circle, wait_for
+
+__all__ = ["Batch", "as_completed"]
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Batch(Generic[R_co]):
+    """
+    The handles of one `map` or `starmap`: one task for each item, in the order of the items.
+
+    Threads:
+        Safe from any thread.
+    """
+
+    __slots__ = ("__weakref__", "_tasks")
+
+    def __init__(self, tasks: tuple[Task[R_co], ...]) -> None:
+        self._tasks = tasks
+
+    @property
+    def tasks(self) -> tuple[Task[R_co], ...]:
+        """The tasks, in the order of the items."""
+        return self._tasks
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def __repr__(self) -> str:
+        done = sum(task.done() for task in self._tasks)
+        return f"<Batch of {len(self._tasks)} tasks, {done} done>"
+
+    def results(self, timeout: float | None = None) -> list[R_co]:
+        """
+        Wait for every task and return their values.
+
+        Args:
+            timeout: Longest wait, in seconds. `None` waits without limit, zero only looks.
+
+        Returns:
+            One value per task, in the order of the items; empty for an empty batch.
+
+        Raises:
+            TimeoutError: If a task is still running when the time is up. It goes on.
+            BaseException: The first failure in time among these tasks, as the task raised it.
+            TaskCancelledError: If none failed, but one was cancelled.
+            Cancelled: If the caller's own current token is set before all have ended, or the
+                error would be a `TaskCancelledError`.
+            RuntimeError: If tasks would wait for each other in a circle.
+
+        Threads:
+            Any; a worker that waits runs what has not started.
+
+        Source:
+            The order follows `concurrent.futures.Executor.map`.
+        """
+        if not self.wait(timeout):
+            running = sum(not task.done() for task in self._tasks)
+            raise TimeoutError(
+                f"{running} of {len(self._tasks)} tasks have not ended after {timeout:g} s"
+            )
+        error = self._first_error()
+        if error is None:
+            return [task._value for task in self._tasks]
+        try:
+            raise error
+        finally:
+            del self, error
+
+    def __iter__(self) -> Iterator[R_co]:
+        """
+        The values in the order of the items, each as soon as it and those before it are there.
+
+        Raises:
+            BaseException: The failure of a task that failed. At a cancelled one: waits for all,
+                then as `results`.
+        """
+        for task in self._tasks:
+            self._meet(task)
+            yield task.result()
+
+    def as_completed(self) -> Iterator[tuple[int, R_co]]:
+        """
+        The values as they come.
+
+        Returns:
+            An iterator of pairs: the position of the item, from zero, and the value.
+
+        Raises:
+            BaseException: As iteration.
+        """
+        positions = {task: index for index, task in enumerate(self._tasks)}
+        for task in as_completed(self._tasks):
+            self._meet(task)
+            yield positions[task], task.result()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """
+        Wait for every task to end.
+
+        Args:
+            timeout: Longest wait, in seconds. `None` waits without limit, zero only looks.
+
+        Returns:
+            True if all have ended, False if the time ran out first.
+
+        Raises:
+            Cancelled: If the caller's own current token is set before all have ended.
+            RuntimeError: If tasks would wait for each other in a circle.
+        """
+        return wait_for(self._tasks, _clock.seconds(timeout))
+
+    def done(self) -> bool:
+        """Whether every task has ended, or will never start."""
+        return all(task.done() for task in self._tasks)
+
+    def cancel(self, reason: object = None) -> bool:
+        """
+        Stop these tasks alone, as `Task.cancel` does.
+
+        Returns:
+            True if this call stopped any.
+        """
+        stopped = [task for task in self._tasks if task.cancel(reason)]
+        return bool(stopped)
+
+    def _meet(self, task: Task[Any]) -> None:
+        """Before an iterator hands out a task: a cancelled one must not hide a failure."""
+        wait_for((task,), None)
+        if task._state != CANCELLED:
+            return
+        wait_for(self._tasks, None)
+        error = self._first_error()
+        try:
+            if error is not None:
+                raise error
+        finally:
+            del self, error, task
+
+    def _first_error(self) -> BaseException | None:
+        failed = [task for task in self._tasks if task._state == ERROR]
+        if failed:
+            return min(failed, key=lambda task: task._value[2])._error()
+        for task in self._tasks:
+            if task._state == CANCELLED:
+                return task._error()
+        return None
+
+
+def as_completed(tasks: Iterable[Task[R]]) -> Iterator[Task[R]]:
+    """
+    Tasks as they end, whatever they come to.
+
+    Args:
+        tasks: Of any groups, in any number.
+
+    Returns:
+        An iterator that yields each task once: first those that have ended already, in the
+        order given, then the others as they end. A cancelled one counts as ended.
+
+    Raises:
+        Cancelled: From the iterator, if the caller's own current token is set while it waits.
+        RuntimeError: From the iterator, if tasks would wait for each other in a circle.
+
+    Source:
+        `concurrent.futures.as_completed`.
+    """
+    return _as_completed(list(dict.fromkeys(tasks)))
+
+
+def _as_completed(tasks: list[Task[R]]) -> Iterator[Task[R]]:
+    inbox = _Inbox()
+    left: dict[Task[Any], None] = dict.fromkeys(tasks)
+    runs = {id(task._run): task._run for task in tasks}
+    keys: list[tuple[CancelToken, int]] = []
+    unhelped = iter(tasks)
+    try:
+        for run in runs.values():
+            keys.append((run.token, run.token._add_sleeper(inbox.gate)))
+        for task in tasks:
+            task._run.watch(task, inbox)
+        ended: Iterable[Task[Any]] = [task for task in tasks if task.done()]
+        while True:
+            for task in ended:
+                if left.pop(task, task) is None:
+                    yield task
+            if not left:
+                return
+            ended = _next_ended(left, inbox, unhelped)
+    finally:
+        for token, key in keys:
+            token._remove(key)
+        for task in tasks:
+            task._run.unwatch(task, inbox)
+
+
+def _next_ended(
+    left: dict[Task[Any], None], inbox: _Inbox, unhelped: Iterator[Task[Any]]
+) -> list[Task[Any]]:
+    """Wait until more of the tasks that are left have ended; which ones."""
+    token = _scope.current_token()
+    lane = here()
+    key = token._add_sleeper(inbox.gate)
+    try:
+        while not inbox.ended:
+            token.check()
+            if lane is not None:
+                helped = next((task for task in unhelped if task._run.help_out(lane, task)), None)
+                if helped is not None:
+                    return [helped]
+                lane.waits = list(left)
+                _refuse_circle_of_all(lane, lane.waits)
+            inbox.gate.wait()
+            if not inbox.ended:  # a token was set: what is queued under it has ended with that
+                settled = [task for task in left if task.done()]
+                if settled:
+                    return settled
+        return [inbox.ended.popleft() for _ in range(len(inbox.ended))]
+    finally:
+        token._remove(key)
+        if lane is not None:
+            lane.waits = ()
+
+
+def _refuse_circle_of_all(lane: Lane, tasks: Sequence[Task[Any]]) -> None:
+    # Any one of them would do, so it is a circle only if not one can end without us.
+    circle = find_circle(lane, tasks)
+    if circle is not None and all(find_circle(lane, [task]) for task in tasks):
+        raise circle_error(*circle)
+
+
+class _Inbox:
+    """Where tasks arrive as they end, for one thread that waits for any of them."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.ended: deque[Task[Any]] = deque()
+
+    def notify(self, task: Task[Any]) -> None:
+        self.ended.append(task)
+        self.gate.open()

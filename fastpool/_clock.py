@@ -1,0 +1,274 @@
+"""Deadlines, and the helper threads that act when no thread of the user's should have to."""
+
+from __future__ import annotations
+
+import contextvars
+import heapq
+import itertools
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from fastpool._gate import Gate
+
+__all__ = [
+    "IDLE",
+    "add_deadline",
+    "after_fork",
+    "run_in_helper",
+    "seconds",
+    "shutdown",
+    "start_thread",
+]
+
+IDLE = 10.0  # seconds an idle thread waits for more to do, as trio's thread cache does
+
+
+class Expiring(Protocol):
+    """What a deadline happens to."""
+
+    def _due(self) -> float | None:
+        """When, on `time.monotonic()`; anything else than what was added means: no more."""
+
+    def _expire(self) -> None:
+        """The deadline has passed. Called in the clock's thread; must not block."""
+
+
+def seconds(value: float | None, what: str = "timeout") -> float | None:
+    """
+    A span of time as it was given, checked.
+
+    Returns:
+        Seconds, possibly negative; `None` for no limit, which is what infinity means too.
+
+    Raises:
+        TypeError: If it is no number of seconds.
+        ValueError: If it is not a number (NaN).
+    """
+    if value is None:
+        return None
+    if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
+        advice = "; give its total_seconds()" if hasattr(value, "total_seconds") else ""
+        raise TypeError(f"{what} must be a number of seconds, not {value!r}{advice}")
+    span = float(value)
+    if math.isnan(span):
+        raise ValueError(f"{what} must be a number of seconds, not {value!r}")
+    return None if span == math.inf else span
+
+
+def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
+    """Start a daemon thread in an empty context, so that it keeps nothing of its starter's."""
+    thread = threading.Thread(target=target, name=name, daemon=True)
+    # Free-threaded builds hand the starter's context to the new thread: give them an empty one.
+    contextvars.Context().run(thread.start)
+    return thread
+
+
+Deadline = tuple[float, int, "weakref.ref[Expiring]"]  # when, a tie-breaker, whose
+
+
+class _Clock:
+    """
+    One thread that sleeps until the nearest deadline.
+
+    No lock: the heap is the thread's own, and deadlines reach it through a deque. Both sides
+    write first and look then (the adder appends, then reads `_wakes_at`; the thread sets
+    `_wakes_at`, then looks into the deque), so one of them always sees the other.
+    """
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.arrivals: deque[Deadline] = deque()
+        self.gate = Gate()
+        self.asked: Gate | None = None  # `shutdown` asks it to end, and waits here for the answer
+        self._wakes_at = -math.inf  # -inf while the thread is awake, and looks by itself
+        self._heap: list[Deadline] = []
+        self._sweep_at = 64
+
+    def arrive(self, entry: Deadline) -> None:
+        self.arrivals.append(entry)
+        if entry[0] < self._wakes_at:
+            self.gate.open()
+
+    def run(self) -> None:
+        heap = self._heap
+        while True:
+            self._wakes_at = -math.inf
+            while self.arrivals:
+                heapq.heappush(heap, self.arrivals.popleft())
+            self._fire()
+            asked, self.asked = self.asked, None
+            if asked is not None:
+                self._sweep()
+                if not heap:
+                    self._end(asked)
+                    return
+                asked.open()
+            self._wakes_at = heap[0][0] if heap else math.inf
+            if self.arrivals:
+                continue
+            woken = self.gate.wait(heap[0][0] - time.monotonic() if heap else IDLE)
+            if not woken and not heap:
+                self._end(self.asked)
+                return
+
+    def _fire(self) -> None:
+        heap = self._heap
+        now = time.monotonic()
+        while heap and (heap[0][0] <= now or not _alive(heap[0])):
+            when, _, reference = heapq.heappop(heap)
+            target = reference()
+            if target is not None and target._due() == when:
+                target._expire()
+        # A deadline that was lifted stays in the heap until its time comes, so sweep them out
+        # whenever they may be half of it: a constant cost for each deadline added.
+        if len(heap) > self._sweep_at:
+            self._sweep()
+            self._sweep_at = 2 * len(heap) + 64
+
+    def _sweep(self) -> None:
+        self._heap[:] = [entry for entry in self._heap if _alive(entry)]
+        heapq.heapify(self._heap)
+
+    def _end(self, asked: Gate | None) -> None:
+        """Give up the post; what arrived for it meanwhile goes to its successor."""
+        _clocks.pop("clock", None)
+        while self.arrivals:
+            _arrive(self.arrivals.popleft())
+        # Looked at after the post was given up, as `shutdown` looks at the post after asking.
+        asked = asked or self.asked
+        if asked is not None:
+            asked.open()
+
+    def pending(self) -> list[Deadline]:
+        return [*self._heap, *self.arrivals]
+
+
+def _alive(entry: Deadline) -> bool:
+    target = entry[2]()
+    return target is not None and target._due() == entry[0]
+
+
+# The clock that is running, under the one key "clock", if any: `setdefault` and `pop` make
+# sure that there is one at the most, without a lock.
+_clocks: dict[str, _Clock] = {}
+_counter = itertools.count()
+
+
+def add_deadline(when: float, target: Expiring) -> None:
+    """
+    Have `target._expire()` called at `when`, as long as that is still its deadline.
+
+    Args:
+        when: On `time.monotonic()`, in seconds.
+        target: Held weakly.
+
+    Threads:
+        Any. Takes no lock. `_expire()` is called in the clock's thread.
+    """
+    _arrive((when, next(_counter), weakref.ref(target)))
+
+
+def _arrive(entry: Deadline) -> None:
+    while True:
+        clock = _clocks.get("clock")
+        if clock is None:
+            fresh = _Clock()
+            clock = _clocks.setdefault("clock", fresh)
+            if clock is fresh:
+                try:
+                    clock.thread = start_thread(clock.run, "fastpool-clock")
+                except BaseException:
+                    _clocks.pop("clock", None)
+                    raise
+        clock.arrive(entry)
+        # A clock that ended in between has left its post before it looked at its arrivals for
+        # the last time, so either it saw this one or we see that it is gone. Arriving twice
+        # does no harm.
+        if _clocks.get("clock") is clock:
+            return
+
+
+class _Helper:
+    """A thread that runs one thing after another, for those who may not wait for it."""
+
+    def __init__(self) -> None:
+        self.job: Callable[[], object] | None = None
+        self.gate = Gate()
+        self.thread: threading.Thread | None = None
+
+    def run(self) -> None:
+        while True:
+            job = self.job
+            if job is None:
+                return
+            self.job = None
+            job()
+            del job
+            _idle_helpers[self] = None
+            while not self.gate.wait(IDLE):
+                # Whoever takes it off the list decides: we end, or a job is on its way.
+                if _idle_helpers.pop(self, self) is None:
+                    return
+
+
+_idle_helpers: dict[_Helper, None] = {}
+
+
+def run_in_helper(job: Callable[[], object]) -> None:
+    """
+    Run something in a helper thread, soon, and wait for nothing.
+
+    Args:
+        job: Must not raise.
+
+    Threads:
+        Any. Takes no lock of ours; may start a thread. If none can be started, `job` runs here.
+    """
+    try:
+        helper, _ = _idle_helpers.popitem()
+    except KeyError:
+        helper = _Helper()
+        helper.job = job
+        try:
+            helper.thread = start_thread(helper.run, "fastpool-helper")
+        except (RuntimeError, MemoryError):
+            job()  # late is better than never
+        return
+    helper.job = job
+    helper.gate.open()
+
+
+def shutdown() -> None:
+    """End the helper threads that are idle, and the clock unless a deadline is still to come."""
+    while _idle_helpers:
+        try:
+            helper, _ = _idle_helpers.popitem()
+        except KeyError:
+            break
+        helper.job = None
+        helper.gate.open()
+        if helper.thread is not None:
+            helper.thread.join()
+    clock = _clocks.get("clock")
+    if clock is None or clock.thread is None:
+        return
+    clock.asked = answer = Gate()
+    clock.gate.open()
+    if _clocks.get("clock") is clock:
+        answer.wait()
+    if _clocks.get("clock") is not clock:
+        clock.thread.join()
+
+
+def after_fork() -> None:
+    """In a forked child: the threads did not come along, the deadlines did."""
+    clock = _clocks.pop("clock", None)
+    _idle_helpers.clear()
+    for entry in clock.pending() if clock is not None else ():
+        if _alive(entry):
+            _arrive(entry)

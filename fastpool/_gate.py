@@ -1,0 +1,51 @@
+"""Where a thread sleeps until another wakes it."""
+
+from __future__ import annotations
+
+import threading
+
+__all__ = ["Gate"]
+
+
+class Gate:
+    """
+    A gate that one thread waits at and any other opens; it shuts behind the one it lets through.
+
+    Opening an open gate does nothing, and never blocks: a signal handler, a finalizer or a
+    weak reference's callback may do it, wherever it interrupted. `threading.Event` cannot
+    offer that: its `set()` takes the lock that `wait()` holds.
+    """
+
+    __slots__ = ("_lock",)
+
+    def __init__(self) -> None:
+        # Held while the gate is shut. It guards nothing: it is what the waiter sleeps on.
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def open(self) -> None:
+        """Let the waiter through, or the next one to come."""
+        try:
+            self._lock.release()
+        except RuntimeError:
+            return  # it is open: somebody else woke the waiter first
+
+    def notify(self, task: object) -> None:
+        """A task has ended; what that means, the waiter finds out itself."""
+        self.open()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """
+        Wait until the gate opens, and shut it again.
+
+        Args:
+            timeout: Longest wait, in seconds. `None` waits without limit.
+
+        Returns:
+            True if the gate was open, False if the time ran out.
+        """
+        if timeout is None:
+            return self._lock.acquire()
+        if timeout <= 0:
+            return self._lock.acquire(False)
+        return self._lock.acquire(True, min(timeout, threading.TIMEOUT_MAX))

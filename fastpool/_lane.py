@@ -1,0 +1,79 @@
+"""What serves a group's queue: one thread, or the thread that talks to one far worker."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastpool._gate import Gate
+from fastpool._scope import this_thread
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
+    from fastpool._task import Task
+
+__all__ = ["Lane", "here", "stand_in"]
+
+
+class Lane:
+    """
+    One worker's place in a group: it takes tasks from the group's queue, one at a time.
+
+    A lane is written by the thread that serves it alone, but for `run`, which whoever calls
+    it sets before opening its gate.
+    """
+
+    __slots__ = (
+        "above",
+        "below",
+        "gate",
+        "number",
+        "pool",
+        "run",
+        "since",
+        "task",
+        "thread",
+        "waits",
+        "worker",
+    )
+
+    def __init__(self, pool: object, number: int = 0) -> None:
+        self.pool = pool  # what its thread belongs to: only its own kind may help it out
+        self.number = number
+        self.gate = Gate()
+        self.run: Run | None = None
+        self.task: Task[Any] | None = None  # what it runs now
+        self.since = 0.0  # when that began, where somebody observes
+        self.waits: Sequence[Task[Any]] = ()  # what that task waits for
+        self.below: Lane | None = None  # the lane whose waiting task helps out here
+        self.above: Lane | None = None  # the lane in which the waiting task helps out
+        self.thread: object = None  # `this_thread()` of the thread that serves it
+        self.worker = ""  # that thread's name
+
+    def serve_here(self) -> None:
+        """Say that the calling thread serves this lane from now on."""
+        self.thread = this_thread()
+        self.worker = threading.current_thread().name
+        _local.lane = self
+
+    def stack(self) -> Iterator[Lane]:
+        """This lane and those below it, whose tasks wait on the same thread."""
+        lane: Lane | None = self
+        while lane is not None:
+            yield lane
+            lane = lane.below
+
+
+_local = threading.local()
+
+
+def here() -> Lane | None:
+    """The lane that the calling thread serves, if it is a worker's."""
+    lane: Lane | None = getattr(_local, "lane", None)
+    return lane
+
+
+def stand_in(lane: Lane | None) -> None:
+    """Have the calling thread serve another lane, or none."""
+    _local.lane = lane

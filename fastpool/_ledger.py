@@ -1,0 +1,384 @@
+"""What becomes of a group's tasks: who decides it, what failed, who is told."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from fastpool._errors import strip
+from fastpool._lane import Lane
+from fastpool._task import CANCELLED, ERROR, VALUE, Failure, Task, label
+from fastpool._token import CancelToken
+from fastpool._unraisable import unraisable
+from fastpool.events import Event, Observer
+from fastpool.exceptions import Cancelled
+from fastpool.policies import FirstFailure, Judge
+
+if TYPE_CHECKING:
+    from fastpool._taskgroup import TaskGroup
+
+__all__ = ["NOTHING", "Ledger"]
+
+NOTHING: dict[str, Any] = {}  # the keyword arguments that a task keeps when it is done
+
+
+class Watcher(Protocol):
+    """Who waits for a task."""
+
+    def notify(self, task: Task[Any]) -> None:
+        """It has ended."""
+
+
+class _Claim:
+    """
+    What has been decided about a task by others than the worker that takes it.
+
+    The verdict is a lane (which runs it) or a `_Withdrawn`; `setdefault` decides once.
+    """
+
+    __slots__ = ("_verdicts",)
+
+    def __init__(self) -> None:
+        self._verdicts: dict[None, object] = {}
+
+    def decide(self, verdict: object) -> object:
+        return self._verdicts.setdefault(None, verdict)
+
+    def verdict(self) -> object:
+        return self._verdicts.get(None)
+
+
+class _Withdrawn:
+    """The verdict that a task never runs."""
+
+    __slots__ = ("_untold", "reason")
+
+    def __init__(self, reason: object) -> None:
+        self.reason = reason
+        self._untold = [reason]
+
+    def once(self) -> bool:
+        """True for the one who tells it."""
+        try:
+            self._untold.pop()
+        except IndexError:
+            return False
+        return True
+
+
+class Ledger:
+    """
+    The books of one group: every task gets one outcome here, and the first failure is found.
+
+    There is no lock on the way of a task. Where several could decide what becomes of a queued
+    one (the worker that takes it, a `cancel()`, a waiter that would run it itself, the end of
+    the group), they lay a claim; see `Task`.
+
+    Tasks refer to their ledger, so once the group has ended it refers to no task: nothing is a
+    cycle, and a failed task's locals die with the last name for it.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.token = CancelToken()
+        self.token._reports_to(self)
+        self.group: Callable[[], TaskGroup | None] = lambda: None
+        self.observers: tuple[Observer, ...] = ()
+        # The first failure, kept for the `__cause__` of what was cancelled by it.
+        self.first: BaseException | None = None
+        # True whenever a task cannot simply be run: somebody observes, a claim has been laid,
+        # a failure was recorded. Only ever set.
+        self.disturbed = False
+        self.halted = False  # no queued task starts any more
+        self.over = False  # the block has been left, the lanes are gone
+
+        # Ordered by time: appending is atomic, so the first in the list is the first in time;
+        # a check and a set would let two workers both find nothing and the later one win.
+        self.failures: list[Failure] = []
+        self.strays: list[BaseException] = []  # those of them that no task raised
+        self.winner: Task[Any] | None = None
+        self.judge: Judge = FirstFailure()
+        self.judge_error: BaseException | None = None
+        # Guards the judge, which gets one outcome at a time. Held by workers only, while they
+        # have an outcome in hand; nothing that cancels takes it. None with the default policy,
+        # where the first failure decides.
+        self.judging: threading.Lock | None = None
+
+        # Each of these is written with single atomic operations.
+        self.claims: dict[Task[Any], _Claim] = {}
+        self.tokens: dict[Task[Any], CancelToken] = {}  # of running tasks that asked for theirs
+        self.loose: list[CancelToken] = []  # of ended tasks, with callbacks perhaps still to run
+        self.watchers: dict[Task[Any], list[Watcher]] = {}
+        self.told: dict[str, object] = {}  # what was said once of the group
+
+    # --- Deciding ---------------------------------------------------------------------------
+
+    def stopping(self) -> bool:
+        """Whether no queued task starts any more."""
+        # With the default policy the first failure is enough, from the moment it is recorded.
+        return (
+            self.halted or self.token.cancelled() or (self.judging is None and bool(self.failures))
+        )
+
+    def why(self) -> object:
+        """The reason of what is cancelled now."""
+        reason = self.token.reason
+        if reason is None and self.failures:
+            reason = self.failures[0].exception
+        return "its group has ended" if reason is None else reason
+
+    def claim(self, task: Task[Any]) -> _Claim:
+        """Where it is decided what becomes of a queued task. Look at `_taken` after."""
+        self.disturbed = True
+        return self.claims.setdefault(task, _Claim())
+
+    def admit(self, task: Task[Any], lane: Lane) -> bool:
+        """Whether a lane that took a task off the queue may run it."""
+        if self.stopping():
+            verdict = self.claim(task).decide(_Withdrawn(self.why()))
+        else:
+            claim = self.claims.get(task)
+            verdict = lane if claim is None else claim.decide(lane)
+        if verdict is lane:
+            task._lane = lane
+            return True
+        if isinstance(verdict, _Withdrawn):
+            self.never_ran(task, verdict)
+        self.claims.pop(task, None)
+        return False
+
+    def withdraw(self, task: Task[Any], reason: object) -> bool:
+        """Keep a queued task from ever running. False if it is too late."""
+        claim = self.claim(task)
+        withdrawn = _Withdrawn(reason)
+        if task._taken or claim.decide(withdrawn) is not withdrawn:
+            return False
+        self.never_ran(task, withdrawn)
+        return True
+
+    def settle(self, task: Task[Any]) -> bool:
+        """Whether a task has ended, where it may be that it is only never going to start."""
+        if self.over:
+            if task._lane is None and not task._state:
+                task._value = self.why()
+                task._state = CANCELLED
+            return bool(task._state)
+        if self.stopping() and not task._taken:
+            self.withdraw(task, self.why())
+        claim = self.claims.get(task)
+        verdict = None if claim is None else claim.verdict()
+        if isinstance(verdict, _Withdrawn):
+            self.never_ran(task, verdict)
+        return bool(task._state)
+
+    def never_ran(self, task: Task[Any], withdrawn: _Withdrawn) -> None:
+        """A task is done without having run. May be said more than once, by several threads."""
+        task._value = withdrawn.reason
+        task._state = CANCELLED
+        if self.watchers:
+            self.notify(task)
+        if self.observers and withdrawn.once():
+            self.emit("task_cancelled", task)
+
+    def cancel_task(self, task: Task[Any], reason: object) -> bool:
+        """`Task.cancel`."""
+        if task.done():
+            return False
+        if self.withdraw(task, reason):
+            return True
+        return not task.done() and self.token_for(task).cancel(reason)
+
+    # --- Tokens of tasks ----------------------------------------------------------------------
+
+    def token_for(self, task: Task[Any]) -> CancelToken:
+        """A task's own token, made now if it has none."""
+        token = self.tokens.get(task)
+        if token is None:
+            fresh = CancelToken()
+            fresh._link(self.token, strongly=True)
+            token = self.tokens.setdefault(task, fresh)
+            if token is not fresh:
+                fresh._seal()
+        task._own = token
+        # It may have ended meanwhile: it says so first and looks for a token then.
+        if task._state:
+            self.close_token(task)
+        return token
+
+    def close_token(self, task: Task[Any]) -> None:
+        """A task has ended: nothing sets its token any more."""
+        token = self.tokens.pop(task, None)
+        if token is not None:
+            token._seal()
+            if token.cancelled():
+                self.loose.append(token)
+
+    # --- Outcomes -----------------------------------------------------------------------------
+
+    def succeeded(self, task: Task[Any], lane: Lane, value: object) -> None:
+        """A task has returned."""
+        stop = self.judging is not None and self.consult(task, None)
+        self.ended(task, VALUE, value)
+        turned = stop and self.cancel_rest(f"task {task.name!r} was enough")
+        if self.watchers:
+            self.notify(task)
+        if self.observers:
+            self.emit("task_succeeded", task, since=lane.since)
+        if turned:
+            self.tell_cancelled()
+
+    def failed(self, task: Task[Any], lane: Lane, error: BaseException) -> None:
+        """A task has raised, whatever it was."""
+        traceback = strip(error)
+        own = self.tokens.get(task)
+        heard = self.token if own is None else own
+        if isinstance(error, Cancelled) and heard.cancelled():
+            if own is None or not own._set_itself():
+                self.ended(task, CANCELLED, heard.reason)
+                if self.watchers:
+                    self.notify(task)
+                if self.observers:
+                    self.emit("task_cancelled", task, since=lane.since, error=error)
+                self.tell_cancelled()
+                return
+            late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
+            late.__cause__ = error
+            error = late
+        # In this order: the failure is recorded, the task is done, the token is set, waiters
+        # wake, callbacks run. Were the token set first, the echo of a woken sibling could be
+        # recorded before the failure itself.
+        if self.judging is None:
+            stop = True
+            order = self.record(task, error)
+        else:
+            stop = self.consult(task, error)
+            order = len(self.failures)
+        self.ended(task, ERROR, (error, traceback, order))
+        turned = stop and self.cancel_rest(error)
+        if self.watchers:
+            self.notify(task)
+        if self.observers:
+            self.emit("task_failed", task, since=lane.since, error=error)
+        if turned:
+            self.tell_cancelled()
+
+    def ended(self, task: Task[Any], state: int, value: object) -> None:
+        """Make an outcome final, and keep nothing of the call."""
+        fn = task._fn
+        task._fn = fn if isinstance(fn, str) else label(fn)
+        task._args = ()
+        task._kwargs = NOTHING
+        task._context = None
+        task._value = value
+        task._state = state
+        if self.tokens:
+            self.close_token(task)
+
+    def record(self, task: Task[Any] | None, error: BaseException) -> int:
+        """Note a failure; its place in time."""
+        self.disturbed = True
+        if task is not None and any(stray is error for stray in self.strays):
+            return 0  # the same object again, on its way out through the task it was raised in
+        failure = Failure(task, error)
+        self.failures.append(failure)
+        if self.first is None:
+            self.first = self.failures[0].exception
+        return self.failures.index(failure)
+
+    def consult(self, task: Task[Any], error: BaseException | None) -> bool:
+        """Tell the judge of an outcome; whether to cancel the rest."""
+        assert self.judging is not None
+        with self.judging:
+            if error is not None:
+                self.record(task, error)
+            try:
+                stop = bool(self.judge.outcome(task, error))
+            except BaseException as broken:  # it leaves the block in place of what `end` says
+                strip(broken)
+                if self.judge_error is None:
+                    self.judge_error = broken
+                stop = True
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                stop = True
+            if stop and error is None and self.judge_error is None and not self.stopping():
+                self.winner = task
+            if stop:
+                self.halted = True
+        return stop
+
+    def cancel_rest(self, reason: object) -> bool:
+        """Set the token, by what the judge made of an outcome."""
+        self.halted = True
+        if self.judge_error is not None:
+            return self.token._fail(self.judge_error)
+        if isinstance(reason, BaseException):
+            return self.token._fail(reason)
+        return self.token.cancel(reason)
+
+    def _report(self, error: BaseException) -> None:
+        """
+        Record a failure that no task had, and set the token: of the body, of an input, or of a
+        call that was given the group's token.
+        """
+        if self.over:
+            return
+        self.disturbed = True
+        if not any(failure.exception is error for failure in self.failures):
+            self.strays.append(error)
+            self.record(None, error)
+        self.halted = True
+        self.token._fail(error)
+
+    # --- Telling ------------------------------------------------------------------------------
+
+    def watch(self, task: Task[Any], watcher: Watcher) -> None:
+        """Be told when a task ends. Look at the task after, not before."""
+        self.watchers.setdefault(task, []).append(watcher)
+
+    def unwatch(self, task: Task[Any], watcher: Watcher) -> None:
+        """No more."""
+        watchers = self.watchers.get(task)
+        if watchers is not None:
+            with contextlib.suppress(ValueError):
+                watchers.remove(watcher)
+            # An empty list stays until the task ends: somebody may be about to add to it.
+            if task._state:
+                self.watchers.pop(task, None)
+
+    def notify(self, task: Task[Any]) -> None:
+        """Wake who waits for a task."""
+        for watcher in self.watchers.pop(task, ()):
+            watcher.notify(task)
+
+    def emit(
+        self,
+        name: str,
+        task: Task[Any] | None = None,
+        *,
+        since: float | None = None,
+        error: BaseException | None = None,
+        worker: str | None = None,
+    ) -> None:
+        """Tell the observers."""
+        if not self.observers:
+            return
+        now = time.monotonic()
+        if worker is None:
+            worker = threading.current_thread().name
+        duration = None if since is None else now - since
+        event = Event(name, self.group(), task, worker, now, duration, error)
+        for observer in self.observers:
+            try:
+                observer(event)
+            except BaseException as broken:  # it watches from the side, and changes no outcome
+                unraisable(broken, observer)
+
+    def tell_cancelled(self) -> None:
+        """Say once that the group was cancelled."""
+        if self.observers and self.token.cancelled():
+            me = object()
+            if self.told.setdefault("cancelled", me) is me:
+                self.emit("group_cancelled")

@@ -1,0 +1,459 @@
+"""The engine of one group: its queue, and the lanes that serve it."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Generator
+from contextvars import copy_context
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from fastpool import _scope
+from fastpool._gate import Gate
+from fastpool._lane import Lane, here, stand_in
+from fastpool._ledger import Ledger
+from fastpool._task import CANCELLED, PLAIN, Failure, Options, Task, call, label
+from fastpool._waiting import refuse_own_group, wait_for
+from fastpool.events import Observer
+from fastpool.exceptions import GroupClosedError, describe
+from fastpool.policies import FirstFailure, Judge
+
+if TYPE_CHECKING:
+    from fastpool._taskgroup import TaskGroup
+    from fastpool.backends import Backend
+
+__all__ = ["Run"]
+
+# What the system says when it has no thread for us.
+NO_THREAD = (RuntimeError, MemoryError, OSError)
+
+
+class Run(Ledger):
+    """
+    One group at work. `TaskGroup` is its face; backends serve it with lanes.
+
+    Lanes and submitters meet in `queue`, `idle` and `called`, without a lock, by one rule:
+    everybody writes first and looks then.
+
+    - A submitter appends to the queue, then looks at `called` and `idle`.
+    - A lane that finds the queue empty puts itself on `idle`, then looks at the queue.
+    - A lane that was called takes itself off `called`, then looks whether the queue wants
+      another one: each wakes the next, so that a submitter wakes one at the most.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.closed: str | None = "it has not been entered; submit inside its with block"
+        self.backend: Backend | None = None
+        self.pool: object = None  # what its lanes' threads belong to
+        self.queue: deque[Task[Any]] = deque()
+        # Lanes: all that have a slot; those that wait for work; those on their way.
+        self.lanes: dict[Lane, None] = {}
+        self.idle: dict[Lane, None] = {}
+        self.called: dict[Lane, None] = {}
+        self.limit = 0
+        self.full = False  # no slot was free when last looked
+        self._fresh = itertools.count()
+        self._freed: deque[None] = deque()
+        # Who is to be told of what lanes do, by the gate they sleep at.
+        self.leavers: dict[Gate, None] = {}  # that a lane has come to rest
+        self.helpers: dict[Gate, None] = {}  # that a task could be run by its waiter
+        self.fences: dict[Gate, dict[Lane, None]] = {}  # that each of these has passed
+
+    def open(
+        self,
+        group: TaskGroup,
+        *,
+        backend: Backend,
+        limit: int,
+        judge: Judge,
+        observers: tuple[Observer, ...],
+    ) -> None:
+        """Begin to take tasks."""
+        self.group = weakref.ref(group)
+        self.backend = backend
+        self.limit = limit
+        self.judge = judge
+        self.observers = observers
+        if type(judge) is not FirstFailure:
+            self.judging = threading.Lock()
+        if observers or self.judging is not None:
+            self.disturbed = True
+        self.closed = None
+        self.emit("group_opened")
+
+    # --- Submitting -----------------------------------------------------------------------
+
+    def submit(
+        self,
+        fn: Callable[..., Any],
+        args: tuple[object, ...],
+        kwargs: dict[str, Any],
+        frame: FrameType,
+        options: Options = PLAIN,
+        index: int | None = None,
+    ) -> Task[Any]:
+        """Queue a call, see to it that a lane comes, and return its handle."""
+        if self.closed is not None or (
+            (self.disturbed or self.token.cancelled()) and self.stopping()
+        ):
+            self.refuse(fn)
+        task = Task(self, fn, args, kwargs, copy_context(), frame, options, index)
+        if options.timeout is not None:
+            self.disturbed = True
+        if self.observers:
+            self.emit("task_submitted", task)
+        self.queue.append(task)
+        # Closed after the look above: either whoever leaves has seen the task in the queue and
+        # goes on, or it is ours to take back.
+        if self.closed is not None and self.withdraw(task, self.closed):
+            self.refuse(fn)
+        if not self.called and (self.idle or not self.full):
+            try:
+                self.call()
+            except BaseException as error:
+                if not self.lanes and self.withdraw(task, error):
+                    raise
+        return task
+
+    def check_open(self, fn: object) -> None:
+        """Raise what `submit` would, before anything is taken from an input."""
+        if self.closed is not None or self.stopping():
+            self.refuse(fn)
+
+    def refuse(self, fn: object) -> NoReturn:
+        """Raise what a submit raises to a group that takes nothing."""
+        name = fn if isinstance(fn, str) else f"{label(fn)}()"
+        if self.closed is not None:
+            raise GroupClosedError(f"cannot submit {name} to group {self.name!r}: {self.closed}")
+        if not self.token.cancelled() and self.failures:
+            self.token._fail(self.failures[0].exception)
+        _scope.checkpoint()
+        reason = self.token.reason
+        raise GroupClosedError(
+            f"cannot submit {name} to group {self.name!r}: it was cancelled: {describe(reason)}",
+            reason=reason,
+        )
+
+    # --- Slots and lanes ------------------------------------------------------------------
+
+    def want_lane(self) -> bool:
+        """Whether the queue could do with one more lane, and may have it."""
+        return not self.called and bool(self.idle or not self.full)
+
+    def call(self) -> None:
+        """Have one more lane serve the queue, if one is idle or may be started."""
+        assert self.backend is not None
+        try:
+            lane, _ = self.idle.popitem()
+        except KeyError:
+            if not self.take_slot():
+                return
+            try:
+                self.backend.start_lane(self)
+            except BaseException:
+                self.free_slot()
+                raise
+        else:
+            self.called[lane] = None
+            lane.gate.open()
+
+    def take_slot(self) -> bool:
+        """Whether one more task may run at once."""
+        for _ in range(2):
+            try:
+                self._freed.pop()
+            except IndexError:
+                if next(self._fresh) < self.limit:
+                    return True
+            else:
+                return True
+            # Say so first, and look once more then: a slot that is freed from here on is seen
+            # either here or by the submitter that finds `full` taken back.
+            self.full = True
+        return False
+
+    def free_slot(self) -> None:
+        """Give a slot back. Whoever does looks at the queue then."""
+        self._freed.append(None)
+        self.full = False
+
+    def give_back_slot(self) -> None:
+        """Free a slot, and see whether somebody was waiting for it."""
+        self.free_slot()
+        if self.queue and not self.stopping() and self.want_lane():
+            with contextlib.suppress(*NO_THREAD):
+                self.call()
+        for gate in self.leavers.copy():
+            gate.open()
+
+    def enlist(self, lane: Lane) -> None:
+        """A backend is about to start this lane."""
+        lane.run = self
+        self.lanes[lane] = None
+        self.called[lane] = None
+
+    def begin(self, lane: Lane) -> bool:
+        """A lane that was called has come. False if nobody needs it any more."""
+        if self.called.pop(lane, lane) is not None:
+            return False
+        if len(self.queue) > 1 and self.want_lane():
+            with contextlib.suppress(*NO_THREAD):
+                self.call()  # if the system has no thread for us, go on with those there are
+        return True
+
+    def rest(self, lane: Lane) -> bool:
+        """A lane has nothing to do. False if work came in meanwhile; it goes on then."""
+        self.idle[lane] = None
+        self.passed(lane)
+        if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:
+            return False
+        for gate in self.leavers.copy():
+            gate.open()
+        return True
+
+    def dismiss(self, lane: Lane) -> None:
+        """A lane ends, with its slot."""
+        self.lanes.pop(lane, None)
+        self.passed(lane)
+        self.give_back_slot()
+
+    def recall(self) -> bool:
+        """Take back a lane that was called and has not come; its slot is the caller's then."""
+        try:
+            lane, _ = self.called.popitem()
+        except KeyError:
+            return False
+        self.lanes.pop(lane, None)
+        return True
+
+    def passed(self, lane: Lane) -> None:
+        """A lane has finished what it had in hand."""
+        for gate, lanes in self.fences.copy().items():
+            if lanes.pop(lane, lane) is None and not lanes:
+                gate.open()
+
+    # --- What a lane does -----------------------------------------------------------------
+
+    def take(self, lane: Lane, most: int = 1) -> list[Task[Any]]:
+        """
+        Tasks for a lane to run: in the order submitted, `most` at the most, perhaps none.
+        """
+        tasks: list[Task[Any]] = []
+        while len(tasks) < most and not self.stopping():
+            try:
+                task = self.queue.popleft()
+            except IndexError:
+                break
+            task._taken = True
+            if self.admit(task, lane):
+                tasks.append(task)
+        return tasks
+
+    def perform(self, task: Task[Any], lane: Lane) -> None:
+        """Run a task that a lane was admitted to, with everything that may go along with it."""
+        lane.task = task
+        if self.observers:
+            lane.since = time.monotonic()
+            self.emit("task_started", task)
+        if task._options.timeout is not None:
+            self.token_for(task)._limit(task._options.timeout)
+        try:
+            assert task._context is not None
+            value = task._context.run(call, task)
+        except BaseException as error:
+            self.failed(task, lane, error)
+        else:
+            self.succeeded(task, lane, value)
+        lane.task = None
+        if self.fences:
+            self.passed(lane)
+
+    # --- Helping: a worker that waits ---------------------------------------------------------
+
+    def help_out(self, lane: Lane, task: Task[Any]) -> bool:
+        """
+        Have a worker that waits for a task run it, if nobody has begun to.
+
+        Only on the pool that the worker is of, whose threads could all be waiting like this
+        one, and only if the group has a slot: the waiter's own counts, since it only waits.
+        """
+        if task._taken or self.pool is None or self.pool is not lane.pool or task.done():
+            return False
+        with self.slot_for(lane) as inner:
+            if inner is None:
+                return False
+            claim = self.claim(task)
+            if task._taken or claim.decide(inner) is not inner:
+                return False
+            task._lane = inner
+            self.perform(task, inner)
+            return True
+
+    def help_leave(self, lane: Lane) -> bool:
+        """Have a worker that waits for the whole group serve its queue; whether it did."""
+        if self.pool is None or self.pool is not lane.pool:
+            return False
+        helped = False
+        with self.slot_for(lane) as inner:
+            while inner is not None and (tasks := self.take(inner)):
+                helped = True
+                self.perform(tasks[0], inner)
+        return helped
+
+    @contextlib.contextmanager
+    def slot_for(self, lane: Lane) -> Generator[Lane | None, None, None]:
+        """A lane on top of a waiting worker's, for it to help out in; None if no slot is free."""
+        own = any(below.run is self for below in lane.stack())
+        if not own and not self.recall() and not self.take_slot():
+            yield None
+            return
+        inner = Lane(lane.pool)
+        inner.run = self
+        inner.below = lane
+        self.lanes[inner] = None
+        lane.above = inner
+        inner.serve_here()
+        try:
+            yield inner
+        finally:
+            lane.above = None
+            stand_in(lane)
+            self.lanes.pop(inner, None)
+            self.passed(inner)
+            if own:
+                for gate in self.leavers.copy():
+                    gate.open()
+            else:
+                self.give_back_slot()
+
+    # --- Waiting for everything ---------------------------------------------------------------
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait for what was submitted before; False if the time ran out first."""
+        refuse_own_group(self, here())
+        deadline = None if timeout is None else time.monotonic() + timeout
+        gate = Gate()
+        queued = self.queue.copy()
+        # What lanes have in hand now was submitted before, too. Some have taken a task and not
+        # yet said so; they pass as soon as they are done with it.
+        pending = self.lanes.copy()
+        self.fences[gate] = pending
+        self.disturbed = True  # so that lanes look for fences
+        try:
+            for resting in [*self.idle.copy(), *self.called.copy()]:
+                pending.pop(resting, None)
+            tasks = [busy.task for busy in pending.copy() if busy.task is not None]
+            left = None if deadline is None else deadline - time.monotonic()
+            if not wait_for([*tasks, *queued], left):
+                return False
+            token = _scope.current_token()
+            key = token._add_sleeper(gate)
+            try:
+                while pending:
+                    token.check()
+                    left = None if deadline is None else deadline - time.monotonic()
+                    if left is not None and left <= 0:
+                        return False
+                    gate.wait(left)
+            finally:
+                token._remove(key)
+            return True
+        finally:
+            self.fences.pop(gate, None)
+
+    def come_to_rest(self, lane: Lane | None) -> bool:
+        """
+        Whether no task is running or still to run; sees to it that it will be so.
+
+        Args:
+            lane: The lane that the leaving thread serves, if it is a worker's.
+        """
+        if self.queue and not self.stopping():
+            if self.want_lane():
+                try:
+                    self.call()
+                except NO_THREAD as error:
+                    if not self.lanes:
+                        self._report(error)  # no thread at all: nothing of the queue can run
+                    return False
+            if lane is not None:
+                self.help_leave(lane)
+            return False
+        while self.recall():
+            self.free_slot()
+        return self.at_rest()
+
+    def at_rest(self) -> bool:
+        """Whether no lane is at work. Queue, called and idle lanes are looked at in this order."""
+        if self.queue and not self.stopping():
+            return False
+        return not self.called and len(self.idle) == len(self.lanes)
+
+    def close(self) -> bool:
+        """Take nothing any more, unless something came in since the lanes came to rest."""
+        self.closed = "its with block has ended"
+        # Submitters append first and look at `closed` then. What is in the queue by now is
+        # either taken back by its submitter, or we see it here and go on.
+        if self.at_rest():
+            return True
+        self.closed = None
+        return False
+
+    def end(self) -> tuple[Failure, ...]:
+        """
+        Let go of everything. Tasks refer to this object, so it must not refer to tasks.
+
+        Returns:
+            The failures, by time.
+        """
+        self.over = True
+        if self.backend is not None:
+            self.backend.end(self)
+        self.token._seal()
+        self.token._close_callbacks()
+        for token in self.loose:
+            token._close_callbacks()
+        if self.observers:
+            for task in self.queue.copy():
+                if task.done() and self.claims.get(task) is None:
+                    self.emit("task_cancelled", task)
+        failures = tuple(self.failures)
+        self.failures.clear()
+        self.strays.clear()
+        for belongings in (self.claims, self.tokens, self.watchers, self.lanes, self.idle):
+            belongings.clear()
+        self.loose.clear()
+        self.winner = self.backend = self.pool = None
+        return failures
+
+    def abandon(self) -> None:
+        """Stop waiting for what still runs: the handles are cancelled, the threads go on."""
+        self.closed = "its with block has been left by force"
+        for lane in self.lanes.copy():
+            task = lane.task
+            if task is not None and not task._state:
+                task._value = self.closed
+                task._state = CANCELLED
+                self.notify(task)
+        if self.backend is not None:
+            self.backend.abandon(self)
+
+    def disown(self) -> None:
+        """In a forked child: the group is the parent's, and so are its threads and tasks."""
+        self.closed = "it belongs to the process that this one was forked from"
+        for lane in self.lanes.copy():
+            task = lane.task
+            if task is not None and not task._state:
+                task._value = self.closed
+                task._state = CANCELLED
+        self.queue.clear()
+        for belongings in (self.lanes, self.idle, self.called, self.claims, self.tokens):
+            belongings.clear()
+        self.backend = None
+        self.halted = self.disturbed = True

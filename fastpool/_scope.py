@@ -1,0 +1,274 @@
+"""The current token: whose it is, and the scopes that change it."""
+
+from __future__ import annotations
+
+import threading
+from contextvars import ContextVar
+from types import TracebackType
+from typing import Protocol
+
+from fastpool import _clock
+from fastpool._token import CancelToken
+from fastpool.exceptions import Cancelled
+
+__all__ = [
+    "Place",
+    "Scope",
+    "checkpoint",
+    "current",
+    "current_place",
+    "current_token",
+    "enter",
+    "is_own",
+    "leave",
+    "shield",
+    "sleep",
+    "this_thread",
+    "timeout",
+    "use_token",
+]
+
+
+class Place(Protocol):
+    """What a context remembers of where it is: a task, the body of a group, a scope in either."""
+
+    @property
+    def token(self) -> CancelToken:
+        """The current token there."""
+        ...
+
+    @property
+    def group(self) -> object:
+        """The group whose task or body this is in; `None` outside all groups."""
+
+    @property
+    def thread(self) -> object:
+        """The thread that made the token current, as `this_thread()` names it."""
+
+
+class Scope:
+    """A place made by a `with` statement or a call."""
+
+    __slots__ = ("group", "thread", "token")
+
+    def __init__(self, token: CancelToken, group: object, thread: object) -> None:
+        self.token = token
+        self.group = group
+        self.thread = thread
+
+
+current: ContextVar[Place] = ContextVar(
+    "fastpool",
+    default=Scope(CancelToken.NEVER, None, None),  # noqa: B039 - nobody writes it
+)
+_threads = threading.local()
+
+
+def this_thread() -> object:
+    """A name for the calling thread. Unlike its number it is never given to another."""
+    try:
+        name: object = _threads.name
+    except AttributeError:
+        name = _threads.name = object()
+    return name
+
+
+def current_place() -> Place:
+    """Where the calling code is."""
+    return current.get()
+
+
+def current_token() -> CancelToken:
+    """
+    The token of the code that calls: its task's, its body's, its scope's, else `NEVER`.
+
+    It belongs to the context, as a context variable does, so a thread that you start has it
+    only if you give it the context (`contextvars.copy_context().run`).
+    """
+    return current.get().token
+
+
+def checkpoint() -> None:
+    """
+    Check the current token.
+
+    Raises:
+        Cancelled: If it is set.
+    """
+    current.get().token.check()
+
+
+def sleep(seconds: float) -> None:
+    """
+    Sleep on the current token.
+
+    Args:
+        seconds: How long. Zero or less is a check.
+
+    Raises:
+        Cancelled: As soon as the token is set.
+        TypeError: If `seconds` is no number.
+        ValueError: If it is NaN.
+    """
+    current.get().token.sleep(seconds)
+
+
+def is_own(token: CancelToken) -> bool:
+    """Whether a token is current because this very thread made it so, not by inheritance."""
+    place = current.get()
+    return place.token is token and place.thread is this_thread()
+
+
+def enter(token: CancelToken, group: object = None) -> tuple[Scope, Place]:
+    """
+    Make a token current.
+
+    Returns:
+        The new place and the one before it, which `leave` wants back.
+    """
+    before = current.get()
+    scope = Scope(token, before.group if group is None else group, this_thread())
+    current.set(scope)
+    return scope, before
+
+
+def leave(scope: Scope, before: Place) -> None:
+    """Make current what was so before, unless somebody left the scopes out of order."""
+    if current.get() is scope:
+        current.set(before)
+
+
+class _Scopes:
+    """What the `with` statements below have in common; each may be entered again and again."""
+
+    __slots__ = ("_entered",)
+
+    def __init__(self) -> None:
+        self._entered: list[tuple[Scope, Place]] = []
+
+    def _enter(self, token: CancelToken) -> CancelToken:
+        self._entered.append(enter(token))
+        return token
+
+    def _leave(self) -> CancelToken:
+        scope, before = self._entered.pop()
+        leave(scope, before)
+        return scope.token
+
+
+class use_token(_Scopes):
+    """
+    Make a token current in a `with` block: how a library adopts its caller's token.
+
+    Args:
+        token: The token. The `with` statement gives it back.
+
+    Raises:
+        TypeError: If it is no token.
+    """
+
+    __slots__ = ("_token",)
+
+    def __init__(self, token: CancelToken) -> None:
+        super().__init__()
+        if not isinstance(token, CancelToken):
+            raise TypeError(
+                f"use_token() wants a CancelToken, not {token!r}; "
+                "write use_token(token or current_token()) where it may be None"
+            )
+        self._token = token
+
+    def __enter__(self) -> CancelToken:
+        return self._enter(self._token)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._leave()
+
+
+class _Limited(_Scopes):
+    """A scope with a token of its own, whose expiry leaves as a `TimeoutError`."""
+
+    __slots__ = ("_seconds",)
+
+    def __init__(self, seconds: float | None, what: str) -> None:
+        super().__init__()
+        self._seconds = _clock.seconds(seconds, what)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        token = self._leave()
+        token._unlink()
+        # A descendant that heard this token has its very reason.
+        if isinstance(error, Cancelled) and token._set_itself() and error.reason is token.reason:
+            raise TimeoutError(f"timed out after {self._seconds:g} s") from error
+
+
+class timeout(_Limited):
+    """
+    Give a `with` block so many seconds.
+
+    The block gets a token of its own, a child of the current one, that sets itself after them.
+    By itself it raises nothing: a check or a blocked call in the block does.
+
+    Args:
+        seconds: How long; zero or less has expired at once, `None` or infinity never does.
+
+    Raises:
+        TimeoutError: On leaving, in place of a `Cancelled` that leaves the block because its
+            time was up.
+        TypeError: If `seconds` is no number.
+        ValueError: If it is NaN.
+
+    Source:
+        `asyncio.timeout`, and trio's `fail_after`.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, seconds: float | None) -> None:
+        super().__init__(seconds, "seconds")
+
+    def __enter__(self) -> CancelToken:
+        token = CancelToken()
+        token._link(current_token(), strongly=True)
+        token._limit(self._seconds)
+        return self._enter(token)
+
+
+class shield(_Limited):
+    """
+    Keep cancellation out of a `with` block: for clean-up that must not be cut short.
+
+    The block gets a token that hears nobody, and sets itself only after its own timeout.
+
+    Args:
+        timeout: How long the block may take, in seconds; `None` sets no limit.
+
+    Raises:
+        TimeoutError: On leaving, in place of a `Cancelled` that leaves the block because its
+            time was up.
+        TypeError: If the timeout is no number.
+        ValueError: If it is NaN.
+
+    Source:
+        trio's shielded cancel scopes.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, timeout: float | None = None) -> None:
+        super().__init__(timeout, "timeout")
+
+    def __enter__(self) -> CancelToken:
+        token = CancelToken()
+        token._limit(self._seconds)
+        return self._enter(token)

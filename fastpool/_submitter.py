@@ -1,0 +1,183 @@
+"""How calls are handed to a group."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar, TypeVarTuple, overload
+
+from fastpool._batch import Batch
+from fastpool._cancellable import refuse
+from fastpool._ledger import NOTHING
+from fastpool._run import Run
+from fastpool._task import Options, Task, label
+
+__all__ = ["Submitter"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+T1 = TypeVar("T1")
+T2 = TypeVar("T2")
+T3 = TypeVar("T3")
+T4 = TypeVar("T4")
+T5 = TypeVar("T5")
+Ts = TypeVarTuple("Ts")
+
+
+class Submitter:
+    """
+    Takes calls for a group, with some options of their own; see `TaskGroup.with_options`.
+
+    Threads:
+        Safe from any thread while the group is open, its final wait included; from its tasks
+        too.
+    """
+
+    _run: Run
+    _options: Options
+
+    def __init__(self, run: Run, options: Options) -> None:
+        self._run = run
+        self._options = options
+
+    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Task[R]:
+        """
+        Have a function called in the group.
+
+        Args:
+            fn: The function. A `@cancellable` one gets its token; any other finds it with
+                `current_token()`.
+            *args: Its arguments.
+            **kwargs: Its keyword arguments. All of them are the function's.
+
+        Returns:
+            The task's handle.
+
+        Raises:
+            Cancelled: If the group was cancelled, and with it the caller: its current token is
+                set.
+            GroupClosedError: If the group was cancelled and the caller was not; if its block
+                has not been entered, or has ended.
+            TypeError: If `fn` cannot be called, or is a coroutine or generator function.
+            RuntimeError: If the group has no thread and the system gives it none.
+        """
+        refuse(fn)
+        return self._run.submit(fn, args, kwargs, sys._getframe(1), self._options)
+
+    @overload
+    def map(self, fn: Callable[[T1], R], a: Iterable[T1], /) -> Batch[R]: ...
+    @overload
+    def map(self, fn: Callable[[T1, T2], R], a: Iterable[T1], b: Iterable[T2], /) -> Batch[R]: ...
+    @overload
+    def map(
+        self,
+        fn: Callable[[T1, T2, T3], R],
+        a: Iterable[T1],
+        b: Iterable[T2],
+        c: Iterable[T3],
+        /,
+    ) -> Batch[R]: ...
+    @overload
+    def map(
+        self,
+        fn: Callable[[T1, T2, T3, T4], R],
+        a: Iterable[T1],
+        b: Iterable[T2],
+        c: Iterable[T3],
+        d: Iterable[T4],
+        /,
+    ) -> Batch[R]: ...
+    @overload
+    def map(
+        self,
+        fn: Callable[[T1, T2, T3, T4, T5], R],
+        a: Iterable[T1],
+        b: Iterable[T2],
+        c: Iterable[T3],
+        d: Iterable[T4],
+        e: Iterable[T5],
+        /,
+    ) -> Batch[R]: ...
+    @overload
+    def map(
+        self,
+        fn: Callable[..., R],
+        a: Iterable[Any],  # Any: no checker can match more than five
+        b: Iterable[Any],
+        c: Iterable[Any],
+        d: Iterable[Any],
+        e: Iterable[Any],
+        f: Iterable[Any],
+        /,
+        *more: Iterable[Any],
+    ) -> Batch[R]: ...
+    def map(self, fn: Callable[..., R], /, *iterables: Iterable[Any]) -> Batch[R]:
+        """
+        Have a function called for every item.
+
+        Args:
+            fn: The function.
+            *iterables: One for each argument. They are read to the end of the shortest, in the
+                calling thread. What one of them raises is raised here, and is a failure of the
+                group.
+
+        Returns:
+            The handles, in the order of the items.
+
+        Raises:
+            Cancelled, GroupClosedError, TypeError, RuntimeError: As `submit`. If the group
+                takes nothing to begin with, nothing is taken from the iterables.
+
+        Source:
+            The built-in `map`.
+        """
+        return self._map(fn, iterables, sys._getframe(1))
+
+    def _map(
+        self, fn: Callable[..., R], iterables: tuple[Iterable[Any], ...], frame: FrameType
+    ) -> Batch[R]:
+        if not iterables:
+            raise TypeError(f"map() wants an iterable for each argument of {label(fn)}()")
+        return self._submit_all(fn, lambda: zip(*iterables, strict=False), frame)
+
+    def starmap(self, fn: Callable[[*Ts], R], items: Iterable[tuple[*Ts]], /) -> Batch[R]:
+        """
+        Have a function called for every tuple of arguments.
+
+        Args:
+            fn: The function.
+            items: Read to the end, as in `map`.
+
+        Returns:
+            The handles, in the order of the items.
+
+        Raises:
+            Cancelled, GroupClosedError, TypeError, RuntimeError: As `map`.
+
+        Source:
+            `itertools.starmap`.
+        """
+        return self._submit_all(fn, lambda: iter(items), sys._getframe(1))
+
+    def _submit_all(
+        self,
+        fn: Callable[..., R],
+        begin: Callable[[], Iterator[Iterable[Any]]],
+        frame: FrameType,
+    ) -> Batch[R]:
+        refuse(fn)
+        run = self._run
+        run.check_open(fn)
+        options = self._options
+        tasks: list[Task[R]] = []
+        items = begin()
+        while True:
+            try:
+                arguments = tuple(next(items))
+            except StopIteration:
+                return Batch(tuple(tasks))
+            except BaseException as error:
+                run.token._report(error)
+                raise
+            tasks.append(run.submit(fn, arguments, NOTHING, frame, options, len(tasks)))

@@ -1,0 +1,341 @@
+"""The handle of one submitted call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import Context
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+
+from fastpool import _clock, _scope
+from fastpool._lane import Lane
+from fastpool._token import CancelToken
+from fastpool._waiting import wait_for
+from fastpool.exceptions import TaskCancelledError, describe
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
+
+__all__ = [
+    "CANCELLED",
+    "ERROR",
+    "PENDING",
+    "PLAIN",
+    "VALUE",
+    "Failure",
+    "Options",
+    "Task",
+    "call",
+    "label",
+]
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+# What a task has come to. Zero means: nothing final yet.
+PENDING, VALUE, ERROR, CANCELLED = range(4)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Failure:
+    """
+    Something that went wrong in a group.
+
+    Attributes:
+        task: The task that raised it; `None` where no task did: the group's body, an input of
+            `map`, Ctrl-C, or a call that was given the group's token.
+        exception: What was raised, the object itself.
+    """
+
+    task: Task[Any] | None  # Any: a group's tasks are of all kinds
+    exception: BaseException
+
+
+class Options(NamedTuple):
+    """What `with_options` sets for the tasks submitted through it."""
+
+    name: str | None = None
+    timeout: float | None = None
+
+
+PLAIN = Options()
+
+
+def label(fn: object) -> str:
+    """What a callable is called, in messages and logs."""
+    name = getattr(fn, "__name__", None)
+    if isinstance(name, str):
+        return name
+    inner = getattr(fn, "func", None)  # a partial
+    return type(fn).__name__ if inner is None else label(inner)
+
+
+class Task(Generic[R_co]):
+    """
+    The handle of one submitted call.
+
+    It stands wherever an `AsyncResult` stood: `get`, `ready`, `successful` and `wait` are there.
+
+    Attributes:
+        name: What the call is called in messages: the function's name, for a `map` with the
+            position of its item, as in `resize[3]`.
+
+    Threads:
+        Safe from any thread.
+    """
+
+    # How it is decided what becomes of a queued task, at no cost for those that just run:
+    # a worker sets `_taken` first and looks then whether its run is `disturbed` (a claim has
+    # been laid on some task) or cancelled. Who wants to keep a task from running, or run it
+    # itself, disturbs the run and lays a claim first (`Run.claim`), and looks at `_taken` then.
+    # Where both see each other, the claim decides, by an atomic `setdefault`.
+    # `_state` is written once, after `_value`, by the one that decided.
+    __slots__ = (
+        "__weakref__",
+        "_args",
+        "_code",
+        "_context",
+        "_fn",
+        "_index",
+        "_kwargs",
+        "_lane",
+        "_lasti",
+        "_options",
+        "_own",
+        "_run",
+        "_state",
+        "_taken",
+        "_value",
+    )
+
+    def __init__(
+        self,
+        run: Run,
+        fn: Callable[..., R_co],
+        args: tuple[object, ...],
+        kwargs: dict[str, Any],
+        context: Context,
+        frame: FrameType,
+        options: Options,
+        index: int | None,
+    ) -> None:
+        self._run = run
+        self._fn: Callable[..., R_co] | str = fn  # only its name once the task is done
+        self._args = args
+        self._kwargs = kwargs
+        self._context: Context | None = context
+        self._code: CodeType = frame.f_code
+        self._lasti = frame.f_lasti
+        self._options = options
+        self._index = index
+        self._taken = False
+        self._lane: Lane | None = None
+        self._state = PENDING
+        self._value: Any = None
+        self._own: CancelToken | None = None
+
+    # --- What it is -----------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """What the call is called in messages."""
+        name = self._options.name
+        if name is None:
+            fn = self._fn
+            name = fn if isinstance(fn, str) else label(fn)
+        return name if self._index is None else f"{name}[{self._index}]"
+
+    @property
+    def site(self) -> str:
+        """Where it was submitted, as `file:line`."""
+        line = self._code.co_firstlineno
+        for start, end, number in self._code.co_lines():
+            if start <= self._lasti < end and number is not None:
+                line = number
+        return f"{self._code.co_filename}:{line}"
+
+    def __repr__(self) -> str:
+        if self.done():
+            state = ("", "succeeded", "failed", "cancelled")[self._state]
+        else:
+            state = "running" if self.running() else "queued"
+        return f"<Task {self.name!r} of group {self._run.name!r}, {state}>"
+
+    # --- Where its context is (see `_scope.Place`) ------------------------------------------
+
+    @property
+    def token(self) -> CancelToken:
+        """The task's own token, a child of its group's; made when somebody first asks."""
+        token = self._own
+        return self._run.token_for(self) if token is None else token
+
+    @property
+    def group(self) -> object:
+        """The run it belongs to."""
+        return self._run
+
+    @property
+    def thread(self) -> object:
+        """The thread that runs it, as `_scope.this_thread()` names it."""
+        lane = self._lane
+        return None if lane is None else lane.thread
+
+    # --- How it stands ----------------------------------------------------------------------
+
+    def done(self) -> bool:
+        """Whether it has ended, or will never start."""
+        if self._state:
+            return True
+        run = self._run
+        return (run.disturbed or run.token.cancelled()) and run.settle(self)
+
+    def running(self) -> bool:
+        """Whether it has started and not ended."""
+        return self._lane is not None and not self._state
+
+    def cancelled(self) -> bool:
+        """Whether it never started, or ended in `Cancelled` while its own token was set."""
+        return self.done() and self._state == CANCELLED
+
+    def cancel(self, reason: object = None) -> bool:
+        """
+        Stop this task alone; that is no failure of its group.
+
+        A queued one is done at once and never runs; a running one is told by its own token.
+
+        Args:
+            reason: Why; `None` stands for the word `"cancelled"`.
+
+        Returns:
+            True for the one call that did it; False if the task has ended, or was cancelled.
+        """
+        return self._run.cancel_task(self, "cancelled" if reason is None else reason)
+
+    # --- Waiting ----------------------------------------------------------------------------
+
+    def result(self, timeout: float | None = None) -> R_co:
+        """
+        Wait for the task and return its value.
+
+        A task that has ended answers at once, whatever the tokens say.
+
+        Args:
+            timeout: Longest wait, in seconds. `None` waits without limit, zero only looks.
+
+        Returns:
+            What the function returned.
+
+        Raises:
+            TimeoutError: If the task is still running when the time is up. It goes on.
+            TaskCancelledError: If the task was cancelled; a new one each time.
+            Cancelled: If the caller's own current token is set, and the task is not done or
+                was cancelled.
+            RuntimeError: If tasks would wait for each other in a circle.
+            BaseException: What the function raised: the same object each time, with the
+                traceback that it left with.
+
+        Threads:
+            Any. A worker that waits runs the task itself if nobody has begun to, and may then
+            be back later than `timeout`.
+
+        Source:
+            `concurrent.futures.Future.result`.
+        """
+        if timeout is not None:
+            timeout = _clock.seconds(timeout)
+        if self._state == VALUE or self._ended(timeout) == VALUE:
+            value: R_co = self._value
+            return value
+        error = self._error()
+        try:
+            raise error
+        finally:
+            # The error's traceback holds this frame: without these names it is no cycle.
+            del self, error
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """
+        Wait for the task and return what it raised.
+
+        Args:
+            timeout: As for `result`.
+
+        Returns:
+            The exception the function raised, `None` if it returned.
+
+        Raises:
+            TimeoutError, TaskCancelledError, Cancelled, RuntimeError: As `result`.
+        """
+        if timeout is not None:
+            timeout = _clock.seconds(timeout)
+        state = self._ended(timeout)
+        if state == VALUE:
+            return None
+        error = self._error()
+        if state == ERROR:
+            return error
+        try:
+            raise error
+        finally:
+            del self, error
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """
+        Wait for the task to end.
+
+        Args:
+            timeout: As for `result`.
+
+        Returns:
+            True if it has ended, False if the time ran out first.
+
+        Raises:
+            Cancelled: If the caller's own current token is set before the task has ended.
+            RuntimeError: If tasks would wait for each other in a circle.
+        """
+        return wait_for((self,), _clock.seconds(timeout))
+
+    get = result
+    ready = done
+
+    def successful(self) -> bool:
+        """
+        Whether it has returned.
+
+        Raises:
+            ValueError: If it has not ended yet.
+
+        Source:
+            `multiprocessing.pool.AsyncResult.successful`.
+        """
+        if not self.done():
+            raise ValueError(f"{self!r} has not ended; wait() for it first")
+        return self._state == VALUE
+
+    def _ended(self, timeout: float | None) -> int:
+        if not self._state and not wait_for((self,), timeout):
+            raise TimeoutError(f"task {self.name!r} has not ended after {timeout:g} s")
+        return self._state
+
+    def _error(self) -> BaseException:
+        """What `result` raises for a task that has no value."""
+        if self._state == ERROR:
+            error, traceback, _ = self._value
+            # The base class's method: the exception's own may be anything.
+            BaseException.with_traceback(error, traceback)
+            return error  # type: ignore[no-any-return]
+        _scope.checkpoint()
+        reason = self._value
+        cancelled = TaskCancelledError(
+            reason,
+            f"task {self.name!r} of group {self._run.name!r} was cancelled: {describe(reason)}",
+        )
+        cancelled.__cause__ = self._run.first
+        return cancelled
+
+
+def call(task: Task[R]) -> R:
+    """Run a task's function, in the task's context. The only place where that happens."""
+    _scope.current.set(task)
+    return task._fn(*task._args, **task._kwargs)  # type: ignore[operator]

@@ -1,0 +1,477 @@
+"""The group: submit, wait, leave."""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from multiprocessing.pool import ThreadPool
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from fastpool import _clock, _scope
+from fastpool._errors import annotate, raise_as_it_is, strip
+from fastpool._gate import Gate
+from fastpool._lane import here
+from fastpool._run import Run
+from fastpool._stuck import Vigil
+from fastpool._submitter import Submitter
+from fastpool._task import PLAIN, Failure, Options, Task
+from fastpool._token import CancelToken
+from fastpool._unraisable import unraisable
+from fastpool._waiting import refuse_own_group
+from fastpool.backends import Backend, threads
+from fastpool.backends.threads import Leased, Shared
+from fastpool.events import Observer
+from fastpool.exceptions import Cancelled
+from fastpool.policies import FailFast, Policy
+
+__all__ = ["TaskGroup", "map", "shutdown"]
+
+R = TypeVar("R")
+
+GRACE = 5.0  # seconds a cancelled task may take before we say so; chosen by feel
+
+_numbers = itertools.count(1)
+_open_runs: dict[Run, None] = {}  # those whose block has been entered and not left
+
+# Read once: asking the system takes longer than a small group does.
+_CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+
+
+class TaskGroup(Submitter):
+    """
+    Blocking calls in threads, run as a group that fails fast.
+
+    The first exception that a task or the body raises, whatever its class, sets the group's
+    token: what is queued never starts, what runs stops at its next check or blocked call.
+    Leaving the `with` block waits until nothing runs, and raises that first exception itself.
+
+    Args:
+        max_workers: How many tasks run at once. `None`: `min(32, cpus + 4)`, or the size of
+            the pool that you give.
+        name: The group's name in messages, logs and thread names.
+        timeout: Seconds from entry after which the group is cancelled and its block raises
+            `TimeoutError`. `None` or infinity: never.
+        policy: When to give up and what to raise; `None` is `FailFast()`.
+        token: One more token to hear, besides the one that is current on entry.
+        pool: A `ThreadPool` of yours, which is left open and usable; a backend; or a backend's
+            name, `"threads"`. `None`: threads that fastpool keeps warm from group to group.
+        observers: Called with an `Event` for each thing that happens.
+        grace: Seconds a task may go on after the cancel before it is reported by a
+            `RuntimeWarning`.
+
+    Attributes:
+        token: The group's token, current in the body. Each task's own is a child of it.
+        name: The group's name.
+
+    Raises:
+        ValueError: If `max_workers` is less than 1, the timeout or grace is NaN, or no pool
+            has that name.
+        TypeError: If an argument is of the wrong kind.
+
+    Threads:
+        Entered and left by one thread; everything else is safe from any thread.
+    """
+
+    def __init__(
+        self,
+        max_workers: int | None = None,
+        *,
+        name: str | None = None,
+        timeout: float | None = None,
+        policy: Policy | None = None,
+        token: CancelToken | None = None,
+        pool: ThreadPool | Backend | str | None = None,
+        observers: Iterable[Observer] = (),
+        grace: float = GRACE,
+    ) -> None:
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {name!r}")
+        if token is not None and not isinstance(token, CancelToken):
+            raise TypeError(f"token must be a CancelToken, not {token!r}")
+        super().__init__(Run(name or f"group-{next(_numbers)}"), PLAIN)
+        self._backend = _backend(pool)
+        self._limit = _workers(max_workers, self._backend)
+        self._timeout = _clock.seconds(timeout)
+        self._policy = _policy(policy)
+        self._outer_token = token
+        self._observers = _observers(observers)
+        grace_seconds = _clock.seconds(grace, "grace")
+        self._grace = math.inf if grace_seconds is None else max(0.0, grace_seconds)
+        self._unused = [self._run]  # popped by the one that enters
+        self._entered: tuple[_scope.Scope, _scope.Place] | None = None
+        self._failures: tuple[Failure, ...] = ()
+        self._winner: Task[Any] | None = None
+        self._opened = 0.0
+        self._left_over: object = None  # the queue's rest, which the run must not keep
+
+    # --- Asking ---------------------------------------------------------------------------
+
+    @property
+    def token(self) -> CancelToken:
+        """The group's token, current in the body. Each task's own is a child of it."""
+        return self._run.token
+
+    @property
+    def name(self) -> str:
+        """The group's name."""
+        return self._run.name
+
+    @property
+    def failures(self) -> tuple[Failure, ...]:
+        """Everything that has failed so far, the first in time first."""
+        return self._failures or tuple(self._run.failures)
+
+    @property
+    def winner(self) -> Task[Any] | None:
+        """The task whose success made the policy end the group, if one did."""
+        return self._winner or self._run.winner
+
+    def __repr__(self) -> str:
+        run = self._run
+        if self._unused:
+            state = "not entered"
+        elif run.over:
+            state = "left"
+        else:
+            state = "cancelled" if run.token.cancelled() else "open"
+        return f"<TaskGroup {run.name!r}, {state}>"
+
+    # --- Steering -------------------------------------------------------------------------
+
+    def with_options(self, *, name: str | None = None, timeout: float | None = None) -> Submitter:
+        """
+        Submit with a name and a timeout: `group.with_options(timeout=5).submit(fetch, url)`.
+
+        Args:
+            name: What the tasks are called, instead of after their function.
+            timeout: Seconds from its start after which a task is cancelled and fails with
+                `TimeoutError`.
+
+        Returns:
+            An object with `submit`, `map` and `starmap`, as the group has them.
+
+        Raises:
+            TypeError, ValueError: If the name is no string, or the timeout no number.
+        """
+        if name is not None and not isinstance(name, str):
+            raise TypeError(f"name must be a string, not {name!r}")
+        return Submitter(self._run, Options(name, _clock.seconds(timeout)))
+
+    def wait(self, timeout: float | None = None) -> None:
+        """
+        Wait for everything submitted so far to end; the group stays open.
+
+        Args:
+            timeout: Longest wait, in seconds. `None` waits without limit, zero only looks.
+
+        Raises:
+            TimeoutError: If something still runs when the time is up.
+            Cancelled: If the caller's own current token is set before everything has ended; in
+                the body that is the group's, so a failure of a task ends the wait.
+            RuntimeError: If called by a task that the wait would wait for.
+        """
+        if not self._run.wait(_clock.seconds(timeout)):
+            raise TimeoutError(f"group {self.name!r} has not come to rest after {timeout:g} s")
+
+    def cancel(self, reason: object = None) -> bool:
+        """
+        Stop the group: nothing queued starts, everything running is told. That is no failure.
+
+        Args:
+            reason: Why; `None` stands for the word `"cancelled"`.
+
+        Returns:
+            True for the one call that did it; False if the group was cancelled before, or has
+            ended.
+
+        Threads:
+            Any, a task of the group or a signal handler too.
+        """
+        return self._run.token.cancel(reason)
+
+    # --- Entering and leaving -----------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        run = self._run
+        try:
+            self._unused.pop()
+        except IndexError:
+            raise RuntimeError(
+                f"group {run.name!r} has been entered before; a group is used once, make another"
+            ) from None
+        place = _scope.current_place()
+        judge = self._policy.start()
+        _open_runs[run] = None
+        self._opened = time.monotonic()
+        run.open(
+            self,
+            backend=self._backend,
+            limit=self._limit,
+            judge=judge,
+            observers=self._observers,
+        )
+        run.token._link(place.token, strongly=True)
+        if self._outer_token is not None:
+            run.token._link(self._outer_token, strongly=True)
+        run.token._limit(self._timeout)
+        self._entered = _scope.enter(run.token, run)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        # What leaves is raised from here, so its traceback holds this frame. Without our names
+        # in it that is no cycle, and a failed task's locals die with the caller's names.
+        leaving: BaseException | None = None
+        try:
+            leaving = self._leave(error)
+            if leaving is None:
+                return True
+            if leaving is error:
+                return None
+            raise_as_it_is(leaving)
+        finally:
+            del self, error, traceback, leaving
+
+    def _leave(self, error: BaseException | None) -> BaseException | None:
+        """Wait for everything, take the group apart, and say what leaves the block."""
+        run = self._run
+        if self._entered is None or run.over:
+            raise RuntimeError(f"group {run.name!r} cannot be left: it is not open")
+        lane = here()
+        refuse_own_group(run, lane)
+        scope, before = self._entered
+        _scope.leave(scope, before)
+        if error is not None:
+            run.token._report(error)
+        try:
+            self._rest()
+        finally:
+            _open_runs.pop(run, None)
+        run.tell_cancelled()
+        self._winner = run.winner
+        self._left_over, run.queue = run.queue, deque()
+        self._failures = run.end()
+        leaving = self._verdict()
+        if leaving is None:
+            leaving = self._ended_by(before.token, error)
+        if leaving is not None:
+            self._annotate(leaving, outermost=before.group is None)
+        run.emit("group_closed", since=self._opened, error=leaving)
+        return leaving
+
+    def _rest(self) -> None:
+        """Wait until nothing of the group runs or will run, whatever interrupts us."""
+        run = self._run
+        lane = here()
+        vigil = Vigil(run, self._grace)
+        gate = Gate()
+        run.leavers[gate] = None
+        key = run.token._add_sleeper(gate)
+        interrupted = False
+        try:
+            while True:
+                try:
+                    if run.come_to_rest(lane) and run.close():
+                        return
+                    gate.wait(vigil.patience())
+                    vigil.look()
+                except BaseException as error:
+                    # What a signal handler raises here counts as the body's. Ctrl-C a second
+                    # time means: now.
+                    run._report(error)
+                    if isinstance(error, KeyboardInterrupt) and interrupted:
+                        run.abandon()
+                        return
+                    interrupted = True
+        finally:
+            run.token._remove(key)
+            run.leavers.pop(gate, None)
+
+    def _verdict(self) -> BaseException | None:
+        """What leaves because something failed."""
+        judge, leaving = self._run.judge, self._run.judge_error
+        try:
+            verdict = judge.end(self._failures)  # always, whatever leaves then
+            if verdict is not None and not isinstance(verdict, BaseException):
+                raise TypeError(
+                    f"{type(judge).__name__}.end() must return an exception or None,"
+                    f" not {verdict!r}"
+                )
+        except BaseException as error:
+            strip(error)
+            verdict = error
+        for failure in self._failures:
+            if isinstance(failure.exception, (KeyboardInterrupt, SystemExit)):
+                return failure.exception
+        return verdict if leaving is None else leaving
+
+    def _ended_by(self, outer: CancelToken, error: BaseException | None) -> BaseException | None:
+        """What leaves because the token was set, where no failure does: what turned it first."""
+        run = self._run
+        cause = run.token._cause
+        if cause is None:
+            return None
+        if run.token._set_itself():
+            late = TimeoutError(f"group {run.name!r} timed out after {self._timeout:g} s")
+            late.__cause__ = error
+            return late
+        if run.token._began(cause):
+            return None
+        # An ancestor did. The Cancelled that left the body says so already, and says where.
+        if isinstance(error, Cancelled):
+            return error
+        for token in (outer, self._outer_token):
+            if token is not None and token.cancelled():
+                return token._error()
+        return None
+
+    def _annotate(self, leaving: BaseException, *, outermost: bool) -> None:
+        others: list[str] = []
+        lines: list[str] = []
+        for failure in self._failures:
+            task = failure.task
+            where = "" if task is None else f"task {task.name!r}, submitted at {task.site}"
+            if failure.exception is not leaving:
+                kind = type(failure.exception).__qualname__
+                others.append(f"{kind} in {where or 'the body'}")
+            elif task is not None:
+                lines.append(f"in {where} to group {self.name!r}")
+        if others:
+            more = f"; and {len(others) - 5} more" if len(others) > 5 else ""
+            lines.append(f"also in group {self.name!r}: {'; '.join(others[:5])}{more}")
+        annotate(leaving, lines, outermost=outermost)
+
+
+def _backend(pool: ThreadPool | Backend | str | None) -> Backend:
+    if pool is None or pool == "threads":
+        return Leased(min(32, _CPUS + 4))
+    if isinstance(pool, str):
+        raise ValueError(f"no pool named {pool!r}; choose one of: threads")
+    if isinstance(pool, ThreadPool):
+        return Shared(pool)
+    if isinstance(pool, Backend):
+        return pool
+    raise TypeError(f"pool must be a ThreadPool, a backend or a backend's name, not {pool!r}")
+
+
+def _workers(max_workers: int | None, backend: Backend) -> int:
+    if max_workers is None:
+        return backend.slots
+    if not isinstance(max_workers, int) or isinstance(max_workers, bool):
+        raise TypeError(f"max_workers must be a whole number, not {max_workers!r}")
+    if max_workers < 1:
+        raise ValueError(f"max_workers must be 1 or more, not {max_workers!r}")
+    return max_workers
+
+
+def _policy(policy: Policy | None) -> Policy:
+    if policy is None:
+        return FailFast()
+    if isinstance(policy, type) or not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy must be a value with a start() that gives a judge, as FailFast();"
+            f" not {policy!r}"
+        )
+    return policy
+
+
+def _observers(observers: Iterable[Observer]) -> tuple[Observer, ...]:
+    found = tuple(observers)
+    for observer in found:
+        if not callable(observer):
+            raise TypeError(f"an observer must be callable, to be given an Event; not {observer!r}")
+    return found
+
+
+def map(
+    fn: Callable[..., R],
+    /,
+    *iterables: Iterable[Any],
+    max_workers: int | None = None,
+    name: str | None = None,
+    timeout: float | None = None,
+    policy: Policy | None = None,
+    token: CancelToken | None = None,
+    pool: ThreadPool | Backend | str | None = None,
+    observers: Iterable[Observer] = (),
+    grace: float = GRACE,
+) -> list[R]:
+    """
+    The values of a function for every item: a whole group in one line.
+
+    Args:
+        fn: The function.
+        *iterables: One for each argument, read to the end of the shortest.
+        max_workers, name, timeout, policy, token, pool, observers, grace: As for `TaskGroup`.
+
+    Returns:
+        The values, in the order of the items.
+
+    Raises:
+        BaseException: As leaving a group's block does: the first failure.
+    """
+    frame = sys._getframe(1)
+    with TaskGroup(
+        max_workers,
+        name=name,
+        timeout=timeout,
+        policy=policy,
+        token=token,
+        pool=pool,
+        observers=observers,
+        grace=grace,
+    ) as group:
+        batch = group._map(fn, iterables, frame)
+    return batch.results()
+
+
+def shutdown() -> None:
+    """
+    End the threads that fastpool keeps warm, and wait for them.
+
+    Those of a group that is open end when it is left. The next group starts new ones.
+
+    Threads:
+        Any, but a thread does not wait for itself.
+    """
+    threads.shutdown()
+    _clock.shutdown()
+
+
+def _finish() -> None:
+    """At interpreter exit: finish every group that is open, as if its block ended now."""
+    for run in list(_open_runs):
+        gate = Gate()
+        run.leavers[gate] = None
+        while not (run.come_to_rest(None) and run.close()):
+            gate.wait()
+        failures = run.end()
+        if failures:
+            unraisable(failures[0].exception, f"group {run.name!r}, still open at exit")
+    shutdown()
+
+
+def _after_fork() -> None:
+    """In a forked child: no thread came along, and the parent's groups are not ours."""
+    threads.after_fork()
+    _clock.after_fork()
+    for run in list(_open_runs):
+        run.disown()
+    _open_runs.clear()
+
+
+# Registered after `multiprocessing`'s own, which is imported above, and so called before it.
+atexit.register(_finish)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

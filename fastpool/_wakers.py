@@ -1,0 +1,50 @@
+"""How an object that a thread is blocked on is interrupted, by its type."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+__all__ = ["Waker", "find", "register"]
+
+
+class Waker(NamedTuple):
+    """How to interrupt, and whether doing so may block or take a lock."""
+
+    how: Callable[[Any], object]  # Any: it takes the registered type, which only its owner knows
+    slow: bool
+
+
+# Read and written with single, atomic dict operations only, so no lock guards it.
+_wakers: dict[type | str, Waker] = {}
+
+
+def register(
+    kind: type | str, how: Callable[[Any], object], *, slow: bool = False
+) -> None:  # Any: see `Waker`
+    """
+    Say how a thread that is blocked on an object of some type is interrupted.
+
+    Args:
+        kind: The type, or the full name of one (`"package.module.Class"`), so that a package
+            need not be imported to be known. Subclasses count; the nearest one wins.
+        how: Called with the object, at most once for each blocked call.
+        slow: True if `how` may block or take a lock; it then runs on a helper thread.
+
+    Raises:
+        TypeError: If `kind` is neither a type nor a string, or `how` cannot be called.
+    """
+    if not isinstance(kind, (type, str)):
+        raise TypeError(f"register() wants a type or its full name, not {kind!r}")
+    if not callable(how):
+        raise TypeError(f"register() wants a function to interrupt {kind!r} with, not {how!r}")
+    _wakers[kind] = Waker(how, slow)
+
+
+def find(thing: object) -> Waker | None:
+    """How to interrupt `thing`: what was registered for the nearest of its classes, or None."""
+    for kind in type(thing).__mro__:
+        waker = _wakers.get(kind) or _wakers.get(f"{kind.__module__}.{kind.__qualname__}")
+        if waker is not None:
+            return waker
+    return None

@@ -1,0 +1,371 @@
+"""Threads of this process: pools leased to one group at a time, or one that you have."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from multiprocessing.dummy import DummyProcess
+from multiprocessing.pool import ThreadPool
+from typing import TYPE_CHECKING, Any
+
+from fastpool._clock import IDLE
+from fastpool._lane import Lane, stand_in
+from fastpool._task import VALUE, call
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
+
+__all__ = ["Leased", "Shared", "shutdown"]
+
+SLICE = 0.01  # seconds after which we let other users of a shared pool have their turn
+
+
+class _WorkerThread(DummyProcess):
+    """A thread of a leased pool. It goes by the name of the group that it serves."""
+
+    lane: Lane | None = None
+
+    @property
+    def name(self) -> str:
+        lane = self.lane
+        run = None if lane is None else lane.run
+        if lane is None or run is None:
+            return "fastpool-idle"
+        return f"fastpool-{run.name}-{lane.number}"
+
+    @name.setter  # the stub has a variable where there is a property
+    def name(self, name: str) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The pool numbers its threads; ours have names."""
+
+
+class _GrowingPool(ThreadPool):
+    """A `ThreadPool` that starts with one thread and gets more as they are needed."""
+
+    if TYPE_CHECKING:  # what it has and its stub does not say
+        _processes: int
+        _pool: list[_WorkerThread]
+        _inqueue: Any
+        _change_notifier: Any
+
+        def _repopulate_pool(self) -> None: ...
+
+    def __init__(self) -> None:
+        try:
+            super().__init__(1)
+        except BaseException:
+            self._give_up()
+            raise
+
+    @staticmethod
+    def Process(ctx: object, *args: Any, **kwargs: Any) -> Any:
+        return _WorkerThread(*args, **kwargs)
+
+    def grow(self) -> None:
+        """Start one thread more, or raise what the system says."""
+        self._processes += 1
+        try:
+            # An empty context: free-threaded builds would give the thread its starter's.
+            contextvars.Context().run(self._repopulate_pool)
+        except BaseException:
+            self._processes -= 1
+            raise
+
+    def _give_up(self) -> None:
+        """The constructor could not start all its threads: end those that it did start."""
+        self._state = "CLOSE"  # so that its finalizer has nothing to say
+        for _ in self._pool:
+            self._inqueue.put(None)
+        handler = getattr(self, "_worker_handler", None)
+        if handler is not None:
+            handler._state = "TERMINATE"
+            self._change_notifier.put(None)
+
+
+class _Pool:
+    """
+    A pool of threads, each of which has one job for good: to serve lane after lane.
+
+    The lanes that are not at work are parked, in `reserve`, and are woken directly: a hop
+    through `apply_async` and its result costs as much as a dozen tasks.
+    """
+
+    def __init__(self) -> None:
+        self.threads: _GrowingPool | None = None
+        self.lanes: list[Lane] = []
+        self.reserve: dict[Lane, None] = {}
+        self.ended = False
+        self.idle_since = 0.0
+        # Guards the growing of `threads` and `lanes`. Held while a thread starts; by submitters
+        # only. It is re-entrant, since a finalizer that submits may run in the middle of that.
+        self.growing = threading.RLock()
+
+    def start(self, lane_ready: Callable[[Lane], None]) -> None:
+        """
+        Start one thread more, with a lane of its own.
+
+        Args:
+            lane_ready: Called with the lane before it can begin.
+        """
+        with self.growing:
+            threads = self.threads
+            if threads is None:
+                threads = self.threads = contextvars.Context().run(_GrowingPool)
+            else:
+                threads.grow()
+            lane = Lane(self, len(self.lanes) + 1)
+            self.lanes.append(lane)
+        lane_ready(lane)
+        lane.gate.open()
+        threads.apply_async(_park, (self, lane))
+
+    def end(self) -> None:
+        """Let every thread go."""
+        self.ended = True
+        for lane in self.lanes:
+            lane.gate.open()
+        if self.threads is not None:
+            self.threads.close()
+
+    def patience(self) -> float:
+        """How long its threads go on waiting, in seconds, while nobody leases it."""
+        return self.idle_since + IDLE - time.monotonic() if self in _idle_pools else IDLE
+
+    def retire(self) -> bool:
+        """End, unless it has just been leased."""
+        try:
+            _idle_pools.remove(self)  # whoever takes it off the list owns it
+        except ValueError:
+            return self.ended
+        self.end()
+        return True
+
+
+# Pools that no group has leased; the one that was used last is used next.
+_idle_pools: deque[_Pool] = deque()
+# Counts the calls of `shutdown`: a pool leased before one is not kept when it comes back.
+_shutdowns = 0
+
+
+def _park(pool: _Pool, lane: Lane) -> None:
+    """The one job of a pool's thread. Raises nothing: a `ThreadPool` would hang on it."""
+    thread = threading.current_thread()
+    assert isinstance(thread, _WorkerThread)
+    thread.lane = lane
+    lane.serve_here()
+    patience = IDLE
+    while not pool.ended:
+        if not lane.gate.wait(patience):
+            patience = pool.patience()
+            if patience <= 0 and not pool.retire():
+                patience = IDLE
+            continue
+        patience = IDLE
+        run = lane.run
+        if run is None:
+            continue
+        if not run.begin(lane):
+            lane.run = None
+            pool.reserve[lane] = None
+        else:
+            try:
+                serve(run, lane)
+            except BaseException as error:  # out of memory in our own books, say
+                run._report(error)
+                run.dismiss(lane)
+        del run
+    thread.lane = None
+
+
+def serve(run: Run, lane: Lane) -> None:
+    """
+    Run a group's tasks until there is nothing to do.
+
+    This is `Run.take` and `Run.perform` written out for the plain case, where nothing
+    disturbs: it is what a task costs.
+    """
+    queue = run.queue
+    popleft = queue.popleft
+    token = run.token
+    while True:
+        try:
+            task = popleft()
+        except IndexError:
+            if run.rest(lane):
+                return
+            continue
+        task._taken = True
+        if run.disturbed or token._reason is not None:
+            if run.admit(task, lane):
+                run.perform(task, lane)
+            elif run.stopping() and run.rest(lane):
+                return
+            continue
+        task._lane = lane
+        lane.task = task
+        try:
+            value = task._context.run(call, task)  # type: ignore[union-attr] # it has one yet
+        except BaseException as error:
+            run.failed(task, lane, error)
+        else:
+            run.ended(task, VALUE, value)
+            if run.watchers:
+                run.notify(task)
+            del value
+        lane.task = None
+        if run.fences:
+            run.passed(lane)
+        del task
+
+
+class Leased:
+    """The backend of a group without a pool of its own: leases one when it has a task."""
+
+    remote = False
+
+    def __init__(self, slots: int) -> None:
+        self.slots = slots
+        self._leases: dict[str, _Pool] = {}  # under one key: `setdefault` decides who leases
+        self._shutdowns = _shutdowns
+
+    def start_lane(self, run: Run) -> None:
+        """Wake a parked thread, or start one."""
+        pool = self._leases.get("pool")
+        if pool is None:
+            pool = self._lease()
+        run.pool = pool
+        try:
+            lane, _ = pool.reserve.popitem()
+        except KeyError:
+            pool.start(run.enlist)
+        else:
+            run.enlist(lane)
+            lane.gate.open()
+
+    def _lease(self) -> _Pool:
+        try:
+            pool = _idle_pools.pop()
+        except IndexError:
+            pool = _Pool()
+        leased = self._leases.setdefault("pool", pool)
+        if leased is not pool:
+            _idle_pools.append(pool)
+        return leased
+
+    def cancel(self, run: Run) -> None:
+        """The tasks look at the group's token itself."""
+
+    def escalate(self, run: Run, level: int) -> bool:
+        """Threads can't be stopped."""
+        return False
+
+    def end(self, run: Run) -> None:
+        """Give the pool back."""
+        pool = self._leases.pop("pool", None)
+        if pool is None:
+            return
+        for lane in run.idle:
+            lane.run = None
+        pool.reserve.update(run.idle)
+        if self._shutdowns != _shutdowns:
+            pool.end()
+            return
+        pool.idle_since = time.monotonic()
+        _idle_pools.append(pool)
+
+    def abandon(self, run: Run) -> None:
+        """The pool ends when its threads come back."""
+        pool = self._leases.pop("pool", None)
+        if pool is not None:
+            pool.end()
+
+
+class Shared:
+    """
+    The backend of a group on a `ThreadPool` that somebody has already.
+
+    Our jobs there end when the queue is empty, and now and then make way for other users'.
+    """
+
+    remote = False
+
+    def __init__(self, pool: ThreadPool) -> None:
+        self.pool = pool
+        self.slots: int = pool._processes  # type: ignore[attr-defined]
+
+    def start_lane(self, run: Run) -> None:
+        """Issue a job that serves the group."""
+        run.pool = self.pool
+        run.disturbed = True  # every task looks whether it is time to make way
+        lane = Lane(self.pool)
+        run.enlist(lane)
+        try:
+            self.pool.apply_async(self._job, (run, lane))
+        except BaseException:
+            run.called.pop(lane, None)
+            run.lanes.pop(lane, None)
+            raise
+        # A worker that waits for the group can do what this job would, if it never gets there.
+        for gate in run.helpers.copy():
+            gate.open()
+        for gate in run.leavers.copy():
+            gate.open()
+
+    def _job(self, run: Run, lane: Lane) -> None:
+        if not run.begin(lane):
+            return
+        lane.serve_here()
+        try:
+            until = time.monotonic() + SLICE
+            while tasks := run.take(lane):
+                run.perform(tasks[0], lane)
+                del tasks
+                if run.queue and time.monotonic() > until and self._make_way(run, lane):
+                    return
+            run.dismiss(lane)
+        finally:
+            stand_in(None)
+
+    def _make_way(self, run: Run, lane: Lane) -> bool:
+        """Go to the end of the pool's own queue; False if the pool takes nothing any more."""
+        run.called[lane] = None
+        try:
+            self.pool.apply_async(self._job, (run, lane))
+        except ValueError:
+            return run.called.pop(lane, lane) is not None
+        run.passed(lane)
+        return True
+
+    def cancel(self, run: Run) -> None:
+        """The tasks look at the group's token itself."""
+
+    def escalate(self, run: Run, level: int) -> bool:
+        """Threads can't be stopped."""
+        return False
+
+    def end(self, run: Run) -> None:
+        """The pool is its owner's, and stays as it is."""
+
+    def abandon(self, run: Run) -> None:
+        """Our jobs end with the task that they are at."""
+
+
+def shutdown() -> None:
+    """End every idle pool and wait for its threads; those in use end when they come back."""
+    global _shutdowns
+    _shutdowns += 1
+    while _idle_pools:
+        try:
+            pool = _idle_pools.pop()
+        except IndexError:
+            break
+        pool.end()
+        if pool.threads is not None:
+            pool.threads.join()
+
+
+def after_fork() -> None:
+    """In a forked child: the threads did not come along."""
+    _idle_pools.clear()
