@@ -49,8 +49,8 @@ class _Owner(Protocol):
 
 S = TypeVar("S", bound=_Owner)
 
-_signature = inspect.signature
-_annotations = inspect.get_annotations
+_signature: Callable[..., inspect.Signature] = inspect.signature
+_annotations: Callable[..., dict[str, Any]] = inspect.get_annotations
 if sys.version_info >= (3, 14):
     from annotationlib import Format
 
@@ -69,11 +69,11 @@ class _Injecting:
 
     if TYPE_CHECKING:
         __wrapped__: Any  # Any: whatever was decorated
-        _self_param: str  # the token's parameter
-        _self_index: int | None  # its place among the positional ones; None: keyword-only
+        # The token's parameter, and its place among the positional ones; None: keyword-only.
+        _self_place: tuple[str, int | None]
         _self_parent: Any  # the decorated function that was bound
 
-    def with_token(self, token: object, /, *args: Any, **kwargs: Any) -> Any:
+    def with_token(self, token: CancelToken, /, *args: Any, **kwargs: Any) -> Any:
         """
         Call the function with a token, which is current during the call.
 
@@ -95,13 +95,14 @@ class _Injecting:
                 f"with_token() wants a CancelToken first, not {reprlib.repr(token)}; "
                 f"to use the current one, call {_name(self.__wrapped__)}() itself"
             )
-        if self._self_index == 1 and self._self_parent is None and args:
-            # Since Python 3.13 @classmethod binds us as a plain method, which has our attributes
-            # as they are: the class is lost.
-            if not isinstance(args[0], type) and "cls" in self.__signature__.parameters:
+        if self._self_parent is None and self._self_place[1] == 1:
+            # Since Python 3.13 @classmethod makes a plain method of us, which passes our own
+            # attributes on as they are: the class is lost.
+            first = next(iter(self.__signature__.parameters))
+            if first == "cls" and args and not isinstance(args[0], type):
                 raise TypeError(
-                    f"{_name(self.__wrapped__)}.with_token() does not know the class; put "
-                    "@cancellable above @classmethod, or call in a block of use_token(token)"
+                    f"{_name(self.__wrapped__)}.with_token() does not know its class; put "
+                    "@cancellable above @classmethod, or call it under use_token(token)"
                 )
         if is_own(token):
             return self._self_inject(token, args, kwargs)
@@ -115,29 +116,30 @@ class _Injecting:
             leave(scope, before)
 
     def _self_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._self_index is None and self._self_param in kwargs:
+        param, index = (self._self_parent or self)._self_place
+        if index is None and param in kwargs:
             # To checkers a keyword-only token is an optional argument like any other.
-            return self.with_token(kwargs.pop(self._self_param), *args, **kwargs)
+            return self.with_token(kwargs.pop(param), *args, **kwargs)
         return self._self_inject(current_token(), args, kwargs)
 
     def _self_inject(
         self, token: CancelToken, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        fn, index = self.__wrapped__, self._self_index
-        parent = self._self_parent
+        fn, parent = self.__wrapped__, self._self_parent
+        param, index = (parent or self)._self_place
         if parent is not None and index is not None and isinstance(fn, MethodType):
             if index:
                 index -= 1
             else:  # a class has `fetch = fetch`: the object is what follows the token
                 fn, args = parent.__wrapped__, (fn.__self__, *args)
         if index is None or index > len(args):  # keyword-only, or `self` came by keyword
-            return fn(*args, **{self._self_param: token}, **kwargs)
+            return fn(*args, **{param: token}, **kwargs)
         return fn(*args[:index], token, *args[index:], **kwargs)
 
     @property
     def __signature__(self) -> inspect.Signature:
         signature = _signature(_function(self.__wrapped__))
-        parameters = [p for p in signature.parameters.values() if p.name != self._self_param]
+        parameters = [p for p in signature.parameters.values() if p.name != self._self_place[0]]
         return signature.replace(parameters=parameters)
 
     if not TYPE_CHECKING:  # to checkers they are plain attributes of every object
@@ -156,7 +158,7 @@ class _Injecting:
             )
 
     def _self_strip(self, annotations: dict[str, Any]) -> dict[str, Any]:
-        return {name: kind for name, kind in annotations.items() if name != self._self_param}
+        return {name: kind for name, kind in annotations.items() if name != self._self_place[0]}
 
     def __repr__(self) -> str:
         return f"<cancellable {self.__wrapped__!r}>"
@@ -177,6 +179,9 @@ class _BoundCancellable(_Injecting, wrapt.BoundFunctionWrapper[..., Any]):
     """A decorated method, as an object or its class gives it."""
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+        fn = self.__wrapped__
+        if type(fn) is MethodType and self._self_parent._self_place[1] == 1:
+            return fn(current_token(), *args, **kwargs)  # the short way, for most methods
         return self._self_call(args, kwargs)
 
     @property
@@ -224,7 +229,9 @@ if TYPE_CHECKING:
         __module__: str
 
         def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
-        def with_token(self, token: CancelToken, /, *args: P.args, **kwargs: P.kwargs) -> R_co: ...
+        def with_token(self, token: CancelToken, /, *args: P.args, **kwargs: P.kwargs) -> R_co:
+            """Call the function with a token, which is current in the call and told if it fails."""
+            ...
 
     _TokenElsewhere: Any  # Any: checkers know one class of them
 else:
@@ -240,11 +247,10 @@ else:
 
         def __init__(self, fn, param, index):
             super().__init__(fn, None)  # None: what wrapt's own `__call__` would call
-            self._self_param = param
-            self._self_index = index
+            self._self_place = param, index
 
-        # The short way for a token that comes first; wrapt's own takes three times as long,
-        # and every attribute that is read of a proxy costs as much as a call.
+        # The short way, for a token that comes first: wrapt's own `__call__` takes three times
+        # as long, and every attribute that is read of a proxy costs as much as a call.
         def __call__(self, /, *args, **kwargs):
             return self.__wrapped__(current_token(), *args, **kwargs)
 
@@ -259,6 +265,8 @@ else:
             )
 
     class _TokenElsewhere(Cancellable):
+        """The token does not come first."""
+
         def __call__(self, /, *args, **kwargs):
             return self._self_call(args, kwargs)
 
@@ -340,8 +348,12 @@ def _decorate(fn: Any, param: str | None) -> Any:
         ) from error
     token = _find_token(fn, parameters, param)
     index = None if token.kind is Parameter.KEYWORD_ONLY else parameters.index(token)
-    owned = parameters[0].name in ("self", "cls")
-    if token.default is Parameter.empty if index is None else index > owned:
+    if index is None:
+        misplaced = token.default is Parameter.empty
+    else:
+        owned = parameters[0].name in ("self", "cls")
+        misplaced = not isinstance(fn, classmethod) <= index <= owned
+    if misplaced:
         raise TypeError(
             f"{token.name!r}, the token of {name}(), must be the first parameter (after self or "
             "cls), or keyword-only with a default"

@@ -25,6 +25,7 @@ class Lane:
     """
 
     __slots__ = (
+        "_thread",
         "above",
         "below",
         "gate",
@@ -35,7 +36,6 @@ class Lane:
         "task",
         "thread",
         "waits",
-        "worker",
     )
 
     def __init__(self, pool: object, number: int = 0) -> None:
@@ -49,13 +49,18 @@ class Lane:
         self.below: Lane | None = None  # the lane whose waiting task helps out here
         self.above: Lane | None = None  # the lane in which the waiting task helps out
         self.thread: object = None  # `this_thread()` of the thread that serves it
-        self.worker = ""  # that thread's name
+        self._thread: threading.Thread | None = None
 
     def serve_here(self) -> None:
         """Say that the calling thread serves this lane from now on."""
         self.thread = this_thread()
-        self.worker = threading.current_thread().name
+        self._thread = threading.current_thread()
         _local.lane = self
+
+    @property
+    def worker(self) -> str:
+        """The name of the thread that serves it."""
+        return "" if self._thread is None else self._thread.name
 
     def stack(self) -> Iterator[Lane]:
         """This lane and those below it, whose tasks wait on the same thread."""

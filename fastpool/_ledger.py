@@ -126,9 +126,15 @@ class Ledger:
     def why(self) -> object:
         """The reason of what is cancelled now."""
         reason = self.token.reason
-        if reason is None and self.failures:
-            reason = self.failures[0].exception
-        return "its group has ended" if reason is None else reason
+        if reason is not None:
+            return reason
+        if self.judge_error is not None:
+            return self.judge_error
+        if self.failures:
+            return self.failures[0].exception
+        if self.winner is not None:
+            return f"task {self.winner.name!r} was enough"
+        return "its group has ended"
 
     def claim(self, task: Task[Any]) -> _Claim:
         """Where it is decided what becomes of a queued task. Look at `_taken` after."""
@@ -141,7 +147,12 @@ class Ledger:
             verdict = self.claim(task).decide(_Withdrawn(self.why()))
         else:
             claim = self.claims.get(task)
-            verdict = lane if claim is None else claim.decide(lane)
+            if claim is not None:
+                verdict = claim.decide(lane)
+            else:
+                # Looked at after the claim, which stays until the task has ended: somebody
+                # who waited for it may have run it, and it is still in the queue.
+                verdict = lane if task._lane is None else None
         if verdict is lane:
             task._lane = lane
             return True
@@ -155,6 +166,8 @@ class Ledger:
         claim = self.claim(task)
         withdrawn = _Withdrawn(reason)
         if task._taken or claim.decide(withdrawn) is not withdrawn:
+            if task._state:
+                self.claims.pop(task, None)
             return False
         self.never_ran(task, withdrawn)
         return True
@@ -213,7 +226,7 @@ class Ledger:
         token = self.tokens.pop(task, None)
         if token is not None:
             token._seal()
-            if token.cancelled():
+            if token._cause is not None and token._callbacks():
                 self.loose.append(token)
 
     # --- Outcomes -----------------------------------------------------------------------------
@@ -222,7 +235,7 @@ class Ledger:
         """A task has returned."""
         stop = self.judging is not None and self.consult(task, None)
         self.ended(task, VALUE, value)
-        turned = stop and self.cancel_rest(f"task {task.name!r} was enough")
+        turned = stop and self.cancel_rest(self.why())
         if self.watchers:
             self.notify(task)
         if self.observers:
@@ -276,6 +289,8 @@ class Ledger:
         task._state = state
         if self.tokens:
             self.close_token(task)
+        if self.claims:
+            self.claims.pop(task, None)
 
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""

@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Run"]
 
-# What the system says when it has no thread for us.
-NO_THREAD = (RuntimeError, MemoryError, OSError)
+# What is raised when the system has no thread for us, or a pool takes nothing any more.
+NO_LANE = (RuntimeError, MemoryError, OSError, ValueError)
+
+ENDED = "its with block has ended"
+GOES_ON = "goes on"  # the one key in `Run.closing`
 
 
 class Run(Ledger):
@@ -49,6 +52,8 @@ class Run(Ledger):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.closed: str | None = "it has not been entered; submit inside its with block"
+        # Whether a group that is about to close does so; `setdefault` decides.
+        self.closing: dict[str, bool] | None = None
         self.backend: Backend | None = None
         self.pool: object = None  # what its lanes' threads belong to
         self.queue: deque[Task[Any]] = deque()
@@ -56,6 +61,7 @@ class Run(Ledger):
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
         self.called: dict[Lane, None] = {}
+        self.calling: dict[object, None] = {}  # threads that are calling a lane now
         self.limit = 0
         self.full = False  # no slot was free when last looked
         self._fresh = itertools.count()
@@ -99,9 +105,9 @@ class Run(Ledger):
         index: int | None = None,
     ) -> Task[Any]:
         """Queue a call, see to it that a lane comes, and return its handle."""
-        if self.closed is not None or (
-            (self.disturbed or self.token.cancelled()) and self.stopping()
-        ):
+        if self.closed is not None:
+            raise self.closed_error(fn, self.closed)
+        if (self.disturbed or self.token.cancelled()) and self.stopping():
             self.refuse(fn)
         task = Task(self, fn, args, kwargs, copy_context(), frame, options, index)
         if options.timeout is not None:
@@ -109,36 +115,39 @@ class Run(Ledger):
         if self.observers:
             self.emit("task_submitted", task)
         self.queue.append(task)
-        # Closed after the look above: either whoever leaves has seen the task in the queue and
-        # goes on, or it is ours to take back.
-        if self.closed is not None and self.withdraw(task, self.closed):
-            self.refuse(fn)
+        # Whoever leaves says that it is closing first and looks at the queue then. So it has
+        # seen the task there, or we see that it is closing, and one of us decides.
+        if not self.goes_on():
+            self.withdraw(task, ENDED)
+            raise self.closed_error(fn, ENDED)
         if not self.called and (self.idle or not self.full):
             try:
                 self.call()
-            except BaseException as error:
+            except NO_LANE as error:
                 if not self.lanes and self.withdraw(task, error):
-                    raise
+                    raise  # else it goes on with the lanes that it has
         return task
 
     def check_open(self, fn: object) -> None:
         """Raise what `submit` would, before anything is taken from an input."""
-        if self.closed is not None or self.stopping():
+        if self.closed is not None:
+            raise self.closed_error(fn, self.closed)
+        if self.stopping():
             self.refuse(fn)
 
+    def closed_error(self, fn: object, why: str, reason: object = None) -> GroupClosedError:
+        """What a submit raises to a group that takes nothing."""
+        return GroupClosedError(
+            f"cannot submit {label(fn)}() to group {self.name!r}: {why}", reason=reason
+        )
+
     def refuse(self, fn: object) -> NoReturn:
-        """Raise what a submit raises to a group that takes nothing."""
-        name = fn if isinstance(fn, str) else f"{label(fn)}()"
-        if self.closed is not None:
-            raise GroupClosedError(f"cannot submit {name} to group {self.name!r}: {self.closed}")
-        if not self.token.cancelled() and self.failures:
-            self.token._fail(self.failures[0].exception)
+        """Raise what a submit raises to a group that was cancelled, or is about to be."""
+        if not self.token.cancelled():
+            self.cancel_rest(self.why())
         _scope.checkpoint()
         reason = self.token.reason
-        raise GroupClosedError(
-            f"cannot submit {name} to group {self.name!r}: it was cancelled: {describe(reason)}",
-            reason=reason,
-        )
+        raise self.closed_error(fn, f"it was cancelled: {describe(reason)}", reason)
 
     # --- Slots and lanes ------------------------------------------------------------------
 
@@ -148,6 +157,17 @@ class Run(Ledger):
 
     def call(self) -> None:
         """Have one more lane serve the queue, if one is idle or may be started."""
+        # Others may have run all there was since we looked, and the group be about to end, so
+        # say that we are at it before we look whether it does; `close` does the reverse.
+        me = object()
+        self.calling[me] = None
+        try:
+            if self.goes_on():
+                self._call()
+        finally:
+            del self.calling[me]
+
+    def _call(self) -> None:
         assert self.backend is not None
         try:
             lane, _ = self.idle.popitem()
@@ -162,6 +182,11 @@ class Run(Ledger):
         else:
             self.called[lane] = None
             lane.gate.open()
+
+    def goes_on(self) -> bool:
+        """Whether the group has not ended. If it is about to, it does not, for our sake."""
+        closing = self.closing
+        return closing is None or closing.setdefault(GOES_ON, True)
 
     def take_slot(self) -> bool:
         """Whether one more task may run at once."""
@@ -187,8 +212,11 @@ class Run(Ledger):
         """Free a slot, and see whether somebody was waiting for it."""
         self.free_slot()
         if self.queue and not self.stopping() and self.want_lane():
-            with contextlib.suppress(*NO_THREAD):
+            try:
                 self.call()
+            except NO_LANE as error:
+                if not self.lanes:
+                    self._report(error)  # nobody is left to run the rest
         for gate in self.leavers.copy():
             gate.open()
 
@@ -203,8 +231,8 @@ class Run(Ledger):
         if self.called.pop(lane, lane) is not None:
             return False
         if len(self.queue) > 1 and self.want_lane():
-            with contextlib.suppress(*NO_THREAD):
-                self.call()  # if the system has no thread for us, go on with those there are
+            with contextlib.suppress(*NO_LANE):
+                self.call()  # if there is no lane to be had, go on with those there are
         return True
 
     def rest(self, lane: Lane) -> bool:
@@ -378,7 +406,7 @@ class Run(Ledger):
             if self.want_lane():
                 try:
                     self.call()
-                except NO_THREAD as error:
+                except NO_LANE as error:
                     if not self.lanes:
                         self._report(error)  # no thread at all: nothing of the queue can run
                     return False
@@ -397,12 +425,12 @@ class Run(Ledger):
 
     def close(self) -> bool:
         """Take nothing any more, unless something came in since the lanes came to rest."""
-        self.closed = "its with block has ended"
-        # Submitters append first and look at `closed` then. What is in the queue by now is
-        # either taken back by its submitter, or we see it here and go on.
-        if self.at_rest():
+        closing: dict[str, bool] = {}
+        self.closing = closing
+        if not self.calling and self.at_rest() and not closing.setdefault(GOES_ON, False):
+            self.closed = ENDED
             return True
-        self.closed = None
+        self.closing = None
         return False
 
     def end(self) -> tuple[Failure, ...]:

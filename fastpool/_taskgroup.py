@@ -289,6 +289,7 @@ class TaskGroup(Submitter):
                 except BaseException as error:
                     # What a signal handler raises here counts as the body's. Ctrl-C a second
                     # time means: now.
+                    strip(error)
                     run._report(error)
                     if isinstance(error, KeyboardInterrupt) and interrupted:
                         run.abandon()

@@ -438,11 +438,14 @@ class CancelToken:
         Only to be called for a token that is set or sealed; returns at once from inside a
         callback.
         """
-        if self._reason is None:
-            return
-        for entry in self._entries.copy().values():
-            if type(entry) is Callback:
-                entry.join()
+        # By its cause: the one who sets it may not have come to its reason yet.
+        if self._cause is not None:
+            for callback in self._callbacks():
+                callback.join()
+
+    def _callbacks(self) -> list[Callback]:
+        """Those that have not run yet, or are running."""
+        return [entry for entry in self._entries.copy().values() if type(entry) is Callback]
 
     # --- Family ---------------------------------------------------------------------------
 

@@ -98,6 +98,7 @@ class _Pool:
         self.reserve: dict[Lane, None] = {}
         self.ended = False
         self.idle_since = 0.0
+        _live_pools[self] = None
         # Guards the growing of `threads` and `lanes`. Held while a thread starts; by submitters
         # only. It is re-entrant, since a finalizer that submits may run in the middle of that.
         self.growing = threading.RLock()
@@ -124,10 +125,17 @@ class _Pool:
     def end(self) -> None:
         """Let every thread go."""
         self.ended = True
+        _live_pools.pop(self, None)
         for lane in self.lanes:
             lane.gate.open()
         if self.threads is not None:
             self.threads.close()
+
+    def disown(self) -> None:
+        """In a forked child: the threads are the parent's, and so are the pool's pipes."""
+        self.ended = True
+        if self.threads is not None:
+            self.threads._state = "CLOSE"  # or its finalizer would write to them
 
     def patience(self) -> float:
         """How long its threads go on waiting, in seconds, while nobody leases it."""
@@ -143,7 +151,9 @@ class _Pool:
         return True
 
 
-# Pools that no group has leased; the one that was used last is used next.
+# All that have not ended.
+_live_pools: dict[_Pool, None] = {}
+# Those that no group has leased; the one that was used last is used next.
 _idle_pools: deque[_Pool] = deque()
 # Counts the calls of `shutdown`: a pool leased before one is not kept when it comes back.
 _shutdowns = 0
@@ -369,3 +379,6 @@ def shutdown() -> None:
 def after_fork() -> None:
     """In a forked child: the threads did not come along."""
     _idle_pools.clear()
+    for pool in list(_live_pools):
+        pool.disown()
+    _live_pools.clear()
