@@ -116,7 +116,7 @@ class _Injecting:
             leave(scope, before)
 
     def _self_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        param, index = (self._self_parent or self)._self_place
+        param, index = self._self_place
         if index is None and param in kwargs:
             # To checkers a keyword-only token is an optional argument like any other.
             return self.with_token(kwargs.pop(param), *args, **kwargs)
@@ -126,7 +126,7 @@ class _Injecting:
         self, token: CancelToken, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         fn, parent = self.__wrapped__, self._self_parent
-        param, index = (parent or self)._self_place
+        param, index = self._self_place
         if parent is not None and index is not None and isinstance(fn, MethodType):
             if index:
                 index -= 1

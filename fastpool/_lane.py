@@ -29,6 +29,7 @@ class Lane:
         "above",
         "below",
         "gate",
+        "leaves",
         "number",
         "pool",
         "run",
@@ -46,6 +47,7 @@ class Lane:
         self.task: Task[Any] | None = None  # what it runs now
         self.since = 0.0  # when that began, where somebody observes
         self.waits: Sequence[Task[Any]] = ()  # what that task waits for
+        self.leaves: Run | None = None  # the group that it waits for as a whole
         self.below: Lane | None = None  # the lane whose waiting task helps out here
         self.above: Lane | None = None  # the lane in which the waiting task helps out
         self.thread: object = None  # `this_thread()` of the thread that serves it

@@ -125,6 +125,8 @@ class Run(Ledger):
                 self.call()
             except NO_LANE as error:
                 if not self.lanes and self.withdraw(task, error):
+                    with contextlib.suppress(ValueError):
+                        self.queue.remove(task)
                     raise  # else it goes on with the lanes that it has
         return task
 
@@ -166,6 +168,7 @@ class Run(Ledger):
                 self._call()
         finally:
             del self.calling[me]
+            self.wake_leavers()  # one may have stayed for our sake
 
     def _call(self) -> None:
         assert self.backend is not None
@@ -217,8 +220,13 @@ class Run(Ledger):
             except NO_LANE as error:
                 if not self.lanes:
                     self._report(error)  # nobody is left to run the rest
-        for gate in self.leavers.copy():
-            gate.open()
+        self.wake_leavers()
+
+    def wake_leavers(self) -> None:
+        """Have who waits for the lanes to come to rest look again."""
+        if self.leavers:
+            for gate in self.leavers.copy():
+                gate.open()
 
     def enlist(self, lane: Lane) -> None:
         """A backend is about to start this lane."""
@@ -241,8 +249,7 @@ class Run(Ledger):
         self.passed(lane)
         if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:
             return False
-        for gate in self.leavers.copy():
-            gate.open()
+        self.wake_leavers()
         return True
 
     def dismiss(self, lane: Lane) -> None:
@@ -355,8 +362,7 @@ class Run(Ledger):
             self.lanes.pop(inner, None)
             self.passed(inner)
             if own:
-                for gate in self.leavers.copy():
-                    gate.open()
+                self.wake_leavers()
             else:
                 self.give_back_slot()
 
@@ -394,6 +400,10 @@ class Run(Ledger):
             return True
         finally:
             self.fences.pop(gate, None)
+
+    def in_hand(self) -> list[Task[Any]]:
+        """The tasks that lanes are at."""
+        return [lane.task for lane in self.lanes.copy() if lane.task is not None]
 
     def come_to_rest(self, lane: Lane | None) -> bool:
         """

@@ -137,8 +137,11 @@ class Submitter:
     def _map(
         self, fn: Callable[..., R], iterables: tuple[Iterable[Any], ...], frame: FrameType
     ) -> Batch[R]:
+        refuse(fn, "map")
         if not iterables:
             raise TypeError(f"map() wants an iterable for each argument of {label(fn)}()")
+        for items in iterables:
+            _refuse_no_iterable("map", items)
         return self._submit_all(fn, lambda: zip(*iterables, strict=False), frame)
 
     def starmap(self, fn: Callable[[*Ts], R], items: Iterable[tuple[*Ts]], /) -> Batch[R]:
@@ -158,6 +161,8 @@ class Submitter:
         Source:
             `itertools.starmap`.
         """
+        refuse(fn, "starmap")
+        _refuse_no_iterable("starmap", items)
         return self._submit_all(fn, lambda: iter(items), sys._getframe(1))
 
     def _submit_all(
@@ -166,14 +171,15 @@ class Submitter:
         begin: Callable[[], Iterator[Iterable[Any]]],
         frame: FrameType,
     ) -> Batch[R]:
-        refuse(fn)
         run = self._run
         run.check_open(fn)
         options = self._options
         tasks: list[Task[R]] = []
-        items = begin()
+        items: Iterator[Iterable[Any]] | None = None
         while True:
             try:
+                if items is None:
+                    items = begin()
                 arguments = tuple(next(items))
             except StopIteration:
                 return Batch(tuple(tasks))
@@ -181,3 +187,8 @@ class Submitter:
                 run.token._report(error)
                 raise
             tasks.append(run.submit(fn, arguments, NOTHING, frame, options, len(tasks)))
+
+
+def _refuse_no_iterable(caller: str, items: object) -> None:
+    if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
+        raise TypeError(f"{caller}() wants an iterable, not {items!r}")

@@ -24,7 +24,7 @@ from fastpool._submitter import Submitter
 from fastpool._task import PLAIN, Failure, Options, Task
 from fastpool._token import CancelToken
 from fastpool._unraisable import unraisable
-from fastpool._waiting import refuse_own_group
+from fastpool._waiting import circle_error, find_circle, refuse_own_group
 from fastpool.backends import Backend, threads
 from fastpool.backends.threads import Leased, Shared
 from fastpool.events import Observer
@@ -280,6 +280,12 @@ class TaskGroup(Submitter):
         key = run.token._add_sleeper(gate)
         interrupted = False
         try:
+            if lane is not None:
+                # Said first and looked at then, as by every worker that waits.
+                lane.leaves = run
+                circle = find_circle(lane, run.in_hand())
+                if circle is not None:
+                    run._report(circle_error(*circle))
             while True:
                 try:
                     if run.come_to_rest(lane) and run.close():
@@ -298,6 +304,8 @@ class TaskGroup(Submitter):
         finally:
             run.token._remove(key)
             run.leavers.pop(gate, None)
+            if lane is not None:
+                lane.leaves = None
 
     def _verdict(self) -> BaseException | None:
         """What leaves because something failed."""
@@ -388,6 +396,8 @@ def _policy(policy: Policy | None) -> Policy:
 
 
 def _observers(observers: Iterable[Observer]) -> tuple[Observer, ...]:
+    if not isinstance(observers, Iterable):
+        raise TypeError(f"observers must be a collection; write observers=[{observers!r}]")
     found = tuple(observers)
     for observer in found:
         if not callable(observer):

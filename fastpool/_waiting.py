@@ -127,6 +127,8 @@ def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task
             links.append((above.task, first))
         else:
             links.extend((waited, first) for waited in serving.waits)
+            if serving.leaves is not None:
+                links.extend((waited, first) for waited in serving.leaves.in_hand())
     return None
 
 
@@ -141,8 +143,10 @@ def circle_error(waiting: Task[Any], waited: Task[Any]) -> RuntimeError:
 
 def refuse_own_group(run: Ledger, lane: Lane | None) -> None:
     """Raise if the calling thread is a worker's, and runs a task of the group it would wait for."""
-    for below in () if lane is None else lane.stack():
+    if lane is None or lane.task is None:
+        return
+    for below in lane.stack():
         if below.run is run and below.task is not None:
-            raise RuntimeError(
-                f"task {below.task.name!r} cannot wait for its own group {run.name!r}"
-            )
+            why = "" if below is lane else f", whose task {below.task.name!r} waits for it"
+            which = "its own group" if below is lane else "group"
+            raise RuntimeError(f"task {lane.task.name!r} cannot wait for {which} {run.name!r}{why}")

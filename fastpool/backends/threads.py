@@ -320,8 +320,7 @@ class Shared:
         # A worker that waits for the group can do what this job would, if it never gets there.
         for gate in run.helpers.copy():
             gate.open()
-        for gate in run.leavers.copy():
-            gate.open()
+        run.wake_leavers()
 
     def _job(self, run: Run, lane: Lane) -> None:
         if not run.begin(lane):

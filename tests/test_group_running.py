@@ -1,0 +1,2556 @@
+"""How a group runs its tasks: where, how many at once, in which context, and on whose pool."""
+
+import contextvars
+import functools
+import gc
+import itertools
+import math
+import os
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+from contextlib import ExitStack, suppress
+from multiprocessing.pool import ThreadPool
+
+import pytest
+
+import fastpool
+from fastpool import (
+    Batch,
+    Cancelled,
+    CancelToken,
+    FailFast,
+    Failure,
+    GroupClosedError,
+    Submitter,
+    TaskGroup,
+    cancellable,
+    current_token,
+    shield,
+    use_token,
+)
+
+variable = contextvars.ContextVar("variable", default="nothing")
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """No test leaves a worker behind."""
+    before = set(threading.enumerate())
+    yield
+    fastpool.shutdown()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture
+def make_pool():
+    """Makes pools as users have them, and ends them after the test."""
+    with ExitStack() as ending:
+
+        def make(size):
+            pool = ThreadPool(size)
+            ending.callback(pool.join)
+            ending.callback(pool.close)
+            return pool
+
+        yield make
+
+
+@pytest.fixture(params=["own", "shared"])
+def workers(request, make_pool):
+    """The arguments of a group with so many workers: on fastpool's threads, on a user's pool."""
+    if request.param == "own":
+        return lambda count: {"max_workers": count}
+    return lambda count: {"pool": make_pool(count)}
+
+
+class Crowd:
+    """Counts how many threads are inside at once."""
+
+    def __init__(self):
+        self.inside = self.peak = 0
+        self.lock = threading.Lock()
+
+    def __enter__(self):
+        with self.lock:
+            self.inside += 1
+            self.peak = max(self.peak, self.inside)
+
+    def __exit__(self, *error):
+        with self.lock:
+            self.inside -= 1
+
+
+def until(condition):
+    """Wait for what nothing signals."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.001)
+
+
+def is_inside(thread):
+    """Whether a thread is in a call of the library's, and not in user code that this called."""
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None and frame.f_globals["__name__"] == "threading":
+        frame = frame.f_back
+    return frame is not None and frame.f_globals["__name__"].startswith("fastpool")
+
+
+def is_asleep(thread):
+    """Whether a thread waits for something of the library's."""
+    frame = sys._current_frames().get(thread.ident)
+    return frame is not None and frame.f_globals["__name__"] == "fastpool._gate"
+
+
+def act_at(step, act):
+    """A trace function that calls `act` once, at so many lines of the library's from here."""
+    lines = itertools.count()
+
+    def trace(frame, event, argument):
+        if not frame.f_globals.get("__name__", "").startswith("fastpool"):
+            return None
+        if event == "line" and next(lines) == step:
+            act()
+        return trace
+
+    return trace
+
+
+def in_thread(fn, *args):
+    """What a function returns in a new thread, or the error it raises there."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(fn(*args))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(timeout=20)
+    return outcome[0]
+
+
+def run_script(source):
+    """Run a program in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def names_of(group):
+    """The names of the threads that serve a group now."""
+    prefix = f"fastpool-{group.name}-"
+    return {thread.name for thread in threading.enumerate() if thread.name.startswith(prefix)}
+
+
+def resize(width):
+    """A task that a message can name."""
+    return width
+
+
+# --- How many at once ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 64])
+def test_as_many_tasks_run_at_once_as_there_are_workers(workers, count):
+    """
+    All the workers run a task at the same time, and no further task runs beside theirs.
+    """
+    crowd = Crowd()
+    together = threading.Barrier(count)
+
+    def meet():
+        with crowd:
+            together.wait(timeout=10)
+
+    with TaskGroup(**workers(count)) as group:
+        group.starmap(meet, [()] * 4 * count)
+
+    assert crowd.peak == count
+
+
+@pytest.mark.parametrize(("max_workers", "size", "most"), [(2, 4, 2), (8, 2, 2)])
+def test_smaller_of_max_workers_and_pool_bounds_what_runs(make_pool, max_workers, size, most):
+    """
+    On a pool of yours neither `max_workers` nor the pool's size is ever exceeded.
+    """
+    crowd = Crowd()
+    together = threading.Barrier(most)
+
+    def meet():
+        with crowd:
+            together.wait(timeout=10)
+
+    with TaskGroup(max_workers, pool=make_pool(size)) as group:
+        group.starmap(meet, [()] * 16)
+
+    assert crowd.peak == most
+
+
+@pytest.mark.parametrize(("cpus", "count"), [(3, 7), (64, 32)])
+def test_default_workers_follow_the_cpus(cpus, count):
+    """
+    Without a number, four more tasks than there are processors run at once, 32 at the most.
+    """
+    done = run_script(
+        f"""
+import os, threading
+os.cpu_count = os.process_cpu_count = lambda: {cpus}
+import fastpool
+
+inside, peak, lock = 0, 0, threading.Lock()
+together = threading.Barrier({count})
+
+def meet():
+    global inside, peak
+    with lock:
+        inside += 1
+        peak = max(peak, inside)
+    together.wait(timeout=20)
+    with lock:
+        inside -= 1
+
+with fastpool.TaskGroup() as group:
+    group.starmap(meet, [()] * {4 * count})
+print(peak)
+"""
+    )
+
+    assert (done.stdout.split(), done.stderr) == ([str(count)], "")
+
+
+@pytest.mark.parametrize("refused", [0, -1, 1.5, True, "4", math.nan])
+@pytest.mark.parametrize("make", [TaskGroup, functools.partial(fastpool.map, abs, [1])])
+def test_wrong_number_of_workers_is_refused(make, refused):
+    """
+    A number of workers that is none raises at once, and the message shows it.
+    """
+    with pytest.raises((TypeError, ValueError), match="max_workers must be") as caught:
+        make(max_workers=refused)
+
+    assert repr(refused) in str(caught.value)
+
+
+def test_threads_start_as_tasks_need_them():
+    """
+    A group of 64 workers has as many threads as it has had tasks at once.
+    """
+    fastpool.shutdown()
+    release = threading.Event()
+    counts = []
+
+    def hold(started):
+        started.set()
+        release.wait(timeout=10)
+
+    with TaskGroup(max_workers=64) as group:
+        counts.append(len(names_of(group)))
+        for _ in range(3):
+            started = threading.Event()
+            group.submit(hold, started)
+            started.wait(timeout=10)
+            counts.append(len(names_of(group)))
+        release.set()
+
+    assert counts == [0, 1, 2, 3]
+
+
+# --- Threads ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"pool": "threads"}])
+def test_threads_are_named_after_the_group_they_serve(options):
+    """
+    A thread is called `fastpool-<group>-<n>` while it serves a group, each by its own number.
+    """
+    together = threading.Barrier(3)
+
+    def name():
+        together.wait(timeout=10)
+        return threading.current_thread().name
+
+    with TaskGroup(3, name="thumbnails", **options) as group:
+        names = group.starmap(name, [()] * 3).results()
+
+    assert len(set(names)) == 3
+    for each in names:
+        prefix, _, number = each.rpartition("-")
+        assert prefix == "fastpool-thumbnails"
+        assert number.isdigit()
+    assert names_of(group) == set()
+
+
+def test_group_without_a_name_is_given_one():
+    """
+    Groups that were given no name have different ones, which their threads bear.
+    """
+    with TaskGroup() as one, TaskGroup() as other:
+        seen = one.submit(lambda: threading.current_thread().name).result()
+
+    assert one.name
+    assert one.name != other.name
+    assert seen.startswith(f"fastpool-{one.name}-")
+
+
+# --- Context ------------------------------------------------------------------------------------
+
+
+def test_task_sees_the_variables_of_its_submit(workers):
+    """
+    A task runs in the context in which it was submitted, not in that of its start.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(1)) as group:
+        group.submit(release.wait, 10)
+        token = variable.set("then")
+        task = group.submit(variable.get)
+        variable.set("now")
+        release.set()
+        seen = task.result()
+        variable.reset(token)
+
+    assert seen == "then"
+
+
+def test_variable_set_in_a_task_stays_there(workers):
+    """
+    What a task does to its context reaches neither the next task of its worker nor the body.
+    """
+
+    def leak(value):
+        before = variable.get()
+        variable.set(value)
+        return before, threading.get_ident()
+
+    with TaskGroup(**workers(1)) as group:
+        seen = group.map(leak, ["first", "second", "third"]).results()
+        seen.append(group.submit(leak, "fourth").result())
+
+    assert [value for value, _ in seen] == ["nothing"] * 4
+    assert len({thread for _, thread in seen}) == 1
+    assert variable.get() == "nothing"
+
+
+def test_task_submitted_by_a_task_has_the_context_of_that_task(workers):
+    """
+    A nested submit copies the context of the task that submits.
+    """
+
+    def outer():
+        variable.set("outer's")
+        return group.submit(variable.get)
+
+    with TaskGroup(**workers(2)) as group:
+        inner = group.submit(outer).result()
+        beside = group.submit(variable.get)
+
+    assert inner.result() == "outer's"
+    assert beside.result() == "nothing"
+
+
+def test_context_of_a_foreign_thread_reaches_its_tasks(workers):
+    """
+    What another thread submits runs in a copy of that thread's context.
+    """
+
+    def submit():
+        variable.set("foreign")
+        return group.submit(variable.get).result()
+
+    with TaskGroup(**workers(1)) as group:
+        seen = in_thread(submit)
+
+    assert seen == "foreign"
+
+
+# --- Tokens -------------------------------------------------------------------------------------
+
+
+def test_each_task_has_a_token_of_its_own(workers):
+    """
+    The current token differs from task to task, and from the group's.
+    """
+
+    @cancellable
+    def look(token):
+        together.wait(timeout=10)
+        return token, current_token(), current_token()
+
+    together = threading.Barrier(2)
+    with TaskGroup(**workers(2)) as group:
+        looks = group.starmap(look, [(), ()]).results()
+
+    for injected, current, again in looks:
+        assert injected is current is again
+        assert current is not group.token
+    assert looks[0][0] is not looks[1][0]
+
+
+def test_token_of_a_task_hears_the_groups(workers):
+    """
+    Cancelling the group sets every task's token, with the group's reason.
+    """
+    together = threading.Barrier(3)
+
+    def reason():
+        token = current_token()
+        together.wait(timeout=10)
+        token.wait(timeout=10)
+        return token.reason
+
+    with TaskGroup(**workers(2)) as group:
+        batch = group.starmap(reason, [(), ()])
+        together.wait(timeout=10)
+        group.cancel("enough")
+
+    assert batch.results() == ["enough", "enough"]
+
+
+def test_token_of_a_task_tells_nobody(workers):
+    """
+    A task that sets its own token is cancelled alone.
+    """
+    together = threading.Barrier(2)
+
+    def stop_myself():
+        current_token().cancel("mine")
+        together.wait(timeout=10)
+        current_token().check()
+
+    def look():
+        together.wait(timeout=10)
+        return current_token().cancelled()
+
+    with TaskGroup(**workers(2)) as group:
+        stopped = group.submit(stop_myself)
+        beside = group.submit(look)
+
+    assert stopped.cancelled()
+    assert beside.result() is False
+    assert not group.token.cancelled()
+    assert group.failures == ()
+
+
+# --- Who may submit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_tasks_submit_a_thousand_tasks(workers, count):
+    """
+    Leaving waits for the 1 024 tasks that 32 tasks submit to their own group.
+    """
+    ran = []
+
+    def branch(number):
+        for leaf in range(32):
+            group.submit(ran.append, (number, leaf))
+
+    with TaskGroup(**workers(count)) as group:
+        group.map(branch, range(32))
+
+    assert sorted(ran) == list(itertools.product(range(32), range(32)))
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_chain_of_ten_thousand_tasks_needs_no_recursion(workers, count):
+    """
+    Each task submits the next, as deep as one likes, and leaving waits for the last.
+    """
+    depths = set()
+    last = []
+
+    def link(left):
+        depth = 0
+        frame = sys._getframe()
+        while frame is not None:
+            depth, frame = depth + 1, frame.f_back
+        depths.add(depth)
+        if left:
+            group.submit(link, left - 1)
+        else:
+            last.append(group.name)
+
+    with TaskGroup(name="chain", **workers(count)) as group:
+        group.submit(link, 10_000)
+
+    assert last == ["chain"]
+    assert max(depths) - min(depths) < 10
+
+
+def test_other_threads_submit_while_the_block_is_open(workers):
+    """
+    What four threads submit at once all runs.
+    """
+    ran = []
+    together = threading.Barrier(4)
+
+    def submit_many(number):
+        together.wait(timeout=10)
+        for item in range(250):
+            group.submit(ran.append, (number, item))
+
+    with TaskGroup(**workers(4)) as group:
+        threads = [threading.Thread(target=submit_many, args=(n,)) for n in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=20)
+
+    assert sorted(ran) == list(itertools.product(range(4), range(250)))
+
+
+def test_other_threads_submit_during_the_final_wait(workers):
+    """
+    A group whose body has ended takes tasks from other threads until it is left.
+    """
+    leaving = threading.current_thread()
+    release = threading.Event()
+    late = []
+
+    def submit_late():
+        until(lambda: is_inside(leaving))
+        late.append(group.submit(resize, 404))
+        release.set()
+
+    thread = threading.Thread(target=submit_late)
+    with TaskGroup(**workers(2)) as group:
+        group.submit(release.wait, 10)
+        thread.start()
+    thread.join(timeout=10)
+
+    assert late[0].result(timeout=0) == 404
+
+
+def test_submit_that_races_with_the_end_runs_or_is_refused(workers):
+    """
+    At whatever line a submit is when the block ends, its task runs inside the block or is none.
+    """
+    main = threading.current_thread()
+
+    def race(step):
+        reached, left = threading.Event(), threading.Event()
+        outcomes = []
+
+        def pause():
+            # The body ends now: it is left, or waits for what is being submitted.
+            reached.set()
+            until(lambda: left.is_set() or is_inside(main))
+
+        def submit():
+            sys.settrace(act_at(step, pause))
+            try:
+                outcomes.append(group.submit(resize, 404))
+            except GroupClosedError as error:
+                outcomes.append(error)
+            finally:
+                sys.settrace(None)
+                passed.append(reached.is_set())
+                reached.set()
+
+        passed = []
+        thread = threading.Thread(target=submit)
+        with TaskGroup(**workers(1)) as group:
+            group.submit(resize, 1).result(timeout=10)
+            thread.start()
+            reached.wait(timeout=10)
+        left.set()
+        thread.join(timeout=10)
+        if isinstance(outcomes[0], GroupClosedError):
+            return passed[0], "refused"
+        return passed[0], outcomes[0].result(timeout=0)
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    assert len(races) > 5
+    assert {outcome for _, outcome in races} == {404, "refused"}
+
+
+# --- A submit that is refused -------------------------------------------------------------------
+
+
+def what_submit_raises(group):
+    try:
+        group.submit(resize, 404)
+    except BaseException as error:
+        return error
+    return None
+
+
+def in_the_body(outer, group):
+    group.cancel("enough")
+    return what_submit_raises(group)
+
+
+def in_a_task_of_the_group(outer, group):
+    def late():
+        group.cancel("enough")
+        return what_submit_raises(group)
+
+    task = group.submit(late)
+    with shield():
+        return task.result(timeout=10)
+
+
+def in_a_foreign_thread(outer, group):
+    group.cancel("enough")
+    return in_thread(what_submit_raises, group)
+
+
+def in_a_foreign_thread_with_the_context(outer, group):
+    group.cancel("enough")
+    return in_thread(contextvars.copy_context().run, what_submit_raises, group)
+
+
+def in_a_task_of_a_group_around(outer, group):
+    group.cancel("enough")
+    task = outer.submit(what_submit_raises, group)
+    with shield():
+        return task.result(timeout=10)
+
+
+def in_a_task_of_a_group_inside(outer, group):
+    with shield(), TaskGroup() as inner:
+        group.cancel("enough")
+        return inner.submit(what_submit_raises, group).result(timeout=10)
+
+
+def in_a_shield(outer, group):
+    group.cancel("enough")
+    with shield():
+        return what_submit_raises(group)
+
+
+def in_a_shield_in_a_task(outer, group):
+    def late():
+        group.cancel("enough")
+        with shield():
+            return what_submit_raises(group)
+
+    task = group.submit(late)
+    with shield():
+        return task.result(timeout=10)
+
+
+def under_another_token_that_is_set(outer, group):
+    group.cancel("enough")
+    other = CancelToken()
+    other.cancel("enough")
+    with use_token(other):
+        return what_submit_raises(group)
+
+
+@pytest.mark.parametrize(
+    ("somewhere", "expected"),
+    [
+        (in_the_body, Cancelled),
+        (in_a_task_of_the_group, Cancelled),
+        (in_a_foreign_thread, GroupClosedError),
+        (in_a_foreign_thread_with_the_context, Cancelled),
+        (in_a_task_of_a_group_around, GroupClosedError),
+        (in_a_task_of_a_group_inside, GroupClosedError),
+        (in_a_shield, GroupClosedError),
+        (in_a_shield_in_a_task, GroupClosedError),
+        (under_another_token_that_is_set, Cancelled),
+    ],
+)
+def test_submit_to_a_cancelled_group_depends_on_the_current_token(workers, somewhere, expected):
+    """
+    It raises `Cancelled` where the current token is set, elsewhere `GroupClosedError`.
+    """
+    with TaskGroup() as outer, suppress(Cancelled), TaskGroup(**workers(2)) as group:
+        error = somewhere(outer, group)
+
+    assert type(error) is expected
+    assert error.reason == "enough"
+    if expected is GroupClosedError:
+        assert isinstance(error, RuntimeError)
+        assert "resize" in str(error)
+        assert group.name in str(error)
+
+
+def test_group_closed_error_has_the_failure_as_its_reason(workers):
+    """
+    Whoever submits to a group that has failed, and is none of it, is told of the failure.
+    """
+    failure = ValueError("bad header")
+
+    def fails():
+        raise failure
+
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(1)) as group:
+        group.submit(fails)
+        group.token.wait(timeout=10)
+        error = in_thread(what_submit_raises, group)
+
+    assert type(error) is GroupClosedError
+    assert error.reason is failure
+
+
+def test_loop_that_submits_stops_when_a_task_fails(workers):
+    """
+    A body that goes on submitting after a failure hears `Cancelled`, and the failure leaves.
+    """
+
+    def fails():
+        raise ValueError("bad header")
+
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
+        group.submit(fails)
+        for width in itertools.count():
+            group.submit(resize, width)
+
+
+def test_submit_that_meets_a_recorded_failure_sets_the_token_first():
+    """
+    Between the record of a failure and its token a submit in the body hears `Cancelled`.
+    """
+    recorded, met = threading.Event(), threading.Event()
+
+    def stop_between(frame, event, argument):
+        # The worker stops at the first line at which the failure is there and the token is not
+        # set, and goes on once the body has submitted.
+        if not recorded.is_set() and group.failures and not group.token.cancelled():
+            recorded.set()
+            met.wait(timeout=10)
+        return stop_between
+
+    def fails():
+        frame = sys._getframe(1)
+        while frame is not None:
+            frame.f_trace = stop_between
+            frame = frame.f_back
+        sys.settrace(stop_between)
+        raise ValueError("bad header")
+
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(1) as group:
+        group.submit(fails)
+        assert recorded.wait(timeout=10)
+        error = what_submit_raises(group)
+        was_set = group.token.cancelled()
+        met.set()
+    fastpool.shutdown()
+
+    assert type(error) is Cancelled
+    assert was_set
+
+
+CALLS = {
+    "submit": lambda group: group.submit(resize, 404),
+    "map": lambda group: group.map(resize, [404]),
+    "starmap": lambda group: group.starmap(resize, [(404,)]),
+    "with_options": lambda group: group.with_options(timeout=5).submit(resize, 404),
+    "map with_options": lambda group: group.with_options(timeout=5).map(resize, [404]),
+    "a partial": lambda group: group.submit(functools.partial(resize, 404)),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_submit_to_a_group_that_was_never_entered_is_refused(workers, call):
+    """
+    A group outside its block takes nothing, and the message names group and function.
+    """
+    group = TaskGroup(name="thumbnails", **workers(1))
+
+    with pytest.raises(GroupClosedError, match=r"resize.*'thumbnails'"):
+        call(group)
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_submit_to_a_group_that_has_ended_is_refused(workers, call):
+    """
+    A group that was left takes nothing, and the message names group and function.
+    """
+    with TaskGroup(name="thumbnails", **workers(1)) as group:
+        group.submit(resize, 1)
+
+    with pytest.raises(GroupClosedError, match=r"resize.*'thumbnails'"):
+        call(group)
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_ended_group_that_was_cancelled_is_closed_to_its_own_tasks_context(failed):
+    """
+    Once it has ended, a group is closed to everybody, a context with its set token included.
+    """
+    with suppress(ValueError), TaskGroup() as group:
+        context = contextvars.copy_context()
+        if failed:
+            raise ValueError("bad header")
+
+    error = context.run(what_submit_raises, group)
+
+    assert type(error) is GroupClosedError
+
+
+# --- Entered once -------------------------------------------------------------------------------
+
+
+def test_group_is_entered_only_once(workers):
+    """
+    A group that was left cannot be entered again.
+    """
+    group = TaskGroup(name="thumbnails", **workers(1))
+    with group:
+        pass
+
+    with pytest.raises(RuntimeError, match="thumbnails"), group:
+        pass
+
+
+def test_entering_an_open_group_leaves_it_as_it_is(workers):
+    """
+    Who enters an open group again is refused, and the group goes on.
+    """
+    with TaskGroup(**workers(1)) as group:
+        with pytest.raises(RuntimeError, match="entered"), group:
+            pass
+        task = group.submit(resize, 404)
+
+    assert task.result() == 404
+    assert group.failures == ()
+
+
+def test_of_two_threads_that_enter_one_group_one_wins():
+    """
+    At whatever line the first thread is when the second enters, exactly one of them is refused.
+    """
+
+    def enter_and_leave(group):
+        with group:
+            return group.submit(resize, 404).result(timeout=10)
+
+    def race(step):
+        group = TaskGroup(1)
+        others = []
+
+        def first():
+            sys.settrace(act_at(step, lambda: others.append(in_thread(enter_and_leave, group))))
+            try:
+                group.__enter__()
+            finally:
+                sys.settrace(None)
+            group.__exit__(None, None, None)
+            return 404
+
+        return [in_thread(first), *others]
+
+    races = list(itertools.takewhile(lambda race: len(race) == 2, map(race, itertools.count())))
+
+    assert len(races) > 3
+    for outcomes in races:
+        [refused] = [outcome for outcome in outcomes if outcome != 404]
+        assert type(refused) is RuntimeError
+
+
+# --- The group's token --------------------------------------------------------------------------
+
+
+def test_group_hears_the_token_current_where_it_is_entered(workers):
+    """
+    A group is a child of the scope's token around its block.
+    """
+    token = CancelToken()
+
+    with use_token(token), pytest.raises(Cancelled, match="rain"), TaskGroup(**workers(1)) as group:
+        token.cancel("rain")
+
+    assert group.token.reason == "rain"
+
+
+def test_group_hears_the_group_whose_body_it_is_entered_in(workers):
+    """
+    A group is a child of the group around it.
+    """
+    with TaskGroup() as outer, TaskGroup(**workers(1)) as inner:
+        outer.cancel("rain")
+        reason = inner.token.reason
+
+    assert reason == "rain"
+
+
+def test_group_hears_the_task_that_enters_it(workers):
+    """
+    A group is a child of the task around it, and ends with it alone.
+    """
+
+    def nest():
+        with TaskGroup() as inner:
+            entered.set()
+            inner.token.wait(timeout=10)
+            reasons.append(inner.token.reason)
+
+    entered = threading.Event()
+    reasons = []
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(nest)
+        entered.wait(timeout=10)
+        task.cancel("rain")
+
+    assert reasons == ["rain"]
+    assert task.cancelled()
+    assert not group.token.cancelled()
+
+
+def test_group_hears_the_token_it_was_given():
+    """
+    A group is a child of `token=` besides, and its block ends as that is set.
+    """
+    token = CancelToken()
+
+    with pytest.raises(Cancelled, match="rain"), TaskGroup(token=token) as group:
+        token.cancel("rain")
+
+    assert group.token.reason == "rain"
+
+
+def test_group_does_not_hear_the_token_current_where_it_was_made():
+    """
+    Only where it is entered counts.
+    """
+    token = CancelToken()
+    with use_token(token):
+        group = TaskGroup()
+
+    with group:
+        token.cancel("rain")
+        deaf = not group.token.cancelled()
+
+    assert deaf
+
+
+def test_parents_are_linked_and_the_deadline_begins_on_entry():
+    """
+    A group that has not been entered hears nobody and has no deadline.
+    """
+    token = CancelToken()
+    token.cancel("rain")
+    group = TaskGroup(token=token, timeout=60)
+    before = group.token.cancelled(), group.token.deadline
+
+    entering = time.monotonic()
+    with pytest.raises(Cancelled), group:
+        after = group.token.cancelled(), group.token.deadline
+        entered = time.monotonic()
+
+    assert before == (False, None)
+    assert after[0]
+    assert entering + 60 <= after[1] <= entered + 60
+
+
+def test_group_can_be_cancelled_before_it_is_entered():
+    """
+    The token exists from the start: what cancels it early keeps every task from starting.
+    """
+    group = TaskGroup()
+    first, second = group.cancel("rain"), group.cancel("snow")
+
+    with group:
+        error = what_submit_raises(group)
+
+    assert (first, second) == (True, False)
+    assert type(error) is Cancelled
+    assert error.reason == "rain"
+
+
+def test_nothing_turns_the_token_of_a_group_that_has_ended(workers):
+    """
+    On leaving a group is unlinked from its parents and loses its deadline.
+    """
+
+    @cancellable
+    def fails(token):
+        raise ValueError("bad header")
+
+    around, given = CancelToken(), CancelToken()
+    with use_token(around), TaskGroup(token=given, timeout=0.05, **workers(1)) as group:
+        group.submit(resize, 404)
+    if group.token.cancelled():
+        pytest.skip("the machine took longer than the deadline")
+    around.cancel()
+    given.cancel()
+    with pytest.raises(ValueError, match="bad header"):
+        fails.with_token(group.token)
+    CancelToken(timeout=0.1).wait(timeout=10)
+
+    assert (group.token.deadline, group.token.remaining()) == (None, None)
+    assert group.cancel() is False
+    assert group.token.cancel() is False
+    assert not group.token.cancelled()
+    assert group.token.reason is None
+    assert group.failures == ()
+
+
+def test_token_of_a_group_that_was_cancelled_stays_set(workers):
+    """
+    The state never goes back, and cancelling after the end is False.
+    """
+    with TaskGroup(**workers(1)) as group:
+        group.cancel("rain")
+
+    assert group.token.cancelled()
+    assert group.token.reason == "rain"
+    assert group.cancel("snow") is False
+    assert group.token.reason == "rain"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("pool", ["None", "ThreadPool(2)"])
+def test_open_group_is_closed_in_a_forked_child(pool):
+    """
+    The child's copy takes nothing and is left at once; the parent's goes on, and so do new groups.
+    """
+    done = run_script(
+        f"""
+import os, signal, sys, threading, warnings
+from multiprocessing.pool import ThreadPool
+import fastpool
+from fastpool import GroupClosedError, TaskGroup
+
+warnings.simplefilter("ignore", DeprecationWarning)  # that other threads run is the point
+pool = {pool}
+release, running = threading.Event(), threading.Event()
+
+def hold():
+    running.set()
+    release.wait(20)
+    return "done"
+
+def in_child(group, task, queued):
+    signal.alarm(20)
+    try:
+        with group_left(group):
+            try:
+                group.submit(abs, 1)
+            except GroupClosedError as error:
+                assert "abs" in str(error) and "parent" in str(error), error
+            else:
+                os._exit(3)
+    except BaseException:
+        os._exit(4)
+    if fastpool.map(abs, [-1, -2]) != [1, 2]:
+        os._exit(5)
+    os._exit(0)
+
+class group_left:
+    def __init__(self, group):
+        self.group = group
+    def __enter__(self):
+        return self.group
+    def __exit__(self, *error):
+        return self.group.__exit__(*error)
+
+with TaskGroup(1, name="parent's", pool=pool) as group:
+    task = group.submit(hold)
+    queued = group.submit(abs, -404)
+    running.wait(20)
+    child = os.fork()
+    if not child:
+        in_child(group, task, queued)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    release.set()
+print(status, task.result(), queued.result())
+if pool is not None:
+    pool.close()
+    pool.join()
+"""
+    )
+
+    assert (done.stdout.split(), done.stderr) == (["0", "done", "404"], "")
+
+
+# --- Calls that cannot work ---------------------------------------------------------------------
+
+
+async def coroutine():
+    """What fastpool does not run."""
+
+
+def generator():
+    """What a worker would not run."""
+    yield 1
+
+
+async def async_generator():
+    """Neither."""
+    yield 1
+
+
+REFUSED = [
+    (resize(404), r"function itself.*404.*submit\(fetch, url\)"),
+    (None, "function itself"),
+    ("resize", "function itself"),
+    (coroutine, r"coroutine.*fastpool\.aio"),
+    (functools.partial(coroutine), r"coroutine.*fastpool\.aio"),
+    (generator, "generator"),
+    (functools.partial(generator), "generator"),
+    (async_generator, "generator"),
+]
+
+
+@pytest.mark.parametrize(("fn", "message"), REFUSED)
+def test_what_no_worker_can_run_is_refused_by_submit(workers, fn, message):
+    """
+    A call instead of a function, a coroutine or generator function get a helpful `TypeError`.
+    """
+    with TaskGroup(**workers(1)) as group:
+        with pytest.raises(TypeError, match=message):
+            group.submit(fn)
+        task = group.submit(resize, 404)
+
+    assert task.result() == 404
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize("fn", [fn for fn, _ in REFUSED])
+@pytest.mark.parametrize("submit", ["map", "starmap"])
+def test_what_no_worker_can_run_is_refused_by_map(submit, fn):
+    """
+    Nothing is taken from the input then.
+    """
+    items = iter([(1,), (2,)])
+
+    with TaskGroup() as group, pytest.raises(TypeError, match="function"):
+        getattr(group, submit)(fn, items)
+
+    assert list(items) == [(1,), (2,)]
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"timeout": math.nan}, ValueError, "timeout"),
+        ({"timeout": "5"}, TypeError, "timeout.*'5'"),
+        ({"grace": math.nan}, ValueError, "grace"),
+        ({"pool": "treads"}, ValueError, "no pool named 'treads'.*threads"),
+        ({"pool": 42}, TypeError, "pool.*42"),
+        ({"policy": FailFast}, TypeError, r"policy.*FailFast\(\)"),
+        ({"policy": 42}, TypeError, "policy.*42"),
+        ({"observers": [42]}, TypeError, "observer.*42"),
+        ({"observers": print}, TypeError, r"observers.*\[<built-in"),
+        ({"token": threading.Event()}, TypeError, "token.*CancelToken"),
+        ({"name": 42}, TypeError, "name.*42"),
+        ({"workers": 4}, TypeError, "workers"),
+    ],
+)
+@pytest.mark.parametrize("make", [TaskGroup, functools.partial(fastpool.map, abs, [1])])
+def test_argument_of_the_wrong_kind_is_refused(make, keywords, error, message):
+    """
+    A group's arguments are looked at when it is made, and the message says what is wrong.
+    """
+    with pytest.raises(error, match=message):
+        make(**keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "error"),
+    [
+        ({"timeout": math.nan}, ValueError),
+        ({"timeout": "5"}, TypeError),
+        ({"name": 42}, TypeError),
+    ],
+)
+def test_option_of_the_wrong_kind_is_refused(keywords, error):
+    """
+    The options of tasks are looked at when they are given.
+    """
+    [what] = keywords
+
+    with TaskGroup() as group, pytest.raises(error, match=what):
+        group.with_options(**keywords)
+
+
+# --- map ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("iterables", "expected"),
+    [
+        ([[3, 1, 2]], [(3,), (1,), (2,)]),
+        ([[1, 2, 3], "ab"], [(1, "a"), (2, "b")]),
+        ([range(10**9), range(4)], [(0, 0), (1, 1), (2, 2), (3, 3)]),
+        ([[1], [2], [3], [4], [5], [6], [7]], [(1, 2, 3, 4, 5, 6, 7)]),
+        ([[1, 2], []], []),
+        ([[]], []),
+    ],
+)
+@pytest.mark.parametrize("through", ["group", "with_options", "fastpool"])
+def test_map_reads_to_the_end_of_the_shortest_iterable(through, iterables, expected):
+    """
+    One task for each set of items, in their order; none for an empty iterable.
+    """
+
+    def collect(*args):
+        return args
+
+    if through == "fastpool":
+        results = fastpool.map(collect, *iterables)
+    else:
+        with TaskGroup() as group:
+            submitter = group if through == "group" else group.with_options(timeout=60)
+            batch = submitter.map(collect, *iterables)
+        results = batch.results()
+
+        assert isinstance(batch, Batch)
+        assert len(batch) == len(expected)
+
+    assert results == expected
+
+
+@pytest.mark.parametrize("items", [[], [(1,), (2, 3), [4, 5, 6], ()]])
+def test_starmap_spreads_each_item(items):
+    """
+    Each item holds the arguments of one task, as many as it likes.
+    """
+
+    def collect(*args):
+        return args
+
+    with TaskGroup() as group:
+        batch = group.starmap(collect, iter(items))
+
+    assert batch.results() == [tuple(item) for item in items]
+
+
+def test_function_may_have_any_keyword(workers):
+    """
+    No keyword is kept from the function.
+    """
+
+    def collect(*args, **kwargs):
+        return args, kwargs
+
+    keywords = {"fn": 1, "self": 2, "name": 3, "timeout": 4, "token": 5, "args": 6, "kwargs": 7}
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(collect, 0, **keywords)
+
+    assert task.result() == ((0,), keywords)
+
+
+@pytest.mark.parametrize("through", ["group", "with_options", "fastpool"])
+def test_map_without_iterables_is_refused(through):
+    """
+    Nothing to map over is a mistake, as it is for the built-in.
+    """
+    with TaskGroup() as group, pytest.raises(TypeError, match="iterable"):
+        {"group": group, "with_options": group.with_options(), "fastpool": fastpool}[through].map(
+            resize
+        )
+
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize("call", ["map", "starmap"])
+def test_map_over_what_is_not_iterable_is_refused(call):
+    """
+    It raises the built-in's `TypeError`, there.
+    """
+    with TaskGroup() as group, suppress(TypeError), pytest.raises(TypeError, match="iterable"):
+        getattr(group, call)(resize, 404)
+
+
+class BadIter:
+    """An input that raises before its first item."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __iter__(self):
+        raise self.error
+
+
+def bad_input(error):
+    """An input that raises after two items."""
+    yield (1,)
+    yield (2,)
+    raise error
+
+
+@pytest.mark.parametrize("handled", [False, True])
+@pytest.mark.parametrize("make", [bad_input, BadIter])
+@pytest.mark.parametrize("call", ["map", "starmap", "map with_options"])
+def test_input_that_raises_is_a_failure_of_the_group(workers, call, make, handled):
+    """
+    It is raised there, recorded once and by no task, and cancels, whoever catches it.
+    """
+    broken = OSError("no such page")
+
+    def produce(group):
+        submitter = group.with_options(timeout=60) if "options" in call else group
+        getattr(submitter, call.split()[0])(resize, make(broken))
+
+    with pytest.raises(OSError, match="no such page") as left, TaskGroup(**workers(1)) as group:
+        if handled:
+            with pytest.raises(OSError, match="no such page") as raised:
+                produce(group)
+            here = raised.value
+        else:
+            try:
+                produce(group)
+            except OSError as error:
+                here = error
+                raise
+            finally:
+                turned = group.token.reason
+
+    assert left.value is here is broken
+    assert [(failure.task, failure.exception) for failure in group.failures] == [(None, broken)]
+    assert all(isinstance(failure, Failure) for failure in group.failures)
+    assert group.token.reason is broken
+    if not handled:
+        assert turned is broken
+
+
+def test_input_that_raises_in_a_task_is_recorded_once(workers):
+    """
+    The task through which the input's error leaves adds no failure of its own.
+    """
+    broken = OSError("no such page")
+
+    def produce():
+        group.starmap(resize, bad_input(broken))
+
+    with pytest.raises(OSError, match="no such page") as left, TaskGroup(**workers(2)) as group:
+        group.submit(produce)
+
+    assert left.value is broken
+    assert [(failure.task, failure.exception) for failure in group.failures] == [(None, broken)]
+
+
+def test_input_of_a_fastpool_map_that_raises_leaves_it():
+    """
+    The whole block in one line raises what its input raised.
+    """
+    broken = OSError("no such page")
+
+    with pytest.raises(OSError, match="no such page") as left:
+        fastpool.map(resize, bad_input(broken))
+
+    assert left.value is broken
+
+
+def test_input_may_submit_to_the_group(workers):
+    """
+    A generator that `map` reads from may use the group itself.
+    """
+    helpers = []
+
+    def pages():
+        for number in range(10):
+            helpers.append(group.submit(resize, -number))
+            yield helpers[-1].result()
+
+    with TaskGroup(**workers(2)) as group:
+        batch = group.map(abs, pages())
+
+    assert batch.results() == list(range(10))
+    assert len(helpers) == 10
+
+
+def test_input_is_read_in_the_calling_thread_and_context(workers):
+    """
+    What `map` reads runs where `map` was called.
+    """
+    seen = []
+
+    def pages():
+        seen.append((threading.current_thread(), current_token()))
+        yield 1
+
+    with TaskGroup(**workers(1)) as group:
+        group.map(resize, pages())
+
+    assert seen == [(threading.current_thread(), group.token)]
+
+
+@pytest.mark.parametrize("state", ["never entered", "cancelled", "failed", "ended"])
+@pytest.mark.parametrize("call", ["map", "starmap"])
+def test_refused_map_takes_nothing_from_its_input(state, call):
+    """
+    A group that takes nothing leaves the items where they are.
+    """
+    items = iter([(1,), (2,)])
+    group = TaskGroup(1)
+
+    def fails():
+        raise ValueError("bad header")
+
+    if state in ("never entered", "ended"):
+        if state == "ended":
+            with group:
+                pass
+        with pytest.raises(GroupClosedError):
+            getattr(group, call)(resize, items)
+    else:
+        with suppress(ValueError), group:
+            if state == "failed":
+                group.submit(fails)
+                group.token.wait(timeout=10)
+            else:
+                group.cancel()
+            with pytest.raises(Cancelled):
+                getattr(group, call)(resize, items)
+
+    assert list(items) == [(1,), (2,)]
+
+
+def test_map_over_an_endless_input_stops_when_a_task_fails(workers):
+    """
+    A `map` that is still reading hears of the failure at its next item.
+    """
+
+    def fails_at_ten(number):
+        if number == 10:
+            raise ValueError("bad header")
+
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
+        group.map(fails_at_ten, itertools.count())
+
+
+# --- with_options -------------------------------------------------------------------------------
+
+
+def test_options_name_the_tasks(workers):
+    """
+    A name given by `with_options` is that of its tasks, and of nobody else's.
+    """
+    with TaskGroup(**workers(1)) as group:
+        named = group.with_options(name="front page")
+        task = named.submit(resize, 1)
+        batch = named.map(resize, [1, 2])
+        star = named.starmap(resize, [(1,)])
+        plain = group.submit(resize, 2)
+
+    assert isinstance(named, Submitter)
+    assert task.name == "front page"
+    assert all(each.name.startswith("front page") for each in [*batch.tasks, *star.tasks])
+    assert plain.name == "resize"
+
+
+@pytest.mark.parametrize("call", ["submit", "map", "starmap"])
+def test_timeout_of_a_task_counts_from_its_start(workers, call):
+    """
+    The time that a task spends in the queue does not count.
+    """
+    release = threading.Event()
+    freed = []
+
+    def hold():
+        release.wait(timeout=10)
+        freed.append(time.monotonic())
+
+    def deadline(*_):
+        return current_token().deadline, time.monotonic()
+
+    with TaskGroup(**workers(1)) as group:
+        group.submit(hold)
+        limited = group.with_options(timeout=30)
+        if call == "submit":
+            task = limited.submit(deadline)
+        else:
+            task = getattr(limited, call)(deadline, [(1,)]).tasks[0]
+        release.set()
+        when, inside = task.result()
+
+    assert freed[0] + 30 <= when <= inside + 30
+
+
+def test_timeout_cuts_a_task_short():
+    """
+    A task that is stopped by its own timeout has failed with `TimeoutError`.
+    """
+
+    def slow():
+        current_token().sleep(60)
+
+    with pytest.raises(TimeoutError, match="slow") as left, TaskGroup() as group:
+        task = group.with_options(timeout=0.02).submit(slow)
+
+    assert task.exception() is left.value
+    assert not task.cancelled()
+    assert [failure.task for failure in group.failures] == [task]
+
+
+def test_timeout_that_is_not_needed_changes_nothing():
+    """
+    A task that returns in time has its value, and nobody else has its deadline.
+    """
+    with TaskGroup() as group:
+        in_time = group.with_options(timeout=60).submit(resize, 404)
+        unlimited = group.submit(lambda: current_token().deadline)
+
+    assert in_time.result() == 404
+    assert unlimited.result() is None
+
+
+def test_infinite_timeout_is_none():
+    """
+    Infinity sets no deadline, for a group as for a task.
+    """
+    with TaskGroup(timeout=math.inf) as group:
+        task = group.with_options(timeout=math.inf).submit(lambda: current_token().deadline)
+
+    assert task.result() is None
+
+
+# --- fastpool.map -------------------------------------------------------------------------------
+
+
+def test_fastpool_map_returns_the_values_in_order():
+    """
+    The values come in the order of the items, however the tasks end.
+    """
+    second = threading.Event()
+
+    def wait_for_second(number):
+        second.set() if number else second.wait(timeout=10)
+        return number
+
+    assert fastpool.map(wait_for_second, [0, 1], max_workers=2) == [0, 1]
+
+
+def test_fastpool_map_takes_the_keywords_of_a_group(make_pool):
+    """
+    Workers, name, policy, observers, pool and grace are those of the group it makes.
+    """
+
+    class Policy:
+        def start(self):
+            started.append("judge")
+            return FailFast().start()
+
+    crowd = Crowd()
+    together = threading.Barrier(2)
+    started, events = [], []
+
+    def name(_):
+        with crowd:
+            together.wait(timeout=10)
+        return threading.current_thread().name
+
+    names = fastpool.map(
+        name,
+        range(8),
+        max_workers=2,
+        name="thumbnails",
+        policy=Policy(),
+        observers=[events.append],
+        grace=1,
+        timeout=30,
+    )
+    elsewhere = fastpool.map(
+        lambda _: threading.current_thread(), range(3), pool=(pool := make_pool(1))
+    )
+
+    assert crowd.peak == 2
+    assert all(name.startswith("fastpool-thumbnails-") for name in names)
+    assert started == ["judge"]
+    assert [event.name for event in events].count("task_succeeded") == 8
+    assert elsewhere == [pool.apply(threading.current_thread)] * 3
+
+
+def test_fastpool_map_hears_its_timeout_and_its_token():
+    """
+    It ends as the block would: with `TimeoutError`, with `Cancelled`.
+    """
+    token = CancelToken()
+
+    def cancel(_):
+        token.cancel("rain")
+        current_token().sleep(60)
+
+    with pytest.raises(TimeoutError):
+        fastpool.map(lambda _: current_token().sleep(60), [1], timeout=0.02)
+    with pytest.raises(Cancelled, match="rain"):
+        fastpool.map(cancel, [1], token=token)
+
+
+def test_fastpool_map_raises_the_first_failure():
+    """
+    The failure is the object that was raised, and the rest never starts.
+    """
+    failure = ValueError("bad header")
+    ran = []
+
+    def fails_at_two(number):
+        ran.append(number)
+        if number == 2:
+            raise failure
+
+    with pytest.raises(ValueError, match="bad header") as left:
+        fastpool.map(fails_at_two, range(100), max_workers=1)
+
+    assert left.value is failure
+    assert ran == [0, 1, 2]
+
+
+# --- A pool of yours ----------------------------------------------------------------------------
+
+
+def test_pool_of_yours_is_left_open(make_pool):
+    """
+    A `ThreadPool` serves its owner, a group, another group, and its owner again.
+    """
+    pool = make_pool(2)
+
+    first = pool.apply(threading.current_thread)
+    with TaskGroup(pool=pool) as group:
+        batch = group.starmap(threading.current_thread, [()] * 20)
+    with suppress(ValueError), TaskGroup(pool=pool) as failing:
+        failing.submit(int, "no number")
+    again = pool.map(abs, [-1, -2])
+
+    threads = {*batch.results(), first}
+    assert len(threads) <= 2
+    assert threading.main_thread() not in threads
+    assert again == [1, 2]
+
+
+def test_pool_of_yours_is_free_while_the_queue_is_empty(make_pool):
+    """
+    An open group without tasks keeps no thread of the pool.
+    """
+    pool = make_pool(1)
+
+    with TaskGroup(pool=pool) as group:
+        group.submit(resize, 404).result()
+        theirs = pool.apply_async(resize, (405,)).get(timeout=10)
+        ours = group.submit(resize, 406).result()
+
+    assert (theirs, ours) == (405, 406)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_other_users_of_a_pool_get_their_turns(make_pool, size):
+    """
+    Our queue may be as long as it likes: what others hand to the pool runs soon.
+    """
+    pool = make_pool(size)
+    enough = threading.Event()
+    waiting = []
+
+    def work():
+        # The queue never gets shorter until the others have had their turns.
+        if not enough.is_set():
+            group.submit(work)
+
+    with TaskGroup(pool=pool, timeout=20) as group:
+        group.starmap(work, [()] * 500)
+        for turn in range(5):
+            waiting.append(pool.apply_async(resize, (turn,)).get(timeout=15))
+        enough.set()
+
+    assert waiting == [0, 1, 2, 3, 4]
+
+
+def test_order_is_kept_when_others_have_had_their_turn(make_pool):
+    """
+    Making way for others changes nothing for our tasks: each runs once, in order.
+    """
+    pool = make_pool(1)
+    ran = []
+
+    def work(number):
+        ran.append(number)
+        time.sleep(0.0005)
+
+    with TaskGroup(pool=pool) as group:
+        group.map(work, range(200))
+        theirs = [pool.apply_async(resize, (turn,)) for turn in range(20)]
+
+    assert ran == list(range(200))
+    assert [each.get(timeout=10) for each in theirs] == list(range(20))
+
+
+def test_job_that_never_started_keeps_no_group_open(make_pool):
+    """
+    Leaving waits for tasks, not for the pool to have a thread free.
+    """
+    pool = make_pool(2)
+    occupied, release, second = threading.Event(), threading.Event(), threading.Event()
+
+    def occupy():
+        occupied.set()
+        release.wait(timeout=20)
+
+    theirs = pool.apply_async(occupy)
+    occupied.wait(timeout=10)
+    with TaskGroup(pool=pool) as group:
+        first = group.submit(second.wait, 10)
+        until(first.running)
+        # The pool's other thread is taken, so whatever is to run this never gets there.
+        other = group.submit(resize, 404)
+        second.set()
+    still_occupied = not theirs.ready()
+    release.set()
+    theirs.get(timeout=10)
+
+    assert other.result() == 404
+    assert still_occupied
+    assert pool.map(abs, [-1, -2]) == [1, 2]
+
+
+@pytest.mark.parametrize("how", ["cancel", "fail"])
+def test_group_that_never_got_a_thread_can_be_left(make_pool, how):
+    """
+    On a pool that others keep busy a group that gives up is left at once, its tasks cancelled.
+    """
+    pool = make_pool(1)
+    occupied, release = threading.Event(), threading.Event()
+    ran = []
+
+    def occupy():
+        occupied.set()
+        release.wait(timeout=20)
+
+    theirs = pool.apply_async(occupy)
+    occupied.wait(timeout=10)
+    with suppress(ValueError), TaskGroup(pool=pool) as group:
+        task = group.submit(ran.append, 1)
+        if how == "fail":
+            raise ValueError("bad header")
+        group.cancel()
+    still_occupied = not theirs.ready()
+    release.set()
+    theirs.get(timeout=10)
+    pool.apply(abs, (-1,))
+
+    assert still_occupied
+    assert task.cancelled()
+    assert ran == []
+
+
+def test_pool_that_takes_nothing_says_so(make_pool):
+    """
+    On a pool that was closed `submit` raises what the pool says, and queues nothing.
+    """
+    pool = make_pool(1)
+    pool.close()
+    ran = []
+
+    with TaskGroup(pool=pool) as group, pytest.raises(ValueError, match="not running"):
+        group.submit(ran.append, 1)
+
+    assert ran == []
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_pool_that_is_closed_under_a_group_holds_nothing_up(make_pool, count):
+    """
+    The group makes do with the threads it has, or fails; it never hangs.
+    """
+    pool = make_pool(2)
+    occupied, release = threading.Event(), threading.Event()
+
+    def occupy():
+        occupied.set()
+        release.wait(timeout=20)
+
+    theirs = [pool.apply_async(occupy) for _ in range(count)]
+    occupied.wait(timeout=10)
+    with suppress(ValueError), TaskGroup(pool=pool) as group:
+        # Whatever is to run them is queued in the pool, behind its owner's.
+        batch = group.map(resize, range(10))
+        pool.close()
+        release.set()
+        for each in theirs:
+            each.get(timeout=10)
+
+    assert batch.done()
+    assert group.failures or batch.results() == list(range(10))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("how", ["leave", "results", "iterate", "group.wait"])
+def test_groups_nested_three_deep_share_a_pool(make_pool, size, how):
+    """
+    Tasks that wait for groups of their own never deadlock, on however small a pool.
+    """
+    pool = make_pool(size)
+
+    def nest(depth):
+        if not depth:
+            return 1
+        with TaskGroup(pool=pool) as inner:
+            batch = inner.map(nest, [depth - 1] * 3)
+            if how == "results":
+                return sum(batch.results())
+            if how == "iterate":
+                return sum(batch)
+            if how == "group.wait":
+                inner.wait()
+                return sum(task.result(timeout=0) for task in batch.tasks)
+        return sum(batch.results())
+
+    with TaskGroup(pool=pool, timeout=20) as group:
+        leaves = group.submit(nest, 3).result()
+
+    assert leaves == 27
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_more_groups_than_workers_share_a_pool(make_pool, size):
+    """
+    Groups of six threads, with tasks that wait for tasks, get by on one pool.
+    """
+    pool = make_pool(size)
+    results = []
+
+    def parent(number):
+        return sum(group_of[number].map(abs, range(-3, 0)).results())
+
+    def run(number):
+        with TaskGroup(pool=pool, timeout=20) as group_of[number]:
+            results.extend(group_of[number].map(parent, [number] * 5).results())
+
+    group_of = {}
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+
+    assert results == [6] * 30
+
+
+WAITS = {
+    "result": lambda group, fn: group.submit(fn).result(),
+    "result in time": lambda group, fn: group.submit(fn).result(timeout=10),
+    "get": lambda group, fn: group.submit(fn).get(),
+    "exception": lambda group, fn: group.submit(fn).exception(),
+    "wait": lambda group, fn: group.submit(fn).wait(),
+    "results": lambda group, fn: group.starmap(fn, [(), ()]).results(),
+    "wait for a batch": lambda group, fn: group.starmap(fn, [(), ()]).wait(),
+    "iterate": lambda group, fn: list(group.starmap(fn, [(), ()])),
+    "Batch.as_completed": lambda group, fn: list(group.starmap(fn, [(), ()]).as_completed()),
+    "as_completed": lambda group, fn: list(
+        fastpool.as_completed([group.submit(fn), group.submit(fn)])
+    ),
+}
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_task_that_waits_for_a_queued_one_runs_it(workers, wait):
+    """
+    With one worker the waiter's thread runs what it waits for.
+    """
+    threads = []
+
+    def child():
+        threads.append(threading.current_thread())
+
+    def parent():
+        threads.append(threading.current_thread())
+        wait(group, child)
+
+    with TaskGroup(timeout=20, **workers(1)) as group:
+        group.submit(parent)
+
+    assert len(threads) in (2, 3)
+    assert len(set(threads)) == 1
+    assert threads[0] is not threading.current_thread()
+
+
+def test_task_run_by_a_waiter_is_on_its_own(workers):
+    """
+    It has its own token and context, and the waiter has its own again afterwards.
+    """
+
+    def child():
+        seen = current_token(), variable.get()
+        variable.set("child's")
+        return seen
+
+    def parent():
+        variable.set("parent's")
+        mine = current_token()
+        theirs = group.submit(child).result()
+        return mine, theirs, (current_token(), variable.get())
+
+    with TaskGroup(timeout=20, **workers(1)) as group:
+        mine, theirs, after = group.submit(parent).result()
+
+    assert theirs[0] is not mine
+    assert theirs[1] == "parent's"
+    assert after == (mine, "parent's")
+
+
+def test_task_run_by_a_waiter_can_be_cancelled_alone(workers):
+    """
+    Who runs in the waiter's thread is not who waits.
+    """
+
+    def child():
+        current_token().cancel("mine")
+        current_token().check()
+
+    def parent():
+        task = group.submit(child)
+        task.wait()
+        return task.cancelled(), current_token().cancelled()
+
+    with TaskGroup(timeout=20, **workers(1)) as group:
+        seen = group.submit(parent).result()
+
+    assert seen == (True, False)
+
+
+def test_waiter_of_another_group_keeps_to_the_bound(make_pool):
+    """
+    A waiter does not run a task of a group that has no worker free.
+    """
+    pool = make_pool(3)
+    crowd = Crowd()
+    running, release = threading.Event(), threading.Event()
+    ran = threading.Event()
+
+    def hold():
+        with crowd:
+            running.set()
+            release.wait(timeout=10)
+
+    def short():
+        with crowd:
+            ran.set()
+
+    with TaskGroup(pool=pool) as others, TaskGroup(1, pool=pool) as narrow:
+        narrow.submit(hold)
+        running.wait(timeout=10)
+        queued = narrow.submit(short)
+        waiter = others.submit(queued.wait)
+        until(waiter.running)
+        early = ran.wait(timeout=0.1)
+        release.set()
+
+    assert not early
+    assert waiter.result() is True
+    assert crowd.peak == 1
+
+
+def test_task_of_a_nested_group_waits_for_a_task_beside_its_parent(make_pool):
+    """
+    On a pool of one, what a nested task waits for runs although its group's worker is busy.
+    """
+    pool = make_pool(1)
+
+    def leaf():
+        return beside.result()
+
+    def parent():
+        ready.wait(timeout=10)
+        with TaskGroup(pool=pool) as inner:
+            return inner.submit(leaf).result()
+
+    ready = threading.Event()
+    with TaskGroup(pool=pool, timeout=20) as group:
+        task = group.submit(parent)
+        beside = group.submit(resize, 404)
+        ready.set()
+
+    assert task.result() == 404
+
+
+def test_main_thread_never_runs_a_task(make_pool):
+    """
+    Neither a wait in the body nor leaving makes a worker of it, even if there is no other.
+    """
+    pool = make_pool(1)
+    occupied, release = threading.Event(), threading.Event()
+    ran = []
+
+    def occupy():
+        occupied.set()
+        release.wait(timeout=20)
+
+    def note():
+        ran.append(threading.current_thread())
+
+    main = threading.current_thread()
+    pool.apply_async(occupy)
+    occupied.wait(timeout=10)
+    releaser = threading.Thread(target=lambda: (until(lambda: is_inside(main)), release.set()))
+    with TaskGroup(pool=pool) as group:
+        task = group.submit(note)
+        in_time = task.wait(timeout=0.05)
+        early = list(ran)
+        group.starmap(note, [()] * 10)
+        releaser.start()
+    releaser.join(timeout=10)
+
+    assert in_time is False
+    assert early == []
+    assert len(ran) == 11
+    assert main not in ran
+
+
+# --- Circles ------------------------------------------------------------------------------------
+
+CIRCLES = {
+    "result": lambda task: task.result(),
+    "result in time": lambda task: task.result(timeout=15),
+    "exception": lambda task: task.exception(),
+    "wait": lambda task: task.wait(),
+    "as_completed": lambda task: list(fastpool.as_completed([task])),
+}
+
+
+@pytest.mark.parametrize("wait", CIRCLES.values(), ids=CIRCLES)
+def test_task_that_waits_for_itself_is_told(workers, wait):
+    """
+    A task cannot wait for its own end.
+    """
+
+    def myself():
+        ready.wait(timeout=10)
+        wait(task)
+
+    ready = threading.Event()
+    with pytest.raises(RuntimeError, match="myself"), TaskGroup(timeout=10, **workers(1)) as group:
+        task = group.submit(myself)
+        ready.set()
+
+
+@pytest.mark.parametrize("wait", CIRCLES.values(), ids=CIRCLES)
+@pytest.mark.parametrize("count", [1, 2])
+def test_two_tasks_that_wait_for_each_other_are_told(workers, count, wait):
+    """
+    Who closes the circle hears of it, whether they run beside each other or one on top.
+    """
+
+    def ping():
+        ready.wait(timeout=10)
+        wait(tasks[1])
+
+    def pong():
+        ready.wait(timeout=10)
+        wait(tasks[0])
+
+    ready = threading.Event()
+    with (
+        pytest.raises(RuntimeError, match="wait") as left,
+        TaskGroup(timeout=10, **workers(count)) as group,
+    ):
+        tasks = [group.submit(ping), group.submit(pong)]
+        ready.set()
+
+    assert "ping" in str(left.value)
+    assert "pong" in str(left.value)
+
+
+def test_circle_is_found_whoever_looks_first(workers):
+    """
+    At whatever line one task is when the other begins to wait, at least one of them is told.
+    """
+
+    def race(step):
+        met = threading.Event()
+        passed = threading.Event()
+
+        def pause():
+            # The other one begins to wait for us, and sleeps, or is told.
+            passed.set()
+            met.set()
+            until(lambda: tasks[1].done() or is_inside(where[0]))
+
+        def ping():
+            ready.wait(timeout=10)
+            waiters.append(threading.current_thread())
+            until(lambda: where)
+            sys.settrace(act_at(step, pause))
+            try:
+                tasks[1].result()
+            finally:
+                sys.settrace(None)
+                met.set()
+
+        def pong():
+            ready.wait(timeout=10)
+            where.append(threading.current_thread())
+            # It is at the line in question, or sleeps before it ever comes there.
+            until(lambda: met.is_set() or (waiters and is_asleep(waiters[0])))
+            tasks[0].result()
+
+        ready = threading.Event()
+        where, waiters = [], []
+        with (
+            pytest.raises(RuntimeError, match="wait"),
+            TaskGroup(timeout=10, **arguments) as group,
+        ):
+            tasks = [group.submit(ping), group.submit(pong)]
+            until(tasks[1].running)
+            until(tasks[0].running)
+            ready.set()
+            until(lambda: where)
+        return passed.is_set()
+
+    arguments = workers(2)
+    races = list(itertools.takewhile(bool, map(race, itertools.count())))
+
+    assert len(races) > 10
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_three_tasks_in_a_ring_are_told(workers, count):
+    """
+    A circle over three tasks is found as one over two is, and two of them are named.
+    """
+
+    def north():
+        ready.wait(timeout=10)
+        tasks[1].result()
+
+    def east():
+        ready.wait(timeout=10)
+        tasks[2].result()
+
+    def west():
+        ready.wait(timeout=10)
+        tasks[0].result()
+
+    ready = threading.Event()
+    with (
+        pytest.raises(RuntimeError, match="wait") as left,
+        TaskGroup(timeout=10, **workers(count)) as group,
+    ):
+        tasks = [group.submit(north), group.submit(east), group.submit(west)]
+        ready.set()
+
+    assert sum(name in str(left.value) for name in ("north", "east", "west")) >= 2
+
+
+def test_task_that_waits_for_its_own_batch_is_told(workers):
+    """
+    A batch ends no sooner than its tasks.
+    """
+
+    def member(number):
+        ready.wait(timeout=10)
+        return batch.results()
+
+    ready = threading.Event()
+    with pytest.raises(RuntimeError, match="member"), TaskGroup(timeout=10, **workers(2)) as group:
+        batch = group.map(member, range(3))
+        ready.set()
+
+
+def test_task_that_waits_for_its_own_group_is_told(workers):
+    """
+    A group does not come to rest while its task waits for that; both are named.
+    """
+
+    def impatient():
+        group.wait()
+
+    with (
+        pytest.raises(RuntimeError, match="impatient") as left,
+        TaskGroup(name="thumbnails", timeout=10, **workers(2)) as group,
+    ):
+        group.submit(impatient)
+
+    assert "thumbnails" in str(left.value)
+
+
+def test_task_that_leaves_its_own_group_is_told(workers):
+    """
+    A task that ends its group's block would wait for itself; the group goes on.
+    """
+
+    def impatient():
+        with pytest.raises(RuntimeError, match="impatient"):
+            group.__exit__(None, None, None)
+        return group.submit(resize, 404).result()
+
+    with TaskGroup(timeout=10, **workers(2)) as group:
+        task = group.submit(impatient)
+
+    assert task.result() == 404
+
+
+INNER_WAITS = {
+    "leave": lambda group, task: None,
+    "result": lambda group, task: task.result(),
+    "group.wait": lambda group, task: group.wait(),
+    "as_completed": lambda group, task: list(fastpool.as_completed([task])),
+}
+OUTER_WAITS = {
+    "result": lambda group, task: task.result(),
+    "group.wait": lambda group, task: group.wait(),
+    "as_completed": lambda group, task: list(fastpool.as_completed([task])),
+}
+
+
+@pytest.mark.parametrize("inner_wait", INNER_WAITS.values(), ids=INNER_WAITS)
+@pytest.mark.parametrize("outer_wait", OUTER_WAITS.values(), ids=OUTER_WAITS)
+@pytest.mark.parametrize("pools", ["own", "shared", "shared by two"])
+def test_circle_through_a_nested_group_is_told(make_pool, pools, inner_wait, outer_wait):
+    """
+    A task that waits for its own group's leaver closes a circle, too.
+    """
+
+    def leaf():
+        ready.wait(timeout=10)
+        outer_wait(outer, task)
+
+    def branch():
+        with TaskGroup(**arguments) as inner:
+            inner_wait(inner, inner.submit(leaf))
+
+    arguments = {}
+    if pools != "own":
+        arguments["pool"] = make_pool(2 if pools == "shared by two" else 1)
+    ready = threading.Event()
+    with (
+        pytest.raises(RuntimeError, match="wait") as left,
+        TaskGroup(name="outer", timeout=5, **arguments) as outer,
+    ):
+        task = outer.submit(branch)
+        ready.set()
+
+    assert "leaf" in str(left.value)
+    assert "branch" in str(left.value) or "outer" in str(left.value)
+
+
+def test_waits_that_form_no_circle_are_left_alone(workers):
+    """
+    Tasks may wait for what others wait for, down to one that waits for nobody.
+    """
+
+    def top():
+        ready.wait(timeout=10)
+        return tasks["left"].result() + tasks["right"].result()
+
+    def side():
+        ready.wait(timeout=10)
+        return tasks["bottom"].result()
+
+    def bottom():
+        ready.wait(timeout=10)
+        return 1
+
+    ready = threading.Event()
+    with TaskGroup(timeout=20, **workers(2)) as group:
+        tasks = {
+            "top": group.submit(top),
+            "left": group.submit(side),
+            "right": group.submit(side),
+            "bottom": group.submit(bottom),
+        }
+        ready.set()
+
+    assert tasks["top"].result() == 2
+
+
+# --- fastpool's own pools -----------------------------------------------------------------------
+
+
+def test_groups_use_the_same_threads_one_after_the_other():
+    """
+    A group is served by the threads of the one before it.
+    """
+
+    def meet(together):
+        together.wait(timeout=10)
+        return threading.get_ident()
+
+    serving = []
+    for _ in range(5):
+        with TaskGroup(3) as group:
+            serving.append(set(group.map(meet, [threading.Barrier(3)] * 3).results()))
+    counts = []
+    for _ in range(5):
+        together = threading.Barrier(3)
+        with TaskGroup(3) as group:
+            serving.append(set(group.map(meet, [together] * 3).results()))
+        counts.append(threading.active_count())
+
+    assert all(threads == serving[0] for threads in serving)
+    assert len(serving[0]) == 3
+    assert len(set(counts)) == 1
+
+
+def test_groups_side_by_side_do_not_wait_for_each_other():
+    """
+    A group whose workers are all busy holds up no other.
+    """
+    release = threading.Event()
+
+    with TaskGroup(1) as busy:
+        busy.starmap(release.wait, [(10,)] * 3)
+        with TaskGroup(1) as beside:
+            seen = beside.submit(resize, 404).result(timeout=10)
+        release.set()
+
+    assert seen == 404
+
+
+def test_ten_groups_run_at_the_same_time():
+    """
+    The tasks of ten groups, with one worker each, meet.
+    """
+    together = threading.Barrier(10)
+
+    def run():
+        with TaskGroup(1) as group:
+            return group.submit(together.wait, 10).result()
+
+    with ThreadPool(10) as pool:
+        places = [pool.apply_async(run) for _ in range(10)]
+        met = sorted(place.get(timeout=20) for place in places)
+        pool.close()
+        pool.join()
+
+    assert met == list(range(10))
+
+
+@pytest.fixture
+def short_idle_time(monkeypatch):
+    """Have idle threads wait a twentieth of a second instead of the ten that they do."""
+    fastpool.shutdown()
+    patient = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("fastpool") and hasattr(module, "IDLE")
+    ]
+    assert patient
+    for module in patient:
+        assert module.IDLE == 10
+        monkeypatch.setattr(module, "IDLE", 0.05)
+
+
+def test_idle_threads_end_by_themselves(short_idle_time):
+    """
+    A pool that no group uses for its idle time is gone, with all its threads.
+    """
+    before = set(threading.enumerate())
+    together = threading.Barrier(3)
+    with TaskGroup(3) as group:
+        group.starmap(together.wait, [(10,)] * 3)
+
+    until(lambda: set(threading.enumerate()) <= before)
+    with TaskGroup(3) as group:
+        again = group.submit(resize, 404)
+
+    assert again.result() == 404
+
+
+def test_threads_of_an_open_group_do_not_end(short_idle_time):
+    """
+    A group that has had nothing to do for longer than the idle time goes on where it was.
+    """
+    with TaskGroup(1) as group:
+        first = group.submit(threading.get_ident).result()
+        CancelToken(timeout=0.3).wait(timeout=10)
+        second = group.submit(threading.get_ident).result(timeout=10)
+
+    assert first == second
+
+
+def test_group_that_comes_as_its_threads_end_has_others(short_idle_time):
+    """
+    Whether a pool is still idle or already ends, the next group runs.
+    """
+    for pause in range(0, 100, 4):
+        time.sleep(pause / 1000)
+        with TaskGroup(2) as group:
+            batch = group.map(resize, range(4))
+        assert batch.results() == [0, 1, 2, 3]
+
+
+def test_shutdown_ends_all_idle_threads():
+    """
+    After it there are the threads that there were before the first group, and groups go on.
+    """
+    fastpool.shutdown()
+    before = set(threading.enumerate())
+    with TaskGroup(3, timeout=60) as one, TaskGroup(2) as other:
+        one.map(resize, range(20))
+        other.map(resize, range(20))
+    during = set(threading.enumerate())
+    fastpool.shutdown()
+    after = set(threading.enumerate())
+    fastpool.shutdown()
+    with TaskGroup() as again:
+        task = again.submit(resize, 404)
+
+    assert before < during
+    assert after <= before
+    assert task.result() == 404
+
+
+def test_threads_of_an_open_group_end_with_it_after_a_shutdown():
+    """
+    A shutdown takes nothing from a group that is open; its threads end when it is left.
+    """
+    fastpool.shutdown()
+    before = set(threading.enumerate())
+    with TaskGroup(2) as group:
+        group.submit(resize, 1).result()
+        fastpool.shutdown()
+        task = group.submit(resize, 404)
+
+    until(lambda: set(threading.enumerate()) <= before)
+
+    assert task.result() == 404
+
+
+def test_task_may_call_shutdown(workers):
+    """
+    A task that shuts down does not wait for its own thread.
+    """
+    with TaskGroup(timeout=20, **workers(1)) as group:
+        group.submit(fastpool.shutdown)
+        task = group.submit(resize, 404)
+
+    assert task.result() == 404
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_thousand_groups_leave_nothing_behind(make_pool, shared):
+    """
+    Threads, objects and memory stay where they were, group after group.
+    """
+    arguments = {"pool": make_pool(2)} if shared else {"max_workers": 2}
+
+    def run(count):
+        for _ in range(count):
+            with TaskGroup(timeout=60, **arguments) as group:
+                group.submit(resize, 404)
+                group.map(resize, range(3))
+
+    run(100)
+    gc.collect()
+    threads, objects = threading.active_count(), len(gc.get_objects())
+    tracemalloc.start()
+    try:
+        run(1000)
+        gc.collect()
+        memory, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    # A single object left by each group would be more than that.
+    assert len(gc.get_objects()) - objects < 800
+    assert memory < 200_000
+    assert threading.active_count() <= threads + 1
+
+
+# --- A thread that cannot be started ------------------------------------------------------------
+
+
+def refuse_threads(monkeypatch, most, error):
+    """Have the system start so many threads more, and none after."""
+    count = itertools.count()
+    start = threading.Thread.start
+
+    def refusing(thread):
+        if next(count) >= most:
+            raise error
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refusing)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
+@pytest.mark.parametrize("most", range(9))
+def test_group_goes_on_with_the_threads_it_could_start(monkeypatch, most, error):
+    """
+    With one thread or more everything runs; with none `submit` raises what the system said.
+    """
+    fastpool.shutdown()
+    ran = []
+
+    def work(number):
+        ran.append(number)
+        time.sleep(0.002)
+
+    refused = None
+    with TaskGroup(8) as group:
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, most, error)
+            try:
+                first = group.submit(work, 0)
+            except BaseException as raised:
+                refused = raised
+            else:
+                group.map(work, range(1, 30)).wait()
+                first.wait()
+        in_vain = list(ran)
+        after = group.submit(resize, 404)
+
+    assert after.result() == 404
+    assert group.failures == ()
+    if refused is None:
+        assert most > 0
+        assert sorted(in_vain) == list(range(30))
+    else:
+        assert most < 8
+        assert refused is error
+        assert ran == []
+
+
+def test_map_that_gets_no_thread_queues_nothing(monkeypatch):
+    """
+    The first item raises what the system said, and no other is taken from the input.
+    """
+    fastpool.shutdown()
+    ran = []
+    items = iter(range(5))
+
+    with TaskGroup(8) as group:
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, 0, RuntimeError("can't start new thread"))
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                group.map(ran.append, items)
+        group.submit(resize, 404)
+
+    assert ran == []
+    assert list(items) == [1, 2, 3, 4]
+
+
+def test_task_submits_although_no_other_thread_can_be_started(monkeypatch):
+    """
+    A task's own thread is enough for what it submits.
+    """
+    fastpool.shutdown()
+
+    def parent():
+        refuse_threads(patch, 0, RuntimeError("can't start new thread"))
+        return group.map(abs, range(-10, 0)).results()
+
+    with TaskGroup(8) as group, monkeypatch.context() as patch:
+        seen = group.submit(parent).result(timeout=20)
+
+    assert seen == list(range(10, 0, -1))
+
+
+def test_queue_of_tasks_survives_threads_that_cannot_be_started(monkeypatch):
+    """
+    What is queued when the system says no is run by the threads that there are, to the end.
+    """
+    fastpool.shutdown()
+    release = threading.Event()
+
+    with TaskGroup(8) as group:
+        first = group.submit(release.wait, 10)
+        until(first.running)
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, 0, RuntimeError("can't start new thread"))
+            batch = group.map(resize, range(100))
+            release.set()
+            values = batch.results(timeout=20)
+
+    assert values == list(range(100))
