@@ -94,18 +94,21 @@ def until(condition):
         time.sleep(0.001)
 
 
-def is_inside(thread):
-    """Whether a thread is in a call of the library's, and not in user code that this called."""
+def place_inside(thread):
+    """Where a thread is in a call of the library's; None if it is in other code."""
     frame = sys._current_frames().get(thread.ident)
     while frame is not None and frame.f_globals["__name__"] == "threading":
         frame = frame.f_back
-    return frame is not None and frame.f_globals["__name__"].startswith("fastpool")
+    if frame is None or not frame.f_globals["__name__"].startswith("fastpool"):
+        return None
+    return frame, frame.f_lasti
 
 
 def is_asleep(thread):
-    """Whether a thread waits for something of the library's."""
-    frame = sys._current_frames().get(thread.ident)
-    return frame is not None and frame.f_globals["__name__"] == "fastpool._gate"
+    """Whether a thread waits in a call of the library's: it is there, and does not move."""
+    place = place_inside(thread)
+    time.sleep(0.002)
+    return place is not None and place_inside(thread) == place
 
 
 def act_at(step, act):
@@ -132,9 +135,10 @@ def in_thread(fn, *args):
         except BaseException as error:
             outcome.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     thread.join(timeout=20)
+    assert outcome, "it hangs"
     return outcome[0]
 
 
@@ -521,7 +525,7 @@ def test_other_threads_submit_during_the_final_wait(workers):
     late = []
 
     def submit_late():
-        until(lambda: is_inside(leaving))
+        until(lambda: is_asleep(leaving))
         late.append(group.submit(resize, 404))
         release.set()
 
@@ -547,7 +551,7 @@ def test_submit_that_races_with_the_end_runs_or_is_refused(workers):
         def pause():
             # The body ends now: it is left, or waits for what is being submitted.
             reached.set()
-            until(lambda: left.is_set() or is_inside(main))
+            until(lambda: left.is_set() or is_asleep(main))
 
         def submit():
             sys.settrace(act_at(step, pause))
@@ -1258,7 +1262,11 @@ def test_map_over_what_is_not_iterable_is_refused(call):
     """
     It raises the built-in's `TypeError`, there.
     """
-    with TaskGroup() as group, suppress(TypeError), pytest.raises(TypeError, match="iterable"):
+    with (
+        suppress(TypeError),
+        TaskGroup() as group,
+        pytest.raises(TypeError, match="iterable"),
+    ):
         getattr(group, call)(resize, 404)
 
 
@@ -1748,27 +1756,30 @@ def test_pool_that_takes_nothing_says_so(make_pool):
     assert group.failures == ()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_pool_that_is_closed_under_a_group_holds_nothing_up(make_pool, count):
+@pytest.mark.parametrize("free", [0, 1])
+def test_pool_that_is_closed_under_a_group_holds_nothing_up(make_pool, free):
     """
     The group makes do with the threads it has, or fails; it never hangs.
     """
     pool = make_pool(2)
-    occupied, release = threading.Event(), threading.Event()
+    occupied, release = threading.Barrier(3 - free), threading.Event()
 
     def occupy():
-        occupied.set()
+        occupied.wait(timeout=10)
         release.wait(timeout=20)
 
-    theirs = [pool.apply_async(occupy) for _ in range(count)]
+    def run():
+        with suppress(ValueError), TaskGroup(pool=pool, timeout=20) as group:
+            # Whatever is to run them is queued in the pool behind its owner's, or may begin now.
+            batch = group.map(resize, range(10))
+            pool.close()
+            release.set()
+        return group, batch
+
+    for _ in range(2 - free):
+        pool.apply_async(occupy)
     occupied.wait(timeout=10)
-    with suppress(ValueError), TaskGroup(pool=pool) as group:
-        # Whatever is to run them is queued in the pool, behind its owner's.
-        batch = group.map(resize, range(10))
-        pool.close()
-        release.set()
-        for each in theirs:
-            each.get(timeout=10)
+    group, batch = in_thread(run)
 
     assert batch.done()
     assert group.failures or batch.results() == list(range(10))
@@ -1982,7 +1993,7 @@ def test_main_thread_never_runs_a_task(make_pool):
     main = threading.current_thread()
     pool.apply_async(occupy)
     occupied.wait(timeout=10)
-    releaser = threading.Thread(target=lambda: (until(lambda: is_inside(main)), release.set()))
+    releaser = threading.Thread(target=lambda: (until(lambda: is_asleep(main)), release.set()))
     with TaskGroup(pool=pool) as group:
         task = group.submit(note)
         in_time = task.wait(timeout=0.05)
@@ -2057,45 +2068,38 @@ def test_circle_is_found_whoever_looks_first(workers):
     """
 
     def race(step):
-        met = threading.Event()
-        passed = threading.Event()
+        reached = threading.Event()
 
         def pause():
-            # The other one begins to wait for us, and sleeps, or is told.
-            passed.set()
-            met.set()
-            until(lambda: tasks[1].done() or is_inside(where[0]))
+            # The other one begins to wait for us now, and sleeps, or is told.
+            reached.set()
+            until(lambda: tasks[1].done() or is_asleep(threads["pong"]))
 
         def ping():
+            threads["ping"] = threading.current_thread()
             ready.wait(timeout=10)
-            waiters.append(threading.current_thread())
-            until(lambda: where)
             sys.settrace(act_at(step, pause))
             try:
                 tasks[1].result()
             finally:
                 sys.settrace(None)
-                met.set()
 
         def pong():
-            ready.wait(timeout=10)
-            where.append(threading.current_thread())
-            # It is at the line in question, or sleeps before it ever comes there.
-            until(lambda: met.is_set() or (waiters and is_asleep(waiters[0])))
+            threads["pong"] = threading.current_thread()
+            # The line in question may come only after the first one has slept.
+            until(lambda: reached.is_set() or is_asleep(threads["ping"]))
             tasks[0].result()
 
         ready = threading.Event()
-        where, waiters = [], []
+        threads = {}
         with (
             pytest.raises(RuntimeError, match="wait"),
             TaskGroup(timeout=10, **arguments) as group,
         ):
             tasks = [group.submit(ping), group.submit(pong)]
-            until(tasks[1].running)
-            until(tasks[0].running)
+            until(lambda: len(threads) == 2)
             ready.set()
-            until(lambda: where)
-        return passed.is_set()
+        return reached.is_set()
 
     arguments = workers(2)
     races = list(itertools.takewhile(bool, map(race, itertools.count())))
@@ -2195,24 +2199,34 @@ OUTER_WAITS = {
 
 @pytest.mark.parametrize("inner_wait", INNER_WAITS.values(), ids=INNER_WAITS)
 @pytest.mark.parametrize("outer_wait", OUTER_WAITS.values(), ids=OUTER_WAITS)
-@pytest.mark.parametrize("pools", ["own", "shared", "shared by two"])
-def test_circle_through_a_nested_group_is_told(make_pool, pools, inner_wait, outer_wait):
+@pytest.mark.parametrize(
+    ("size", "last"), [(None, "leaf"), (None, "branch"), (1, "leaf"), (2, "leaf"), (2, "branch")]
+)
+def test_circle_through_a_nested_group_is_told(make_pool, size, last, inner_wait, outer_wait):
     """
-    A task that waits for its own group's leaver closes a circle, too.
+    A task and the task that waits for its group cannot wait for each other, whoever begins.
     """
 
     def leaf():
-        ready.wait(timeout=10)
+        threads["leaf"] = threading.current_thread()
+        if last == "leaf":
+            # On top of the other one, if that waits by running us.
+            below = threads["branch"]
+            until(lambda: below is threading.current_thread() or is_asleep(below))
         outer_wait(outer, task)
 
     def branch():
+        threads["branch"] = threading.current_thread()
+        ready.wait(timeout=10)
         with TaskGroup(**arguments) as inner:
-            inner_wait(inner, inner.submit(leaf))
+            child = inner.submit(leaf)
+            if last == "branch":
+                until(lambda: child.done() or ("leaf" in threads and is_asleep(threads["leaf"])))
+            inner_wait(inner, child)
 
-    arguments = {}
-    if pools != "own":
-        arguments["pool"] = make_pool(2 if pools == "shared by two" else 1)
+    arguments = {} if size is None else {"pool": make_pool(size)}
     ready = threading.Event()
+    threads = {}
     with (
         pytest.raises(RuntimeError, match="wait") as left,
         TaskGroup(name="outer", timeout=5, **arguments) as outer,

@@ -1,0 +1,263 @@
+"""
+The example programs, run as a user runs them.
+"""
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def start(name, *arguments, **keywords):
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLES / name), *map(os.fspath, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        **keywords,
+    )
+
+
+def run(name, *arguments, **keywords):
+    """Run an example to its end: its exit code, what it printed, what it said beside that."""
+    with start(name, *arguments, **keywords) as process:
+        out, err = process.communicate(timeout=50)
+    return process.returncode, out, os.fsdecode(err)
+
+
+def checksums(*arguments, **keywords):
+    return run("checksums.py", *arguments, **keywords)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A folder with files of all sorts of names."""
+    root = tmp_path / "tree"
+    (root / "sub" / "deeper").mkdir(parents=True)
+    for name in ("plain", "with space", "new\nline", "back\\slash", "sub/inner", "sub/deeper/x"):
+        (root / name).write_bytes(name.encode() * 1000)
+    (root / os.fsdecode(b"not-utf8-\xff")).write_bytes(b"bytes")
+    (root / "empty").touch()
+    return root
+
+
+# --- The short ones -------------------------------------------------------------------------------
+
+
+def test_stop_all_tasks():
+    """
+    All ten stop in an orderly way, and the pool goes on.
+    """
+    code, out, err = run("stop_all_tasks.py", "0.2")
+
+    assert (code, err) == (0, "")
+    assert out.count(b"has put its things away") == 10
+    assert b"10 tasks were stopped" in out
+    assert b"the same pool goes on: 1024" in out
+
+
+def test_stop_all_if_one_fails():
+    """
+    The block raises the one failure, and the nine others have stopped.
+    """
+    code, out, err = run("stop_all_if_one_fails.py")
+
+    assert (code, err) == (0, "")
+    assert b"the block raised: task 5 found something wrong in turn 2" in out
+    assert out.count(b"task[") == 10
+    assert b"failures: 1" in out
+
+
+def test_wait_for_a_batch():
+    """
+    A batch is waited for, the group goes on, and everything has run in the end.
+    """
+    files = len(list(EXAMPLES.glob("*.py")))
+
+    code, out, err = run("wait_for_a_batch.py")
+
+    assert (code, err) == (0, "")
+    assert f"the first batch is done: {files} files".encode() in out
+    assert f"everything has run: {files} files more".encode() in out
+    assert b"the same digests: True" in out
+
+
+def test_shut_down_and_count_threads():
+    """
+    The count of threads is in the end what it was.
+    """
+    code, out, err = run("shut_down_and_count_threads.py")
+
+    assert (code, err) == (0, "")
+    assert b"threads before: 1\n" in out
+    assert b"cannot submit pow() to group 'squares'" in out
+    assert b"threads after: 1\n" in out
+
+
+# --- checksums.py ---------------------------------------------------------------------------------
+
+
+def test_manifest_is_true_and_in_order(tree):
+    """
+    Every file is there once, under its name relative to the folder, with its digest.
+    """
+    code, out, err = checksums(tree)
+
+    lines = dict(reversed(line.split(b"  ", 1)) for line in out.splitlines())
+    assert (code, err) == (0, "")
+    assert list(lines) == sorted(lines)
+    assert lines[b"sub/deeper/x"].decode() == hashlib.sha256(b"sub/deeper/x" * 1000).hexdigest()
+    assert lines[b"new\\nline"][:1] == lines[b"back\\\\slash"][:1] == b"\\"
+    assert b"not-utf8-\xff" in lines
+    assert len(lines) == 8
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="no sha256sum to compare with")
+def test_manifest_is_what_sha256sum_reads(tree, tmp_path):
+    """
+    `sha256sum --check` in the folder finds all of it right.
+    """
+    checksums(tree, "-o", tmp_path / "manifest")
+
+    done = subprocess.run(
+        ["sha256sum", "--check", "--strict", "--quiet", str(tmp_path / "manifest")],
+        cwd=tree,
+        timeout=50,
+        check=False,
+    )
+
+    assert done.returncode == 0
+
+
+def test_check_passes_on_what_was_written(tree):
+    """
+    A manifest written into its own folder leaves itself out, and verifies.
+    """
+    for _ in range(2):
+        written = checksums(tree, "--output", tree / "manifest")
+
+    code, out, err = checksums(tree, "--check", tree / "manifest")
+
+    assert written[:2] == (0, b"")
+    assert (code, out) == (0, b"")
+    assert "all 8 files are as they should be" in err
+
+
+@pytest.mark.parametrize("trouble", ["differs", "is missing"])
+def test_check_stops_at_a_mismatch_and_names_the_file(tree, trouble):
+    """
+    A changed or missing file ends it with exit code 1.
+    """
+    checksums(tree, "-o", tree / "manifest")
+    if trouble == "differs":
+        (tree / "new\nline").write_text("changed")
+    else:
+        (tree / "new\nline").unlink()
+
+    code, out, err = checksums(tree, "--check", tree / "manifest")
+
+    assert (code, out) == (1, b"")
+    assert f"checksums: 'new\\nline' {trouble}" in err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"0" * 64 + b"  /etc/passwd", "line 2: '/etc/passwd' leads out"),
+        (b"0" * 64 + b"  sub/../../x", "line 2: 'sub/../../x' leads out"),
+        (b"\\" + b"0" * 64 + b"  ..", "line 2: '..' leads out"),
+        (b"rubbish", "line 2: not a checksum and a name"),
+        (b"0" * 63 + b"  x", "line 2: not a checksum and a name"),
+    ],
+)
+def test_manifest_that_is_not_to_be_trusted_is_refused(tree, line, message):
+    """
+    Nothing outside the folder is read; the message names the line.
+    """
+    good = hashlib.sha256((tree / "plain").read_bytes()).hexdigest().encode()
+    (tree / "manifest").write_bytes(good + b"  plain\n" + line + b"\n")
+
+    code, out, err = checksums(tree, "--check", tree / "manifest")
+
+    assert (code, out) == (2, b"")
+    assert message in err
+
+
+def test_unreadable_file_stops_everything(tree, tmp_path):
+    """
+    A file that cannot be read is named; nothing is printed, nothing is written.
+    """
+    (tree / "plain").unlink()
+    (tree / "plain").symlink_to("nowhere")
+
+    printed = checksums(tree)
+    written = checksums(tree, "-o", tmp_path / "manifest")
+
+    assert printed[:2] == written[:2] == (2, b"")
+    assert "plain': No such file or directory" in printed[2]
+    assert os.listdir(tmp_path) == ["tree"]
+
+
+def test_what_is_no_file_is_left_out_with_a_note(tree):
+    """
+    A named pipe is never opened, and a link to a folder not followed.
+    """
+    os.mkfifo(tree / "pipe")
+    (tree / "loop").symlink_to(tree, target_is_directory=True)
+
+    code, out, err = checksums(tree)
+
+    assert code == 0
+    assert len(out.splitlines()) == 8
+    assert "left out" in err
+    assert "pipe" in err
+
+
+def test_wrong_arguments_are_refused(tree):
+    """
+    A folder that is none, and a number of workers that is none.
+    """
+    assert checksums(tree / "none")[0] == 2
+    assert "--workers must be 1 or more" in checksums(tree, "--workers", "0")[2]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+def test_ctrl_c_stops_everything_at_once(tree, tmp_path):
+    """
+    SIGINT in the middle of a file of a terabyte ends the program; nothing is written.
+    """
+    with open(tree / "huge", "wb") as huge:
+        huge.truncate(1 << 40)
+    with start("checksums.py", tree, "-o", tmp_path / "manifest") as process:
+        opened = Path(f"/proc/{process.pid}/fd")
+        until(lambda: str(tree / "huge") in map(target, opened.iterdir()))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=50)
+
+    assert (process.returncode, out) == (130, b"")
+    assert b"interrupted" in err
+    assert b"Traceback" not in err
+    assert os.listdir(tmp_path) == ["tree"]
+
+
+def target(link):
+    """Where a link leads; nowhere if it has just gone."""
+    try:
+        return os.readlink(link)
+    except FileNotFoundError:
+        return None
+
+
+def until(condition):
+    """Wait for what nothing signals."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
