@@ -89,9 +89,13 @@ class Batch(Generic[R_co]):
             BaseException: The failure of a task that failed. At a cancelled one: waits for all,
                 then as `results`.
         """
-        for task in self._tasks:
-            self._meet(task)
-            yield task.result()
+        task = None
+        try:
+            for task in self._tasks:
+                self._meet(task)
+                yield task.result()
+        finally:
+            del self, task  # what is raised holds this frame in its traceback
 
     def as_completed(self) -> Iterator[tuple[int, R_co]]:
         """
@@ -104,9 +108,13 @@ class Batch(Generic[R_co]):
             BaseException: As iteration.
         """
         positions = {task: index for index, task in enumerate(self._tasks)}
-        for task in as_completed(self._tasks):
-            self._meet(task)
-            yield positions[task], task.result()
+        task = None
+        try:
+            for task in as_completed(self._tasks):
+                self._meet(task)
+                yield positions[task], task.result()
+        finally:
+            del self, task, positions  # what is raised holds this frame in its traceback
 
     def wait(self, timeout: float | None = None) -> bool:
         """

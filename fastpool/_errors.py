@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 from typing import Any, NoReturn
 
@@ -28,13 +29,18 @@ _CONTEXT: Any = BaseException.__dict__["__context__"]
 
 def strip(error: BaseException) -> TracebackType | None:
     """
-    Take our own frames off the head of an exception's traceback.
+    Take our own frames off the head of an exception's traceback, and empty them.
+
+    A frame that is left refers to the one that called it, so that one must not refer to
+    anything that leads to the exception. Those that still run let go of their names themselves.
 
     Returns:
-        What is left of it.
+        What is left of the traceback.
     """
     traceback: TracebackType | None = _TRACEBACK.__get__(error)
     while traceback is not None and traceback.tb_frame.f_globals.get("__name__") in _CALLERS:
+        with contextlib.suppress(RuntimeError):  # it still runs
+            traceback.tb_frame.clear()
         traceback = traceback.tb_next
     BaseException.with_traceback(error, traceback)
     return traceback

@@ -165,7 +165,8 @@ class Ledger:
         """Keep a queued task from ever running. False if it is too late."""
         claim = self.claim(task)
         withdrawn = _Withdrawn(reason)
-        if task._taken or claim.decide(withdrawn) is not withdrawn:
+        # A waiter that ran it took its claim away with it, but has left its lane.
+        if task._taken or task._lane is not None or claim.decide(withdrawn) is not withdrawn:
             if task._state:
                 self.claims.pop(task, None)
             return False

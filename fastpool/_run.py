@@ -308,6 +308,7 @@ class Run(Ledger):
         lane.task = None
         if self.fences:
             self.passed(lane)
+        del self, task, lane  # what failed refers to the frame that called it: see `strip`
 
     # --- Helping: a worker that waits ---------------------------------------------------------
 
@@ -450,6 +451,9 @@ class Run(Ledger):
         Returns:
             The failures, by time.
         """
+        if self.observers:
+            for task in self.queue:  # nobody else does anything with it any more
+                self.withdraw(task, self.why())
         self.over = True
         if self.backend is not None:
             self.backend.end(self)
@@ -457,10 +461,6 @@ class Run(Ledger):
         self.token._close_callbacks()
         for token in self.loose:
             token._close_callbacks()
-        if self.observers:
-            for task in self.queue.copy():
-                if task.done() and self.claims.get(task) is None:
-                    self.emit("task_cancelled", task)
         failures = tuple(self.failures)
         self.failures.clear()
         self.strays.clear()
@@ -468,6 +468,7 @@ class Run(Ledger):
             belongings.clear()
         self.loose.clear()
         self.winner = self.backend = self.pool = None
+        self.queue = deque()
         return failures
 
     def abandon(self) -> None:

@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
 from types import TracebackType
@@ -260,7 +259,8 @@ class TaskGroup(Submitter):
             _open_runs.pop(run, None)
         run.tell_cancelled()
         self._winner = run.winner
-        self._left_over, run.queue = run.queue, deque()
+        # Not emptied: to free a million tasks takes longer than the way to the `except`.
+        self._left_over = run.queue
         self._failures = run.end()
         leaving = self._verdict()
         if leaving is None:
@@ -433,7 +433,7 @@ def map(
         BaseException: As leaving a group's block does: the first failure.
     """
     frame = sys._getframe(1)
-    with TaskGroup(
+    group = TaskGroup(
         max_workers,
         name=name,
         timeout=timeout,
@@ -442,9 +442,14 @@ def map(
         pool=pool,
         observers=observers,
         grace=grace,
-    ) as group:
-        batch = group._map(fn, iterables, frame)
-    return batch.results()
+    )
+    batch = None
+    try:
+        with group:
+            batch = group._map(fn, iterables, frame)
+        return batch.results()
+    finally:
+        del group, batch  # what leaves holds this frame in its traceback
 
 
 def shutdown() -> None:

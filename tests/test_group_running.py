@@ -829,34 +829,55 @@ def test_entering_an_open_group_leaves_it_as_it_is(workers):
 
 def test_of_two_threads_that_enter_one_group_one_wins():
     """
-    At whatever line the first thread is when the second enters, exactly one of them is refused.
+    At whatever line the first thread is when the second enters, exactly one of them gets in.
     """
-
-    def enter_and_leave(group):
-        with group:
-            return group.submit(resize, 404).result(timeout=10)
 
     def race(step):
         group = TaskGroup(1)
-        others = []
+        tried = [threading.Event(), threading.Event()]
+        entered, refused = [], []
 
-        def first():
-            sys.settrace(act_at(step, lambda: others.append(in_thread(enter_and_leave, group))))
+        def enter(me):
             try:
                 group.__enter__()
+            except RuntimeError as error:
+                refused.append(error)
+            else:
+                entered.append(me)
             finally:
                 sys.settrace(None)
-            group.__exit__(None, None, None)
-            return 404
+                tried[me].set()
+            if me in entered:
+                tried[not me].wait(timeout=10)
+                results.append(group.submit(resize, 404).result(timeout=10))
+                group.__exit__(None, None, None)
 
-        return [in_thread(first), *others]
+        def let_the_second_enter():
+            second.start()
+            tried[1].wait(timeout=10)
 
-    races = list(itertools.takewhile(lambda race: len(race) == 2, map(race, itertools.count())))
+        def first():
+            sys.settrace(act_at(step, let_the_second_enter))
+            enter(0)
+
+        results = []
+        threads = [threading.Thread(target=first), threading.Thread(target=enter, args=(1,))]
+        second = threads[1]
+        threads[0].start()
+        until(lambda: tried[0].is_set() or tried[1].is_set())
+        tried[0].wait(timeout=10)
+        reached = second.ident is not None
+        if not reached:
+            second.start()
+        for thread in threads:
+            thread.join(timeout=10)
+        return reached, len(entered), len(refused), results
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
 
     assert len(races) > 3
-    for outcomes in races:
-        [refused] = [outcome for outcome in outcomes if outcome != 404]
-        assert type(refused) is RuntimeError
+    assert {tuple(race[1:3]) for race in races} == {(1, 1)}
+    assert all(race[3] == [404] for race in races)
 
 
 # --- The group's token --------------------------------------------------------------------------
@@ -2238,6 +2259,22 @@ def test_circle_through_a_nested_group_is_told(make_pool, size, last, inner_wait
     assert "branch" in str(left.value) or "outer" in str(left.value)
 
 
+def test_circle_is_found_after_the_waiter_has_run_another(workers):
+    """
+    A task that ran another while it waited is still itself when it waits again.
+    """
+
+    def myself():
+        ready.wait(timeout=10)
+        group.submit(resize, 404).result()
+        task.result()
+
+    ready = threading.Event()
+    with pytest.raises(RuntimeError, match="myself"), TaskGroup(timeout=10, **workers(1)) as group:
+        task = group.submit(myself)
+        ready.set()
+
+
 def test_waits_that_form_no_circle_are_left_alone(workers):
     """
     Tasks may wait for what others wait for, down to one that waits for nobody.
@@ -2375,13 +2412,89 @@ def test_threads_of_an_open_group_do_not_end(short_idle_time):
 
 def test_group_that_comes_as_its_threads_end_has_others(short_idle_time):
     """
-    Whether a pool is still idle or already ends, the next group runs.
+    At whatever line an idle thread is when the next group begins, that group is served.
     """
-    for pause in range(0, 100, 4):
-        time.sleep(pause / 1000)
+
+    def race(step):
+        reached, submitted = threading.Event(), threading.Event()
+
+        def pause():
+            reached.set()
+            submitted.wait(timeout=10)
+
+        def watch_this_thread():
+            trace = act_at(step, pause)
+            threads.append(threading.current_thread())
+            frame = sys._getframe(1)
+            while frame is not None:
+                frame.f_trace = trace
+                frame = frame.f_back
+            sys.settrace(trace)
+
+        threads = []
+        with TaskGroup(1) as group:
+            task = group.submit(watch_this_thread)
+            # It may already stop before the group ends.
+            until(lambda: reached.is_set() or task.done())
+            submitted.set() if reached.is_set() else None
+        before_the_end = submitted.is_set()
+        until(lambda: reached.is_set() or not threads[0].is_alive())
+        with TaskGroup(1, timeout=10) as group:
+            task = group.submit(resize, 404)
+            submitted.set()
+        return reached.is_set(), before_the_end, task.result()
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    assert sum(not before_the_end for _, before_the_end, _ in races) > 5
+    assert all(value == 404 for _, _, value in races)
+
+
+def test_groups_in_a_row_need_no_more_threads_than_workers():
+    """
+    A thread that is on its way to a group that ends meanwhile is there for the next one.
+    """
+    fastpool.shutdown()
+    slow, resumed = threading.Event(), threading.Event()
+
+    def trace(frame, event, argument):
+        if slow.is_set() and frame.f_globals.get("__name__", "").startswith("fastpool"):
+            resumed.wait(timeout=5)
+        return trace
+
+    def trace_this_thread():
+        second.append(threading.current_thread())
+        frame = sys._getframe(1)
+        while frame is not None:
+            frame.f_trace = trace
+            frame = frame.f_back
+        sys.settrace(trace)
+
+    second = []
+    with TaskGroup(2) as group:
+        # The thread that comes to rest last is called first, so the other one is the second.
+        release = threading.Event()
+        first = group.submit(release.wait, 10)
+        until(first.running)
+        group.submit(trace_this_thread).wait()
+        until(lambda: is_asleep(second[0]))
+        release.set()
+    before = threading.active_count()
+    slow.set()
+    for _ in range(5):
         with TaskGroup(2) as group:
-            batch = group.map(resize, range(4))
-        assert batch.results() == [0, 1, 2, 3]
+            release = threading.Event()
+            first = group.submit(release.wait, 10)
+            until(first.running)
+            # This calls the second thread, which does not come before the group has ended.
+            other = group.submit(resize, 404)
+            release.set()
+        assert other.result() == 404
+    after = threading.active_count()
+    slow.clear()
+    resumed.set()
+
+    assert after == before
 
 
 def test_shutdown_ends_all_idle_threads():
@@ -2445,6 +2558,8 @@ def test_thousand_groups_leave_nothing_behind(make_pool, shared):
                 group.submit(resize, 404)
                 group.map(resize, range(3))
 
+    with TaskGroup(timeout=60, **arguments) as group:
+        group.starmap(threading.Barrier(2).wait, [(10,), (10,)])
     run(100)
     gc.collect()
     threads, objects = threading.active_count(), len(gc.get_objects())
@@ -2459,7 +2574,7 @@ def test_thousand_groups_leave_nothing_behind(make_pool, shared):
     # A single object left by each group would be more than that.
     assert len(gc.get_objects()) - objects < 800
     assert memory < 200_000
-    assert threading.active_count() <= threads + 1
+    assert threading.active_count() <= threads
 
 
 # --- A thread that cannot be started ------------------------------------------------------------
@@ -2480,7 +2595,8 @@ def refuse_threads(monkeypatch, most, error):
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()])
 @pytest.mark.parametrize("most", range(9))
-def test_group_goes_on_with_the_threads_it_could_start(monkeypatch, most, error):
+@pytest.mark.parametrize("count", [1, 8])
+def test_group_goes_on_with_the_threads_it_could_start(monkeypatch, count, most, error):
     """
     With one thread or more everything runs; with none `submit` raises what the system said.
     """
@@ -2492,7 +2608,7 @@ def test_group_goes_on_with_the_threads_it_could_start(monkeypatch, most, error)
         time.sleep(0.002)
 
     refused = None
-    with TaskGroup(8) as group:
+    with TaskGroup(count) as group:
         with monkeypatch.context() as patch:
             refuse_threads(patch, most, error)
             try:

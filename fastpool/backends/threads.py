@@ -204,14 +204,16 @@ def serve(run: Run, lane: Lane) -> None:
             task = popleft()
         except IndexError:
             if run.rest(lane):
-                return
+                break
             continue
         task._taken = True
         if run.disturbed or token._reason is not None:
-            if run.admit(task, lane):
+            admitted = run.admit(task, lane)
+            if admitted:
                 run.perform(task, lane)
-            elif run.stopping() and run.rest(lane):
-                return
+            del task
+            if not admitted and run.stopping() and run.rest(lane):
+                break
             continue
         task._lane = lane
         lane.task = task
@@ -228,6 +230,7 @@ def serve(run: Run, lane: Lane) -> None:
         if run.fences:
             run.passed(lane)
         del task
+    del run, lane, queue, popleft, token  # what failed refers to this frame: see `strip`
 
 
 class Leased:
@@ -336,6 +339,7 @@ class Shared:
             run.dismiss(lane)
         finally:
             stand_in(None)
+            del run, lane  # what failed refers to this frame: see `strip`
 
     def _make_way(self, run: Run, lane: Lane) -> bool:
         """Go to the end of the pool's own queue; False if the pool takes nothing any more."""

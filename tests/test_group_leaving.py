@@ -1,0 +1,1094 @@
+"""
+How a group fails, and what leaves its block.
+"""
+
+import asyncio
+import gc
+import signal
+import sys
+import threading
+import traceback
+import warnings
+import weakref
+
+import pytest
+
+import fastpool
+from fastpool import (
+    Cancelled,
+    CancelToken,
+    FailFast,
+    GroupClosedError,
+    TaskCancelledError,
+    TaskGroup,
+    cancellable,
+    current_token,
+    shield,
+    timeout,
+    use_token,
+)
+
+
+@cancellable
+def sleeper(token, started=None):
+    if started is not None:
+        started.set()
+    token.sleep(60)
+
+
+def fail(error):
+    raise error
+
+
+def started_sleeper(group):
+    """A task that is known to be asleep on its token, or about to be."""
+    started = threading.Event()
+    task = group.submit(sleeper, started)
+    assert started.wait(timeout=10)
+    return task
+
+
+# --- The first failure -------------------------------------------------------------------------
+
+
+def test_echo_of_a_woken_sibling_is_never_the_first_failure():
+    """
+    A sibling that answers the cancel with an error of its own comes second, a thousand times.
+    """
+    for _ in range(1000):
+        asleep = threading.Event()
+        root, echo = ValueError("root"), ValueError("echo")
+
+        @cancellable
+        def answers(token, asleep=asleep, echo=echo):
+            asleep.set()
+            try:
+                token.sleep(60)
+            except Cancelled:
+                raise echo from None
+
+        def fails(asleep=asleep, root=root):
+            asleep.wait(timeout=10)
+            raise root
+
+        with pytest.raises(ValueError, match="root") as raised, TaskGroup(2) as group:
+            group.submit(answers)
+            group.submit(fails)
+
+        assert raised.value is root
+        assert [failure.exception for failure in group.failures] == [root, echo]
+
+
+def test_failing_at_the_same_instant_on_all_workers_records_them_all():
+    """
+    Exactly one is first, and that one leaves; none is lost.
+    """
+    for _ in range(50):
+        barrier = threading.Barrier(8)
+
+        def fails(number, barrier=barrier):
+            barrier.wait(timeout=10)
+            raise ValueError(number)
+
+        with pytest.raises(ValueError, match=r"\d") as raised, TaskGroup(8) as group:
+            batch = group.map(fails, range(8))
+
+        assert raised.value is group.failures[0].exception
+        assert sorted(failure.exception.args[0] for failure in group.failures) == list(range(8))
+        assert {failure.task for failure in group.failures} == set(batch.tasks)
+
+
+def test_no_queued_task_starts_after_the_first_failure():
+    """
+    Eight run, a thousand wait; one fails, and none of the thousand starts.
+    """
+    running = threading.Barrier(8)
+    started = []
+
+    @cancellable
+    def task(token, number):
+        started.append(number)
+        running.wait(timeout=10)
+        if number == 3:
+            raise ValueError("number 3")
+        token.sleep(60)
+
+    with pytest.raises(ValueError, match="number 3"), TaskGroup(8) as group:
+        batch = group.map(task, range(1008))
+
+    assert sorted(started) == list(range(8))
+    assert sum(task.cancelled() for task in batch.tasks) == 1007
+
+
+def test_failure_is_told_in_order():
+    """
+    Recorded, task done, token set, waiters woken, callbacks run.
+    """
+    seen = []
+    waiting = threading.Event()
+
+    def fails():
+        waiting.wait(timeout=10)
+        raise ValueError("root")
+
+    def waits(task):
+        waiting.set()
+        task.wait(timeout=10)
+        seen.append(("waiter", len(group.failures), task.done(), group.token.cancelled()))
+
+    with pytest.raises(ValueError, match="root"), TaskGroup(2) as group:
+        group.token.on_cancel(
+            lambda: seen.append(("callback", len(group.failures), task.done(), True))
+        )
+        task = group.submit(fails)
+        waiter = threading.Thread(target=waits, args=(task,))
+        waiter.start()
+    waiter.join(timeout=10)
+
+    assert sorted(seen) == [("callback", 1, True, True), ("waiter", 1, True, True)]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        SystemExit(3),
+        KeyboardInterrupt(),
+        GeneratorExit(),
+        StopIteration(1),
+        asyncio.CancelledError(),
+        MemoryError(),
+        RecursionError(),
+        ExceptionGroup("two", [ValueError(1), ValueError(2)]),
+        Cancelled("nobody asked for it"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_failure_of_any_class_leaves_as_it_is(error):
+    """
+    The very object leaves, its handle gives it, and the thread serves the next group.
+    """
+    with pytest.raises(type(error)) as raised, TaskGroup(1) as group:
+        task = group.submit(fail, error)
+    with TaskGroup(1) as after:
+        goes_on = after.submit(pow, 2, 3)
+
+    assert raised.value is error
+    assert task.exception() is error
+    assert not task.cancelled()
+    assert goes_on.result() == 8
+
+
+class Hostile(Exception):
+    def hostile(self, *arguments):
+        raise AssertionError("the library has called a method of somebody's exception")
+
+    __str__ = __repr__ = __eq__ = __bool__ = __hash__ = hostile
+
+
+class ReadOnly(Exception):
+    """Takes no notes, and hides what the interpreter writes."""
+
+    @property
+    def refuse(self):
+        raise AssertionError("the library has read this")
+
+    __notes__ = __context__ = __traceback__ = __cause__ = refuse
+
+
+@pytest.mark.parametrize("kind", [Hostile, ReadOnly])
+def test_hostile_exception_leaves_as_it_is(kind):
+    """
+    No method of the exception is called, and what it does not take does not hide it.
+    """
+    error = kind()
+    caught = None
+
+    try:
+        with TaskGroup() as group:
+            group.submit(fail, error)
+            group.submit(fail, kind())
+    except kind as left:
+        caught = left
+
+    assert caught is group.failures[0].exception
+
+
+def test_returned_exception_is_a_value():
+    """
+    Only what is raised is a failure.
+    """
+    error = ValueError("a value")
+
+    with TaskGroup() as group:
+        task = group.submit(lambda: error)
+
+    assert task.result() is error
+    assert task.exception() is None
+
+
+def test_deep_recursion_in_a_task_is_recorded():
+    """
+    A task that overflows the stack fails, and its worker goes on.
+    """
+
+    def deeper():
+        return deeper()
+
+    with pytest.raises(RecursionError), TaskGroup(1) as group:
+        group.submit(deeper)
+
+
+# --- What the exception carries ----------------------------------------------------------------
+
+
+def test_traceback_shows_the_task_and_nothing_of_ours_in_it():
+    """
+    Between the block and the task's own frames there is nothing of the library's.
+    """
+
+    def inner():
+        raise ValueError("deep")
+
+    @cancellable
+    def outer(token):
+        inner()
+
+    with pytest.raises(ValueError, match="deep") as raised, TaskGroup() as group:
+        group.submit(outer)
+
+    names = [frame.name for frame in traceback.extract_tb(raised.value.__traceback__)]
+    assert names[-2:] == ["outer", "inner"]
+    assert "call" not in names
+    assert "perform" not in names
+    assert raised.value.__context__ is raised.value.__cause__ is None
+
+
+def test_block_adds_no_context_where_something_is_being_handled():
+    """
+    Neither what the body raised nor what is handled around the block becomes its context.
+    """
+    original = KeyError("the task's own")
+    try:
+        raise ZeroDivisionError
+    except ZeroDivisionError:
+        with pytest.raises(ValueError, match="root") as raised, TaskGroup() as group:
+            group.submit(fail, ValueError("root")).wait()
+            raise RuntimeError("of the body") from None
+
+    def chained():
+        raise ValueError("with a cause") from original
+
+    with pytest.raises(ValueError, match="with a cause") as caused, TaskGroup() as other:
+        other.submit(chained)
+
+    assert raised.value.__context__ is None
+    assert caused.value.__cause__ is original
+    assert len(group.failures) == 2
+
+
+def test_notes_name_task_place_and_other_failures():
+    """
+    The failure says which task, where it was submitted, and what else failed; so does each
+    group around it.
+    """
+    barrier = threading.Barrier(2)
+
+    def fails(kind):
+        barrier.wait(timeout=10)
+        raise kind("secret")
+
+    def nests():
+        with TaskGroup(name="inner") as inner:
+            inner.submit(fails, ValueError)
+            inner.submit(fails, KeyError)
+
+    with pytest.raises((ValueError, KeyError)) as raised, TaskGroup(name="outer") as group:
+        group.submit(nests)
+
+    notes = "\n".join(raised.value.__notes__)
+    other = "KeyError" if raised.type is ValueError else "ValueError"
+    assert notes.count(f"{__file__}:") == 3
+    assert "task 'fails'" in notes
+    assert f"also in group 'inner': {other} in task 'fails'" in notes
+    assert notes.splitlines()[-1].startswith("in task 'nests'")
+    assert "secret" not in notes
+
+
+def test_notes_of_an_earlier_group_are_replaced():
+    """
+    One exception object, raised in group after group, has the notes of the last one.
+    """
+    error = ValueError("a singleton")
+    error.add_note("somebody else's")
+
+    for number in range(3):
+        with pytest.raises(ValueError, match="singleton"), TaskGroup(name=f"n{number}") as group:
+            group.submit(fail, error)
+
+    assert len(error.__notes__) == 2
+    assert error.__notes__[0] == "somebody else's"
+    assert "'n2'" in error.__notes__[1]
+
+
+def test_reading_a_failure_again_does_not_lengthen_its_traceback():
+    """
+    The same object each time, with the traceback that the task left.
+    """
+    lengths = []
+    with pytest.raises(ValueError, match="root"), TaskGroup() as group:
+        task = group.submit(fail, ValueError("root"))
+    for _ in range(3):
+        try:
+            task.result()
+        except ValueError as error:
+            lengths.append(len(traceback.extract_tb(error.__traceback__)))
+        lengths.append(len(traceback.extract_tb(task.exception().__traceback__)) + 2)
+
+    assert len(set(lengths)) == 1
+
+
+# --- The body ----------------------------------------------------------------------------------
+
+
+def test_exception_of_the_body_cancels_and_leaves():
+    """
+    It is recorded, without a task, and what runs is stopped.
+    """
+    error = ValueError("of the body")
+
+    with pytest.raises(ValueError, match="of the body") as raised, TaskGroup() as group:
+        task = started_sleeper(group)
+        raise error
+
+    assert raised.value is error
+    assert task.cancelled()
+    assert [(failure.task, failure.exception) for failure in group.failures] == [(None, error)]
+    assert group.token.reason is error
+
+
+def test_failure_seen_again_by_the_body_is_recorded_once():
+    """
+    What `result()` raised into the body is the task's failure, not one more.
+    """
+    error = ValueError("root")
+
+    def fails():
+        gate.wait(timeout=10)
+        raise error
+
+    gate = threading.Event()
+    with pytest.raises(ValueError, match="root"), TaskGroup() as group:
+        task = group.submit(fails)
+        with shield():
+            gate.set()
+            task.result()
+
+    assert [failure.task for failure in group.failures] == [task]
+
+
+def test_failed_group_stays_failed_though_the_body_caught_it():
+    """
+    Handling the object that `result()` raised does not undo the failure.
+    """
+    error = ValueError("root")
+
+    with (
+        pytest.raises(ValueError, match="root") as raised,
+        TaskGroup() as group,
+        shield(),
+        pytest.raises(ValueError, match="root"),
+    ):
+        group.submit(fail, error).result()
+
+    assert raised.value is error
+
+
+def test_cancelled_of_a_set_token_is_no_failure_of_the_body():
+    """
+    A checkpoint in a cancelled group ends the body quietly.
+    """
+    with TaskGroup() as group:
+        group.cancel("enough")
+        current_token().check()
+
+    assert group.failures == ()
+
+
+def test_cancelled_that_nothing_asked_for_is_a_failure_of_the_body():
+    """
+    Raised by hand while the group's token is not set, it leaves as any exception does.
+    """
+    error = Cancelled("by hand")
+
+    with pytest.raises(Cancelled) as raised, TaskGroup() as group:
+        raise error
+
+    assert raised.value is error
+    assert group.failures[0].exception is error
+
+
+# --- What leaves: the rules, and each pair of them ---------------------------------------------
+
+
+def turn(how, group, token):
+    """Have the group's token set in some way, and wait until it is."""
+    if how == "deadline":
+        pass
+    elif how == "outside":
+        token.cancel("outside")
+    else:
+        group.cancel("inside")
+    assert group.token.wait(timeout=10)
+
+
+@pytest.mark.parametrize("first", ["deadline", "outside", "inside"])
+@pytest.mark.parametrize("second", ["deadline", "outside", "inside"])
+def test_of_timeout_outside_and_cancel_the_one_that_turned_the_token_counts(first, second):
+    """
+    Rules three to five: what came later changes nothing.
+    """
+    token = CancelToken()
+    group = TaskGroup(timeout=0.05 if first == "deadline" else None, token=token)
+    left = None
+
+    try:
+        with group:
+            task = started_sleeper(group)
+            turn(first, group, token)
+            if second != "deadline":
+                turn(second, group, token)
+    except BaseException as error:
+        left = error
+
+    expected = {"deadline": TimeoutError, "outside": Cancelled, "inside": type(None)}
+    assert type(left) is expected[first]
+    assert task.cancelled()
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize("how", ["deadline", "outside", "inside"])
+def test_failure_leaves_before_what_turned_the_token(how):
+    """
+    Rule two: a task that fails while it is being stopped is heard, whoever stopped it.
+    """
+    token = CancelToken()
+    started = threading.Event()
+
+    @cancellable(param="own")
+    def fails_in_clean_up(own):
+        started.set()
+        try:
+            own.sleep(60)
+        except Cancelled:
+            raise ValueError("in the clean-up") from None
+
+    with (
+        pytest.raises(ValueError, match="in the clean-up"),
+        TaskGroup(timeout=0.05 if how == "deadline" else None, token=token) as group,
+    ):
+        group.submit(fails_in_clean_up)
+        started.wait(timeout=10)
+        turn(how, group, token)
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("where", ["body", "task"])
+def test_interrupt_and_exit_leave_before_an_earlier_failure(kind, where):
+    """
+    Rule one: they come before the first failure in time, from the body as from a task.
+    """
+    started = threading.Event()
+    stop = kind("stop")
+
+    @cancellable
+    def answers(token):
+        started.set()
+        try:
+            token.sleep(60)
+        except Cancelled:
+            raise stop from None
+
+    with pytest.raises(kind) as raised, TaskGroup() as group:
+        if where == "task":
+            group.submit(answers)
+            started.wait(timeout=10)
+        failed = group.submit(fail, ValueError("earlier"))
+        with shield():
+            failed.wait(timeout=10)
+        if where == "body":
+            raise stop
+
+    assert raised.value is stop
+    assert isinstance(group.failures[0].exception, ValueError)
+
+
+def test_group_may_be_cancelled_from_inside_a_task_and_ends_quietly():
+    """
+    Rule five: nothing leaves.
+    """
+    with TaskGroup() as group:
+        other = started_sleeper(group)
+        task = group.submit(lambda: group.cancel("found it"))
+
+    assert task.result() is True
+    assert other.cancelled()
+    assert group.token.reason == "found it"
+
+
+def test_block_cancelled_by_the_token_around_it_raises_cancelled():
+    """
+    Rule four: so that the outer block ends too, quietly if it was cancelled itself.
+    """
+    left = []
+    with TaskGroup() as outer:
+        try:
+            with TaskGroup() as inner:
+                started_sleeper(inner)
+                outer.cancel("all of it")
+        except Cancelled as error:
+            left.append(error)
+            raise
+
+    assert left[0].reason == "all of it"
+    assert outer.failures == ()
+
+
+def test_block_ended_by_its_token_fails_the_task_around_it():
+    """
+    Its `Cancelled` leaves a task whose own token is not set, and is a failure there.
+    """
+    token = CancelToken()
+
+    def nests():
+        with TaskGroup(token=token) as inner:
+            started_sleeper(inner)
+            token.cancel("only the inner one")
+
+    with pytest.raises(Cancelled) as raised, TaskGroup() as outer:
+        task = outer.submit(nests)
+
+    assert raised.value.reason == "only the inner one"
+    assert [failure.task for failure in outer.failures] == [task]
+
+
+@pytest.mark.parametrize(("outer", "inner"), [(0.05, 30), (30, 0.05)])
+def test_earlier_deadline_ends_its_own_block(outer, inner):
+    """
+    Of two nested groups with deadlines, the one whose time is up raises `TimeoutError`.
+    """
+    with (
+        pytest.raises(TimeoutError) as raised,
+        TaskGroup(timeout=outer, name="outer"),
+        TaskGroup(timeout=inner, name="inner") as group,
+    ):
+        group.submit(sleeper)
+
+    assert f"'{'outer' if outer < inner else 'inner'}'" in str(raised.value)
+
+
+def test_group_without_time_is_cancelled_from_the_start():
+    """
+    A timeout of zero refuses the first submit and raises `TimeoutError`.
+    """
+    with pytest.raises(TimeoutError), TaskGroup(timeout=0) as group:
+        group.submit(pow, 2, 3)
+
+    assert group.failures == ()
+
+
+def test_scope_around_a_group_turns_its_end_into_a_timeout():
+    """
+    `timeout()` hears the `Cancelled` of a group inside it as its own.
+    """
+    with pytest.raises(TimeoutError, match=r"0\.05 s"), timeout(0.05), TaskGroup() as group:
+        group.submit(sleeper)
+
+
+# --- Single tasks --------------------------------------------------------------------------------
+
+
+def test_task_cut_short_by_its_own_timeout_has_failed():
+    """
+    It fails with `TimeoutError`, and the group with it.
+    """
+    with pytest.raises(TimeoutError, match="'slow' timed out") as raised, TaskGroup() as group:
+        task = group.with_options(name="slow", timeout=0.05).submit(sleeper)
+
+    assert task.exception() is raised.value
+    assert not task.cancelled()
+
+
+def test_cancelling_one_task_is_no_failure():
+    """
+    The task alone stops, and knows why.
+    """
+    with TaskGroup() as group:
+        task = started_sleeper(group)
+        told = [task.cancel("not needed"), task.cancel("again")]
+        task.wait(timeout=10)
+        other = group.submit(pow, 2, 3)
+
+    assert told == [True, False]
+    assert task.cancelled()
+    assert other.result() == 8
+    with pytest.raises(TaskCancelledError) as raised:
+        task.result()
+    assert (raised.value.reason, raised.value.__cause__) == ("not needed", None)
+
+
+def test_task_that_swallows_the_cancel_has_its_value():
+    """
+    What it returns counts, though it was told to stop.
+    """
+    started = threading.Event()
+
+    @cancellable
+    def swallows(token):
+        started.set()
+        try:
+            token.sleep(60)
+        except Cancelled:
+            return "enough for now"
+
+    with TaskGroup() as group:
+        task = group.submit(swallows)
+        started.wait(timeout=10)
+        group.cancel()
+
+    assert task.result() == "enough for now"
+
+
+# --- Leaving -------------------------------------------------------------------------------------
+
+
+def test_callback_that_is_running_is_waited_for():
+    """
+    Another thread is in the middle of a callback of the group's token: the block is not left.
+    """
+    entered, release = threading.Event(), threading.Event()
+    order = []
+
+    def slow():
+        entered.set()
+        release.wait(timeout=10)
+        order.append("callback")
+
+    with TaskGroup() as group:
+        group.token.on_cancel(slow)
+        canceller = threading.Thread(target=group.cancel)
+        canceller.start()
+        entered.wait(timeout=10)
+        threading.Thread(target=release.set).start()
+    order.append("left")
+    canceller.join(timeout=10)
+
+    assert order == ["callback", "left"]
+
+
+def test_callback_of_a_task_token_does_not_outlive_the_block():
+    """
+    The same for a callback that a task left behind on its own token.
+    """
+    entered, release = threading.Event(), threading.Event()
+    order = []
+
+    def slow():
+        entered.set()
+        release.wait(timeout=10)
+        order.append("callback")
+
+    @cancellable
+    def registers(token, ready):
+        token.on_cancel(slow)
+        ready.set()
+        token.sleep(60)
+
+    with TaskGroup() as group:
+        ready = threading.Event()
+        group.submit(registers, ready)
+        ready.wait(timeout=10)
+        canceller = threading.Thread(target=group.cancel)
+        canceller.start()
+        entered.wait(timeout=10)
+        threading.Thread(target=release.set).start()
+    order.append("left")
+    canceller.join(timeout=10)
+
+    assert order == ["callback", "left"]
+
+
+def test_callbacks_never_run_after_the_block():
+    """
+    The token of a group that has ended is set by nobody any more.
+    """
+    ran = []
+    parent = CancelToken()
+    with TaskGroup(token=parent) as group:
+        group.token.on_cancel(lambda: ran.append(1))
+    parent.cancel()
+
+    assert group.cancel() is False
+    assert group.token.cancel() is False
+    assert not group.token.cancelled()
+    assert ran == []
+
+
+def test_nothing_that_interrupts_the_wait_ends_it():
+    """
+    What a signal handler raises while leaving counts as the body's, and leaving still waits.
+    """
+    started, release = threading.Event(), threading.Event()
+    finished = []
+
+    class Alarm(Exception):
+        pass
+
+    def handler(number, frame):
+        release.set()
+        raise Alarm
+
+    def stubborn():
+        started.set()
+        release.wait(timeout=30)
+        finished.append("finished")
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        with pytest.raises(Alarm), TaskGroup() as group:
+            group.submit(stubborn)
+            started.wait(timeout=10)
+            signal.setitimer(signal.ITIMER_REAL, 0.05)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    assert finished == ["finished"]
+    assert [failure.task for failure in group.failures] == [None]
+
+
+def test_stuck_task_is_reported_again_and_again():
+    """
+    Each time after twice as long; with the warning made an error the block still waits.
+    """
+    release = threading.Event()
+    events, unraised = [], []
+    before = sys.unraisablehook
+
+    def stubborn():
+        release.wait(timeout=30)
+
+    def count(event):
+        if event.name == "task_stuck":
+            events.append(event)
+            if len(events) == 2:
+                release.set()
+
+    try:
+        sys.unraisablehook = lambda broken: unraised.append(broken.exc_type)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with TaskGroup(1, grace=0.01, observers=[count]) as group:
+                task = group.submit(stubborn)
+                while not task.running():
+                    pass
+                group.cancel()
+    finally:
+        sys.unraisablehook = before
+
+    assert [event.task for event in events] == [task, task]
+    assert unraised == [RuntimeWarning] * 2
+    assert task.result() is None
+
+
+# --- Policies and observers ----------------------------------------------------------------------
+
+
+class Tolerant:
+    """A policy of the user's: gives up after so many failures; a judge of its own kind."""
+
+    def __init__(self, most):
+        self.most = most
+        self.ended = []
+
+    def start(self):
+        return Tolerance(self)
+
+
+class Tolerance:
+    def __init__(self, policy):
+        self.policy = policy
+        self.told = []
+        self.inside = 0
+
+    def outcome(self, task, error):
+        self.inside += 1
+        assert self.inside == 1, "two at a time"
+        self.told.append((task.name, error))
+        self.inside -= 1
+        return sum(error is not None for _, error in self.told) > self.policy.most
+
+    def end(self, failures):
+        self.policy.ended.append((len(self.told), len(failures), threading.current_thread()))
+        return
+
+
+def test_judge_hears_every_value_and_failure_and_decides():
+    """
+    The group goes on until the judge has had enough; `end` has the last word.
+    """
+    policy = Tolerant(most=100)
+
+    def task(number):
+        if number % 2:
+            raise ValueError(number)
+        return number
+
+    with TaskGroup(8, policy=policy) as group:
+        batch = group.map(task, range(200))
+    with TaskGroup(8, policy=policy) as second:
+        second.map(task, range(10))
+
+    assert len(group.failures) == 100
+    assert sum(task.exception() is None for task in batch.tasks) == 100
+    assert policy.ended == [
+        (200, 100, threading.current_thread()),
+        (10, 5, threading.current_thread()),
+    ]
+
+
+def test_judge_that_ends_the_group_on_a_value_names_the_winner():
+    """
+    `group.winner` is the task whose success was enough; the others are stopped quietly.
+    """
+
+    class First:
+        def start(self):
+            return self
+
+        def outcome(self, task, error):
+            return error is None
+
+        def end(self, failures):
+            return None
+
+    with TaskGroup(policy=First()) as group:
+        other = started_sleeper(group)
+        winner = group.submit(pow, 2, 3)
+
+    assert group.winner is winner
+    assert other.cancelled()
+
+
+@pytest.mark.parametrize("where", ["outcome", "end"])
+def test_judge_that_raises_ends_the_group_with_that(where):
+    """
+    Its error leaves in place of the failures, and is none of them.
+    """
+    broken = ArithmeticError("of the judge")
+
+    class Broken:
+        def start(self):
+            return self
+
+        def outcome(self, task, error):
+            if where == "outcome":
+                raise broken
+            return error is not None
+
+        def end(self, failures):
+            if where == "end":
+                raise broken
+            return failures[0].exception if failures else None
+
+    with pytest.raises(ArithmeticError) as raised, TaskGroup(policy=Broken()) as group:
+        if where == "outcome":
+            started_sleeper(group)
+            group.submit(pow, 2, 3)
+        else:
+            group.submit(fail, ValueError("root"))
+
+    assert raised.value is broken
+    assert all(failure.exception is not broken for failure in group.failures)
+
+
+def test_interrupt_cancels_under_every_policy():
+    """
+    A judge that would go on is not asked about `KeyboardInterrupt`.
+    """
+    with pytest.raises(KeyboardInterrupt), TaskGroup(policy=Tolerant(most=100)) as group:
+        other = started_sleeper(group)
+        group.submit(fail, KeyboardInterrupt())
+
+    assert other.cancelled()
+
+
+def test_fail_fast_is_a_value_that_serves_many_groups():
+    """
+    The default, given by name.
+    """
+    policy = FailFast()
+
+    for _ in range(2):
+        with pytest.raises(ValueError, match="root"), TaskGroup(policy=policy) as group:
+            group.submit(fail, ValueError("root"))
+
+
+def test_observer_sees_everything_once_and_in_order():
+    """
+    Events are handed to any callable; a task's own come in their order.
+    """
+    seen = []
+    with pytest.raises(ValueError, match="root"), TaskGroup(1, observers=[seen.append]) as group:
+        good = group.submit(pow, 2, 3)
+        good.wait(timeout=10)
+        running = started_sleeper(group)
+        never = [group.submit(pow, 2, 3) for _ in range(3)]
+        raise ValueError("root")
+
+    def of(task):
+        return [event.name for event in seen if event.task is task]
+
+    assert of(good) == ["task_submitted", "task_started", "task_succeeded"]
+    assert of(running) == ["task_submitted", "task_started", "task_cancelled"]
+    assert [of(task) for task in never] == [["task_submitted", "task_cancelled"]] * 3
+    assert sorted(of(None)) == ["group_cancelled", "group_closed", "group_opened"]
+    assert (seen[0].name, seen[-1].name) == ("group_opened", "group_closed")
+    assert all(event.group is group for event in seen)
+    assert all(event.duration >= 0 for event in seen if event.name == "task_succeeded")
+    assert [event.time for event in seen] == sorted(event.time for event in seen)
+    with pytest.raises(AttributeError):
+        seen[0].name = "changed"
+
+
+def test_observers_lose_nothing_of_a_thousand_tasks():
+    """
+    Each task is submitted, started and succeeds.
+    """
+    seen = []
+
+    with TaskGroup(8, observers=[seen.append]) as group:
+        group.map(pow, range(1000), [2] * 1000)
+
+    names = [event.name for event in seen]
+    assert [names.count(f"task_{what}") for what in ("submitted", "started", "succeeded")] == [
+        1000
+    ] * 3
+
+
+# --- Memory --------------------------------------------------------------------------------------
+
+
+class Witness:
+    """Lives in a failed task's locals."""
+
+
+def fail_with_a_local(witnesses):
+    witness = Witness()
+    witnesses.append(weakref.ref(witness))
+    raise ValueError("root")
+
+
+@cancellable
+def fail_under_a_token(token, witnesses):
+    witness = Witness()
+    witnesses.append(weakref.ref(witness))
+    with timeout(60) as scope:
+        assert not scope.cancelled()
+        raise ValueError("root")
+
+
+def run_plainly(witnesses):
+    with TaskGroup() as group:
+        group.submit(fail_with_a_local, witnesses)
+
+
+def run_decorated(witnesses):
+    with TaskGroup() as group:
+        group.submit(fail_under_a_token, witnesses)
+
+
+def run_a_queue(witnesses):
+    with TaskGroup(1) as group:
+        group.submit(fail_under_a_token, witnesses)
+        group.map(sleeper.__wrapped__, [current_token()] * 1000)
+
+
+def run_and_read(witnesses):
+    with TaskGroup() as group:
+        task = group.submit(fail_under_a_token, witnesses)
+        with shield():
+            task.wait(timeout=10)
+            task.exception()
+            task.result()
+
+
+def run_in_one_line(witnesses):
+    fastpool.map(lambda number: fail_with_a_local(witnesses), range(100))
+
+
+@pytest.mark.parametrize(
+    "run", [run_plainly, run_decorated, run_a_queue, run_and_read, run_in_one_line]
+)
+def test_locals_of_a_failed_task_die_without_the_collector(run):
+    """
+    Once the names for group, tasks and error are gone, nothing of ours is a cycle.
+    """
+    witnesses = []
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            run(witnesses)
+        except ValueError as error:
+            clear_frames(error)
+        alive = [witness() for witness in witnesses if witness() is not None]
+    finally:
+        gc.enable()
+
+    assert len(witnesses) >= 1
+    assert alive == []
+
+
+def clear_frames(error):
+    """Drop the names that the caller's own frames have for group and tasks."""
+    walked = error.__traceback__
+    while walked is not None:
+        if walked.tb_frame.f_code.co_name.startswith("run_"):
+            walked.tb_frame.clear()
+        walked = walked.tb_next
+
+
+def test_arguments_and_results_are_freed_with_the_handle():
+    """
+    A task that is done keeps its value; once the handle is gone, so is everything.
+    """
+    given, returned = Witness(), Witness()
+    watched = [weakref.ref(given), weakref.ref(returned)]
+
+    with TaskGroup() as group:
+        task = group.submit(lambda argument, value: value, given, returned)
+        task.wait(timeout=10)
+        del given, returned
+        kept = [witness() is not None for witness in watched]
+        del task
+        gone = [witness() is None for witness in watched]
+
+    assert kept == [False, True]
+    assert gone == [True, True]
+
+
+def test_group_refuses_clearly_after_it_failed():
+    """
+    From outside, a submit to a cancelled group says why; from inside it is `Cancelled`.
+    """
+    outside = []
+    with pytest.raises(ValueError, match="root"), TaskGroup() as group:
+        with shield():
+            group.submit(fail, ValueError("root")).wait(timeout=10)
+            with pytest.raises(GroupClosedError, match="it was cancelled") as refused:
+                group.submit(pow, 2, 3)
+            outside.append(refused.value.reason)
+        with use_token(group.token), pytest.raises(Cancelled):
+            group.submit(pow, 2, 3)
+
+    assert isinstance(outside[0], ValueError)
