@@ -1,171 +1,135 @@
 """
-SHA-256 checksums of a folder, hashed in threads that stop at the first trouble.
+SHA-256 checksums of every file in a folder, hashed by a group of threads.
 
-    python checksums.py DIR                     print a manifest, as sha256sum does
-    python checksums.py DIR -o MANIFEST         write it to a file, whole or not at all
-    python checksums.py DIR --check MANIFEST    verify the folder against one
+  python checksums.py DIR                     print a manifest, as sha256sum writes it
+  python checksums.py DIR -o SUMS             write it to a file, whole or not at all
+  python checksums.py DIR --check SUMS        compare the folder with it, to the first difference
 
-Names in a manifest are relative to DIR; `sha256sum --check` inside DIR reads it too.
-A link to a file counts as the file, a link to a folder is not followed, and what is neither
-file nor folder is left out with a note.
+Whatever goes wrong stops all threads at once, and leaves nothing half written.
+Names are relative to DIR, with `/`, in the order of their bytes; `sha256sum --check`, run in
+DIR, reads the manifest. A link to a file counts as a file with the content it points to.
+Links to folders are not followed, and pipes, sockets and devices never opened; both are named
+on stderr. The file that the manifest goes to is not in it. --check looks at what the manifest
+names, not at what the folder holds beside.
 
-The exit code is 0 if all is well, 1 if a file differs or is missing, 2 if something cannot be
-read, and 130 after Ctrl-C.
+Exit status: 0 if all is well; 1 if a file is missing or differs; 2 if a file cannot be read
+or written or a manifest makes no sense; 130 after Ctrl-C.
 """
 
 import argparse
 import hashlib
 import os
 import re
+import secrets
+import stat
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath
 
 from fastpool import CancelToken, TaskGroup, cancellable
 
-BLOCK = 1 << 20  # bytes read between two checks of the token
-LINE = re.compile(rb"(\\?)([0-9a-f]{64}) [ *](.+)", re.DOTALL)
-ESCAPES = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
+BLOCK = 1 << 18  # bytes hashed between two looks at the token
+ESCAPES = {b"\\": rb"\\", b"\n": rb"\n", b"\r": rb"\r"}
+CHARACTERS = {escape: character for character, escape in ESCAPES.items()}
+# If a backslash opens the line, the name has escapes; else a backslash is a backslash.
+LINE = re.compile(
+    rb"(\\)?([0-9a-fA-F]{64}) [ *]((?(1)(?:[^\\\0\n]|\\[\\nr])+|[^\0\n]+))\n?"
+)  # fmt: skip
 
 
-class Mismatch(Exception):
-    """A file is not what the manifest says."""
+class Trouble(Exception):
+    """Ends the program with a message and an exit status."""
 
-
-class BadManifest(Exception):
-    """A line of a manifest is not to be trusted."""
+    def __init__(self, message: str, status: int = 2) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @cancellable
 def checksum(token: CancelToken, path: Path) -> str:
-    """Hash one file; the token is looked at before every block."""
     digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        for block in token.each(iter(lambda: file.read(BLOCK), b"")):
-            digest.update(block)
+    try:
+        with path.open("rb", buffering=0) as file:
+            for block in token.each(iter(lambda: file.read(BLOCK), b"")):
+                digest.update(block)
+    except OSError as error:
+        raise unreadable(path, error) from error
     return digest.hexdigest()
 
 
-def verify(root: Path, name: str, expected: str) -> None:
-    """Hash one file under the same token, and compare; what raises stops all the others."""
-    try:
-        found = checksum(root / name)
-    except FileNotFoundError:
-        raise Mismatch(f"{name!r} is missing") from None
-    if found != expected:
-        raise Mismatch(f"{name!r} differs: expected {expected}, found {found}")
+def verify(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise Trouble(f"{str(path)!r} is missing, or not a file", status=1)
+    if checksum(path) != expected:
+        raise Trouble(f"{str(path)!r} differs from the manifest", status=1)
 
 
-def names_in(root: Path, leave_out: Path | None) -> Iterator[str]:
-    """The names of the files below a folder, relative to it, in a fixed order."""
+def files(root: Path, output: os.stat_result | None) -> Iterator[Path]:
+    """Every file below a folder but the output; what else is left out is named on stderr."""
 
-    def give_up(error: OSError) -> None:
-        raise error
+    def fail(error: OSError) -> None:
+        raise unreadable(error.filename, error) from error
 
-    for folder, folders, files in os.walk(root, onerror=give_up):
+    for folder, folders, names in os.walk(root, onerror=fail):
         folders.sort()
-        for file in sorted(files):
-            path = Path(folder, file)
-            if leave_out is not None and path.absolute() == leave_out:
-                continue
-            if path.exists() and not path.is_file():
-                say(f"left out, since it is no file: {str(path)!r}")
-                continue
-            yield path.relative_to(root).as_posix()
+        for path in (Path(folder, name) for name in [*folders, *sorted(names)]):
+            try:
+                found = path.stat()
+            except OSError as error:
+                raise unreadable(path, error) from error
+            if stat.S_ISREG(found.st_mode):
+                if output is None or not os.path.samestat(found, output):
+                    yield path
+            elif not stat.S_ISDIR(found.st_mode):
+                say(f"skipping {str(path)!r}, which is not a regular file")
+            elif path.is_symlink():
+                say(f"skipping {str(path)!r}, a link to a folder")
 
 
-def line_of(name: str, digest: str) -> bytes:
-    """A line of a manifest; a name that would break it is escaped, as sha256sum does."""
-    raw = os.fsencode(name)
-    escaped = raw.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
-    return (b"\\" if escaped != raw else b"") + f"{digest}  ".encode() + escaped + b"\n"
+def manifest(root: Path, workers: int | None, output: os.stat_result | None) -> bytes:
+    with TaskGroup(workers, name="checksums") as group:
+        tasks = {path: group.submit(checksum, path) for path in files(root, output)}
+    named = {os.fsencode(path.relative_to(root).as_posix()): tasks[path] for path in tasks}
+    lines = []
+    for name in sorted(named):
+        escaped = re.sub(rb"[\\\n\r]", lambda found: ESCAPES[found[0]], name)
+        mark = b"\\" if escaped != name else b""
+        lines.append(b"%s%s  %s\n" % (mark, named[name].result().encode(), escaped))
+    return b"".join(lines)
 
 
-def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
-    """The names and digests in a manifest; nothing that leads out of the folder."""
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line:
-            continue
-        match = LINE.fullmatch(line)
-        if match is None:
-            raise BadManifest(f"{str(path)!r}, line {number}: not a checksum and a name")
-        escaped, digest, raw = match.groups()
-        if escaped:
-            raw = re.sub(rb"\\[\\nr]", lambda found: ESCAPES[found.group()], raw)
-        name = os.fsdecode(raw)
-        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-            raise BadManifest(f"{str(path)!r}, line {number}: {name!r} leads out of the folder")
-        yield name, digest.decode()
+def entries(path: Path) -> Iterator[tuple[PurePath, str]]:
+    """The names of a manifest and what each file should hash to."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            found = LINE.fullmatch(line)
+            if not found:
+                raise Trouble(f"{path}:{number}: not a line as sha256sum writes it")
+            escaped, digest, text = found.groups()
+            if escaped:
+                text = re.sub(rb"\\.", lambda found: CHARACTERS[found[0]], text)
+            name = PurePath(os.fsdecode(text))
+            if name.anchor or ".." in name.parts:
+                raise Trouble(f"{path}:{number}: {str(name)!r} leads out of the folder")
+            yield name, digest.decode().lower()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Put a file in its place at once, or not at all."""
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        try:
+def write(content: bytes, path: Path) -> None:
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        with part.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
-def say(message: str) -> None:
-    """Tell the user, beside the output."""
+def unreadable(path: object, error: OSError) -> Trouble:
+    return Trouble(f"cannot read {str(path)!r}: {error.strerror}")
+
+
+def say(message: object) -> None:
     print(f"checksums: {message}", file=sys.stderr)
-
-
-def run(options: argparse.Namespace) -> None:
-    """Do what was asked for, or raise."""
-    root: Path = options.dir
-    with TaskGroup(options.workers, name="checksums") as group:
-        if options.check is not None:
-            entries = list(read_manifest(options.check))
-            group.starmap(verify, [(root, name, digest) for name, digest in entries])
-        else:
-            output = None if options.output is None else options.output.absolute()
-            names = sorted(names_in(root, output), key=os.fsencode)
-            digests = group.map(checksum, [root / name for name in names])
-    if options.check is not None:
-        say(f"all {len(entries)} files are as they should be")
-        return
-    manifest = b"".join(map(line_of, names, digests))
-    if options.output is None:
-        sys.stdout.buffer.write(manifest)
-    else:
-        write_whole(options.output, manifest)
-
-
-def main() -> int:
-    """Read the command line; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("dir", type=Path, metavar="DIR", help="the folder")
-    parser.add_argument("--check", type=Path, metavar="MANIFEST", help="verify against this")
-    parser.add_argument("-o", "--output", type=Path, metavar="MANIFEST", help="write to this")
-    parser.add_argument("--workers", type=int, metavar="N", help="how many files at once")
-    options = parser.parse_args()
-    if options.workers is not None and options.workers < 1:
-        parser.error(f"--workers must be 1 or more, not {options.workers}")
-    try:
-        run(options)
-    except Mismatch as error:
-        say(str(error))
-        return 1
-    except BadManifest as error:
-        say(str(error))
-        return 2
-    except OSError as error:
-        say(f"cannot read {error.filename!r}: {error.strerror}" if error.filename else str(error))
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; nothing was written")
-        return 130
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

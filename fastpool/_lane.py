@@ -34,12 +34,14 @@ class Lane:
         "pool",
         "run",
         "since",
+        "stays",
         "task",
         "thread",
         "waits",
     )
 
     def __init__(self, pool: object, number: int = 0) -> None:
+        self.stays = number > 0  # whether its thread waits at its gate when there is nothing to do
         self.pool = pool  # what its thread belongs to: only its own kind may help it out
         self.number = number
         self.gate = Gate()

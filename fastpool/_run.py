@@ -258,14 +258,14 @@ class Run(Ledger):
         self.passed(lane)
         self.give_back_slot()
 
-    def recall(self) -> bool:
+    def recall(self) -> Lane | None:
         """Take back a lane that was called and has not come; its slot is the caller's then."""
         try:
             lane, _ = self.called.popitem()
         except KeyError:
-            return False
+            return None
         self.lanes.pop(lane, None)
-        return True
+        return lane
 
     def passed(self, lane: Lane) -> None:
         """A lane has finished what it had in hand."""
@@ -346,7 +346,7 @@ class Run(Ledger):
     def slot_for(self, lane: Lane) -> Generator[Lane | None, None, None]:
         """A lane on top of a waiting worker's, for it to help out in; None if no slot is free."""
         own = any(below.run is self for below in lane.stack())
-        if not own and not self.recall() and not self.take_slot():
+        if not own and self.recall() is None and not self.take_slot():
             yield None
             return
         inner = Lane(lane.pool)
@@ -424,8 +424,13 @@ class Run(Ledger):
             if lane is not None:
                 self.help_leave(lane)
             return False
-        while self.recall():
-            self.free_slot()
+        while (recalled := self.recall()) is not None:
+            if recalled.stays:
+                # It will pass its gate, find that nobody has called it, and wait on.
+                self.lanes[recalled] = None
+                self.idle[recalled] = None
+            else:
+                self.free_slot()
         return self.at_rest()
 
     def at_rest(self) -> bool:

@@ -176,15 +176,12 @@ def _park(pool: _Pool, lane: Lane) -> None:
         run = lane.run
         if run is None:
             continue
-        if not run.begin(lane):
-            lane.run = None
-            pool.reserve[lane] = None
-        else:
-            try:
+        try:
+            if run.begin(lane):
                 serve(run, lane)
-            except BaseException as error:  # out of memory in our own books, say
-                run._report(error)
-                run.dismiss(lane)
+        except BaseException as error:  # out of memory in our own books, say
+            run._report(error)
+            run.dismiss(lane)
         del run
     thread.lane = None
 

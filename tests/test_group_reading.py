@@ -1,0 +1,1719 @@
+"""How handles are read: tasks, batches, and groups that are waited for."""
+
+import concurrent.futures
+import itertools
+import math
+import sys
+import threading
+import time
+import traceback
+from contextlib import ExitStack, suppress
+from multiprocessing.pool import ThreadPool
+
+import pytest
+
+import fastpool
+from fastpool import (
+    Batch,
+    CancelToken,
+    Cancelled,
+    Task,
+    TaskCancelledError,
+    TaskGroup,
+    cancellable,
+    current_token,
+    shield,
+    use_token,
+)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """No test leaves a worker behind."""
+    before = set(threading.enumerate())
+    yield
+    fastpool.shutdown()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture
+def make_pool():
+    """Makes pools as users have them, and ends them after the test."""
+    with ExitStack() as ending:
+
+        def make(size):
+            pool = ThreadPool(size)
+            ending.callback(pool.join)
+            ending.callback(pool.close)
+            return pool
+
+        yield make
+
+
+@pytest.fixture(params=["own", "shared"])
+def workers(request, make_pool):
+    """The arguments of a group with so many workers: on fastpool's threads, on a user's pool."""
+    if request.param == "own":
+        return lambda count: {"max_workers": count}
+    return lambda count: {"pool": make_pool(count)}
+
+
+class Lenient:
+    """A policy, and its judge, under which no failure cancels or leaves."""
+
+    def start(self):
+        return self
+
+    def outcome(self, task, error):
+        return False
+
+    def end(self, failures):
+        return None
+
+
+def until(condition):
+    """Wait for what nothing signals."""
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.001)
+
+
+def place_inside(thread):
+    """Where a thread is in a call of the library's; None if it is in other code."""
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None and frame.f_globals["__name__"] == "threading":
+        frame = frame.f_back
+    if frame is None or not frame.f_globals["__name__"].startswith("fastpool"):
+        return None
+    return frame, frame.f_lasti
+
+
+def is_asleep(thread):
+    """Whether a thread waits in a call of the library's: it is there, and does not move."""
+    place = place_inside(thread)
+    time.sleep(0.002)
+    return place is not None and place_inside(thread) == place
+
+
+def act_at(step, act):
+    """A trace function that calls `act` once, at so many lines of the library's from here."""
+    lines = itertools.count()
+
+    def trace(frame, event, argument):
+        if not frame.f_globals.get("__name__", "").startswith("fastpool"):
+            return None
+        if event == "line" and next(lines) == step:
+            act()
+        return trace
+
+    return trace
+
+
+def start(fn, *args):
+    """A new thread, and the list in which it leaves what the function returns or raises."""
+    outcome = []
+
+    def run():
+        try:
+            outcome.append(fn(*args))
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    return thread, outcome
+
+
+def in_thread(fn, *args):
+    """What a function returns in a new thread, or the error it raises there."""
+    thread, outcome = start(fn, *args)
+    thread.join(timeout=20)
+    assert outcome, "it hangs"
+    return outcome[0]
+
+
+def resize(width):
+    """A task that a message can name."""
+    return width
+
+
+def fails():
+    """A task that fails."""
+    raise ValueError("bad header")
+
+
+# Every way to wait for a batch of tasks or its first one, without limit.
+WAITS = {
+    "result": lambda group, batch: batch.tasks[0].result(),
+    "get": lambda group, batch: batch.tasks[0].get(),
+    "exception": lambda group, batch: batch.tasks[0].exception(),
+    "wait": lambda group, batch: batch.tasks[0].wait(),
+    "result in time": lambda group, batch: batch.tasks[0].result(timeout=15),
+    "wait in time": lambda group, batch: batch.tasks[0].wait(timeout=15),
+    "Batch.results": lambda group, batch: batch.results(),
+    "Batch.wait": lambda group, batch: batch.wait(),
+    "iterate": lambda group, batch: list(batch),
+    "Batch.as_completed": lambda group, batch: list(batch.as_completed()),
+    "group.wait": lambda group, batch: group.wait(),
+    "as_completed": lambda group, batch: list(fastpool.as_completed(batch.tasks)),
+}
+# Those that raise for a task without a value, and what they say for one with 404.
+VALUES = {
+    "result": 404,
+    "get": 404,
+    "exception": None,
+    "result in time": 404,
+    "Batch.results": [404],
+    "iterate": [404],
+    "Batch.as_completed": [(0, 404)],
+}
+# The others only tell that it is done.
+DONE = {"wait": True, "wait in time": True, "Batch.wait": True, "group.wait": None}
+
+
+# --- A task that is done ------------------------------------------------------------------------
+
+
+def test_done_task_answers_whatever_the_tokens_say(workers):
+    """
+    A value is there for whoever asks, under a set token and in a cancelled group too.
+    """
+    with TaskGroup(**workers(1)) as group:
+        batch = group.map(resize, [404])
+        batch.wait()
+        group.cancel()
+        in_body = [wait(group, batch) for name, wait in WAITS.items() if name in VALUES]
+    token = CancelToken()
+    token.cancel()
+    with use_token(token):
+        after = [wait(group, batch) for name, wait in WAITS.items() if name in VALUES]
+        at_once = batch.tasks[0].result(timeout=0), batch.tasks[0].exception(timeout=-1)
+
+    assert in_body == after == list(VALUES.values())
+    assert at_once == (404, None)
+
+
+def test_failed_task_answers_whatever_the_tokens_say(workers):
+    """
+    A failure is raised for whoever asks: the object itself, not the `Cancelled` that it caused.
+    """
+    failure = ValueError("bad header")
+
+    def fails():
+        raise failure
+
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(1)) as group:
+        task = group.submit(fails)
+        group.token.wait(timeout=10)
+        with pytest.raises(ValueError, match="bad header") as in_body:
+            task.result()
+        returned = task.exception()
+    with pytest.raises(ValueError, match="bad header") as after:
+        task.get()
+
+    assert in_body.value is after.value is returned is failure
+
+
+def test_body_that_waits_for_the_task_that_fails_hears_its_failure():
+    """
+    The task is done before the token is set, so its waiter never hears `Cancelled`.
+    """
+    heard = []
+
+    for _ in range(100):
+        with suppress(ValueError), TaskGroup(1) as group:
+            try:
+                group.submit(fails).result()
+            except BaseException as error:
+                heard.append(type(error))
+                raise
+
+    assert heard == [ValueError] * 100
+
+
+def test_failure_is_read_with_the_traceback_of_its_task(workers):
+    """
+    However often a failure is read, its traceback is what the task left, and grows no longer.
+    """
+
+    def deeper():
+        raise ValueError("bad header")
+
+    def fails():
+        deeper()
+
+    def names(error):
+        return [frame.name for frame in traceback.extract_tb(error.__traceback__)]
+
+    def read():
+        try:
+            task.result()
+        except ValueError as error:
+            return names(error)
+
+    with suppress(ValueError), TaskGroup(**workers(1)) as group:
+        task = group.submit(fails)
+    at_first = names(task.exception())
+    read_out = [read() for _ in range(5)]
+    at_last = names(task.exception())
+
+    assert at_first == at_last == ["fails", "deeper"]
+    assert all(frames == read_out[0] for frames in read_out)
+    assert read_out[0][-2:] == ["fails", "deeper"]
+
+
+def test_every_reader_gets_the_same_object(workers):
+    """
+    Threads that wait for one task get the one value, or the one exception.
+    """
+    release = threading.Event()
+    value, failure = object(), ValueError("bad header")
+
+    def returns():
+        release.wait(timeout=10)
+        return value
+
+    def fails():
+        release.wait(timeout=10)
+        raise failure
+
+    with suppress(ValueError), TaskGroup(policy=Lenient(), **workers(2)) as group:
+        good, bad = group.submit(returns), group.submit(fails)
+        readers = [start(task.result) for task in (good, bad) for _ in range(8)]
+        until(lambda: all(place_inside(thread) for thread, _ in readers))
+        release.set()
+        for thread, _ in readers:
+            thread.join(timeout=10)
+
+    assert [outcome for _, [outcome] in readers] == [value] * 8 + [failure] * 8
+
+
+def test_value_that_is_an_exception_is_a_value(workers):
+    """
+    Returning an exception is no failure.
+    """
+    returned = ValueError("no failure")
+
+    with TaskGroup(**workers(1)) as group:
+        batch = group.map(resize, [returned])
+
+    assert batch.tasks[0].result() is returned
+    assert batch.tasks[0].exception() is None
+    assert batch.results() == [returned]
+    assert batch.tasks[0].successful()
+
+
+# --- How it stands ------------------------------------------------------------------------------
+
+
+def states(task):
+    return task.running(), task.done(), task.cancelled()
+
+
+def test_task_says_how_it_stands(workers):
+    """
+    A task is queued, running, then done.
+    """
+    started, release = threading.Event(), threading.Event()
+
+    def hold():
+        started.set()
+        release.wait(timeout=10)
+        return 404
+
+    with TaskGroup(**workers(1)) as group:
+        first, second = group.submit(hold), group.submit(resize, 405)
+        started.wait(timeout=10)
+        during = states(first), states(second)
+        release.set()
+        second.wait()
+        after = states(first), states(second)
+
+    assert during == ((True, False, False), (False, False, False))
+    assert after == ((False, True, False), (False, True, False))
+
+
+def test_task_is_named_after_its_function(workers):
+    """
+    A handle bears the name of the function it stands for.
+    """
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(resize, 404)
+        before = task.name
+        task.wait()
+
+    assert isinstance(task, Task)
+    assert before == task.name == "resize"
+
+
+def test_task_stands_where_an_async_result_stood(workers):
+    """
+    `get`, `ready` and `successful` are those of `multiprocessing.pool.AsyncResult`.
+    """
+    release = threading.Event()
+
+    def hold():
+        release.wait(timeout=10)
+        return 404
+
+    with TaskGroup(policy=Lenient(), **workers(1)) as group:
+        running, failing, stopped = group.submit(hold), group.submit(fails), group.submit(resize, 1)
+        stopped.cancel()
+        early = running.ready(), failing.ready(), stopped.ready()
+        for task in (running, failing):
+            with pytest.raises(ValueError, match="not"):
+                task.successful()
+        with pytest.raises(TimeoutError):
+            running.get(timeout=0)
+        release.set()
+        value = running.get()
+        failing.wait()
+
+    assert early == (False, False, True)
+    assert value == running.get(timeout=1) == running.get(1) == 404
+    assert (running.ready(), failing.ready()) == (True, True)
+    assert running.successful() is True
+    assert failing.successful() is False
+    assert stopped.successful() is False
+
+
+# --- Timeouts -----------------------------------------------------------------------------------
+
+TIMED = {
+    "result": lambda group, batch, timeout: batch.tasks[0].result(timeout=timeout),
+    "get": lambda group, batch, timeout: batch.tasks[0].get(timeout),
+    "exception": lambda group, batch, timeout: batch.tasks[0].exception(timeout=timeout),
+    "wait": lambda group, batch, timeout: batch.tasks[0].wait(timeout=timeout),
+    "Batch.results": lambda group, batch, timeout: batch.results(timeout=timeout),
+    "Batch.wait": lambda group, batch, timeout: batch.wait(timeout=timeout),
+    "group.wait": lambda group, batch, timeout: group.wait(timeout=timeout),
+}
+
+
+@pytest.mark.parametrize("timeout", [0, -1, 0.01])
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("name", TIMED)
+def test_wait_that_takes_too_long_leaves_the_task_alone(workers, name, count, timeout):
+    """
+    A task or batch's `wait` is False then, all others raise `TimeoutError`; the task goes on.
+    """
+    release = threading.Event()
+
+    def hold(width):
+        release.wait(timeout=10)
+        return width
+
+    with TaskGroup(**workers(count)) as group:
+        group.submit(hold, 403)
+        # Running with two workers, queued with one.
+        batch = group.map(hold, [404])
+        if name in ("wait", "Batch.wait"):
+            answer = TIMED[name](group, batch, timeout)
+        else:
+            with pytest.raises(TimeoutError) as caught:
+                TIMED[name](group, batch, timeout)
+            answer = caught.type is not TimeoutError
+        release.set()
+        value = batch.tasks[0].result()
+
+    assert answer is False
+    assert value == 404
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize("timeout", [None, math.inf, 1e18, 10])
+@pytest.mark.parametrize("name", TIMED)
+def test_wait_may_be_as_long_as_one_likes(name, timeout):
+    """
+    `None` and infinity are no limit, and no number is too large.
+    """
+    release = threading.Event()
+    main = threading.current_thread()
+
+    def hold(width):
+        until(lambda: is_asleep(main))
+        release.wait(timeout=10)
+        return width
+
+    with TaskGroup(1) as group:
+        batch = group.map(hold, [404])
+        releaser, _ = start(lambda: (until(lambda: is_asleep(main)), release.set()))
+        answer = TIMED[name](group, batch, timeout)
+        releaser.join(timeout=10)
+
+    assert answer == {**VALUES, **DONE}[name]
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(math.nan, ValueError), ("5", TypeError)])
+@pytest.mark.parametrize("done", [False, True])
+@pytest.mark.parametrize("name", TIMED)
+def test_timeout_that_is_no_number_of_seconds_is_refused(name, done, timeout, error):
+    """
+    NaN is a `ValueError`, whether there is something to wait for or not.
+    """
+    release = threading.Event()
+
+    with TaskGroup(1) as group:
+        batch = group.starmap(release.wait, [(10,)])
+        if done:
+            release.set()
+            batch.wait()
+        with pytest.raises(error, match="timeout"):
+            TIMED[name](group, batch, timeout)
+        release.set()
+
+
+# --- Waits and tokens ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_wait_listens_to_the_callers_token(workers, wait, early, count):
+    """
+    Setting the current token of whoever waits ends the wait, and the task goes on.
+    """
+    main = threading.current_thread()
+    release, token = threading.Event(), CancelToken()
+
+    def hold():
+        release.wait(timeout=10)
+        return 404
+
+    def cancel():
+        until(lambda: is_asleep(main))
+        token.cancel("rain")
+
+    with TaskGroup(**workers(count)) as group:
+        group.submit(hold)
+        batch = group.starmap(hold, [()])
+        if early:
+            token.cancel("rain")
+        canceller = None if early else start(cancel)
+        with use_token(token), pytest.raises(Cancelled, match="rain") as caught:
+            wait(group, batch)
+        if canceller:
+            canceller[0].join(timeout=10)
+        release.set()
+
+    assert caught.value.token is token
+    assert batch.results() == [404]
+    assert group.failures == ()
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_wait_in_a_task_listens_to_that_task(workers, wait):
+    """
+    A task that is cancelled while it waits for tasks of another group stops waiting.
+    """
+    release = threading.Event()
+
+    def waits():
+        threads.append(threading.current_thread())
+        wait(others, batch)
+
+    threads = []
+    with TaskGroup(2) as others, TaskGroup(**workers(1)) as group:
+        batch = others.starmap(release.wait, [(10,)])
+        until(batch.tasks[0].running)
+        waiter = group.submit(waits)
+        until(lambda: threads and is_asleep(threads[0]))
+        waiter.cancel("rain")
+        waiter.wait(timeout=10)
+        state = waiter.cancelled(), batch.done(), group.token.cancelled()
+        release.set()
+
+    assert state == (True, False, False)
+    assert batch.results() == [True]
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_deadline_of_the_caller_ends_the_wait(wait):
+    """
+    A scope's `timeout` limits every wait inside it.
+    """
+    release = threading.Event()
+
+    with TaskGroup(1) as group:
+        batch = group.starmap(release.wait, [(10,)])
+        with pytest.raises(TimeoutError), fastpool.timeout(0.01):
+            wait(group, batch)
+        release.set()
+
+    assert batch.results() == [True]
+
+
+@pytest.mark.parametrize("wait", WAITS.values(), ids=WAITS)
+def test_body_that_waits_hears_of_a_failure_elsewhere(workers, wait):
+    """
+    The body's wait for a task that would never end is over when another task fails.
+    """
+    main = threading.current_thread()
+
+    def fails_later():
+        until(lambda: is_asleep(main))
+        raise ValueError("bad header")
+
+    heard = []
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
+        batch = group.starmap(lambda: current_token().wait(), [()])
+        group.submit(fails_later)
+        try:
+            wait(group, batch)
+        except BaseException as error:
+            heard.append(type(error))
+            raise
+
+    assert heard == [Cancelled]
+
+
+EVENTS = ["the task ends", "the task is cancelled", "the group is cancelled", "the token is set"]
+
+
+@pytest.mark.parametrize("event", EVENTS)
+@pytest.mark.parametrize("name", [name for name in WAITS if "time" not in name])
+def test_wait_misses_nothing(name, event):
+    """
+    At whatever line a wait is when what it waits for happens, it ends.
+    """
+
+    def race(step):
+        release, token, reached = threading.Event(), CancelToken(), threading.Event()
+        happened = threading.Event()
+
+        def happen():
+            if event == "the task ends":
+                release.set()
+                until(batch.done)
+            elif event == "the task is cancelled":
+                batch.tasks[0].cancel()
+            elif event == "the group is cancelled":
+                group.cancel()
+            else:
+                token.cancel()
+            if name == "group.wait" and event != "the token is set":
+                release.set()
+            happened.set()
+
+        def act():
+            reached.set()
+            happen()
+
+        def read():
+            with use_token(token):
+                sys.settrace(act_at(step, act))
+                try:
+                    return WAITS[name](group, batch)
+                finally:
+                    sys.settrace(None)
+
+        with TaskGroup(1) as group:
+            group.submit(release.wait, 10)
+            batch = group.map(resize, [404])
+            reader, outcome = start(read)
+            until(lambda: reached.is_set() or is_asleep(reader))
+            if not reached.is_set():
+                happen()
+            happened.wait(timeout=10)
+            reader.join(timeout=10)
+            release.set()
+        return reached.is_set(), outcome, batch
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    assert len(races) > 10
+    for _, outcome, batch in races:
+        if event == "the task ends":
+            expected = {**VALUES, **DONE, "as_completed": list(batch.tasks)}[name]
+            assert outcome == [expected]
+        elif event == "the token is set":
+            assert [type(error) for error in outcome] == [Cancelled]
+        elif name in VALUES:
+            assert [type(error) for error in outcome] == [TaskCancelledError]
+        else:
+            assert outcome == [{**DONE, "as_completed": list(batch.tasks)}[name]]
+
+
+# --- group.wait ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_group_wait_waits_for_what_was_submitted_before(workers, count):
+    """
+    It returns while a task submitted later still runs, and more can be submitted after it.
+    """
+    first, second = threading.Event(), threading.Event()
+
+    with TaskGroup(**workers(count)) as group:
+        early = [group.submit(first.wait, 10), *group.map(resize, range(5)).tasks]
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        late = group.submit(second.wait, 10)
+        still_waiting = not outcome
+        first.set()
+        waiter.join(timeout=10)
+        seen = [task.done() for task in early], late.done(), list(outcome)
+        second.set()
+        group.wait()
+        at_last = late.done()
+        more = group.submit(resize, 404)
+
+    assert still_waiting
+    assert seen == ([True] * 6, False, [None])
+    assert at_last
+    assert more.result() == 404
+
+
+def test_group_wait_has_seen_everything_end(workers):
+    """
+    Whatever was submitted before it is done after it, again and again.
+    """
+    counts = []
+
+    with TaskGroup(**workers(3)) as group:
+        for turn in range(50):
+            batch = group.map(resize, range(turn % 7))
+            group.wait()
+            counts.append(sum(task.done() for task in batch.tasks))
+
+    assert counts == [turn % 7 for turn in range(50)]
+
+
+def test_group_wait_does_not_wait_for_what_tasks_submit_meanwhile(workers):
+    """
+    What a task submits while the wait is under way came later.
+    """
+    first, second = threading.Event(), threading.Event()
+
+    def parent():
+        first.wait(timeout=10)
+        children.append(group.submit(second.wait, 10))
+
+    children = []
+    with TaskGroup(**workers(2)) as group:
+        group.submit(parent)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        first.set()
+        waiter.join(timeout=10)
+        seen = list(outcome), children[0].done()
+        second.set()
+
+    assert seen == ([None], False)
+
+
+def test_group_wait_returns_at_once_if_there_is_nothing():
+    """
+    A group that has no task, or none any more, or has ended, or never began, is not waited for.
+    """
+    group = TaskGroup()
+
+    group.wait()
+    with group:
+        group.wait()
+        group.wait(timeout=0)
+        group.submit(resize, 404).wait()
+        group.wait()
+    group.wait()
+
+    assert group.failures == ()
+
+
+def test_group_wait_of_others_returns_when_the_group_fails(workers):
+    """
+    A thread outside the group waits for tasks, not for their success.
+    """
+    release = threading.Event()
+
+    def fails_later():
+        release.wait(timeout=10)
+        raise ValueError("bad header")
+
+    with suppress(ValueError), TaskGroup(**workers(1)) as group:
+        group.submit(fails_later)
+        queued = group.submit(resize, 404)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        release.set()
+        waiter.join(timeout=10)
+
+    assert outcome == [None]
+    assert queued.cancelled()
+
+
+def test_group_wait_does_not_wait_for_a_task_that_was_cancelled(workers):
+    """
+    A queued task that is cancelled while somebody waits for the group is done.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(1)) as group:
+        first = group.submit(release.wait, 10)
+        queued = group.submit(resize, 404)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        queued.cancel()
+        release.set()
+        waiter.join(timeout=10)
+
+    assert outcome == [None]
+    assert first.result() is True
+    assert queued.cancelled()
+
+
+def test_several_threads_wait_for_one_group(workers):
+    """
+    Each of them returns when everything has ended.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(2)) as group:
+        group.starmap(release.wait, [(10,)] * 5)
+        waiters = [start(group.wait) for _ in range(5)]
+        for thread, _ in waiters:
+            until(lambda thread=thread: is_asleep(thread))
+        release.set()
+        for thread, _ in waiters:
+            thread.join(timeout=10)
+
+    assert [outcome for _, outcome in waiters] == [[None]] * 5
+
+
+# --- Tasks that were cancelled ------------------------------------------------------------------
+
+
+def read_twice(task):
+    """What `result` and `exception` of a cancelled task raise."""
+    errors = []
+    for read in (task.result, task.exception, task.get):
+        try:
+            read()
+        except BaseException as error:
+            errors.append(error)
+    return errors
+
+
+def test_cancelled_task_raises_a_new_error_each_time(workers):
+    """
+    It is a `concurrent.futures.CancelledError`, and says why the task was cancelled.
+    """
+    with TaskGroup(name="thumbnails", **workers(1)) as group:
+        group.cancel("enough")
+        task = None
+        with shield(), suppress(fastpool.GroupClosedError):
+            task = group.submit(resize, 404)
+    with TaskGroup(name="thumbnails", **workers(1)) as group:
+        release = threading.Event()
+        group.submit(release.wait, 10)
+        queued = group.submit(resize, 404)
+        group.cancel("enough")
+        release.set()
+    errors = read_twice(queued)
+
+    assert task is None
+    assert [type(error) for error in errors] == [TaskCancelledError] * 3
+    assert len({id(error) for error in errors}) == 3
+    for error in errors:
+        assert isinstance(error, concurrent.futures.CancelledError)
+        assert error.reason == "enough"
+        assert error.__cause__ is None
+        assert "resize" in str(error)
+
+
+@pytest.mark.parametrize("kind", ["queued", "running"])
+def test_task_cancelled_by_a_failure_names_it_as_the_cause(workers, kind):
+    """
+    The first failure of the group is reason and cause of what it cancelled.
+    """
+    failure = ValueError("bad header")
+    together = threading.Barrier(2)
+
+    def fails():
+        together.wait(timeout=10)
+        raise failure
+
+    def sleeps():
+        together.wait(timeout=10)
+        current_token().sleep(60)
+
+    with suppress(ValueError), TaskGroup(**workers(2)) as group:
+        group.submit(fails)
+        running, queued = group.submit(sleeps), group.submit(resize, 404)
+    errors = read_twice({"running": running, "queued": queued}[kind])
+
+    assert [type(error) for error in errors] == [TaskCancelledError] * 3
+    for error in errors:
+        assert error.reason is failure
+        assert error.__cause__ is failure
+
+
+def test_reader_whose_own_token_is_set_hears_cancelled(workers):
+    """
+    The body of a cancelled group reads `Cancelled` where others read `TaskCancelledError`.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(1)) as group:
+        group.submit(release.wait, 10)
+        queued = group.submit(resize, 404)
+        group.cancel("enough")
+        done = queued.done()
+        in_body = read_twice(queued)
+        with shield():
+            shielded = read_twice(queued)
+        elsewhere = in_thread(read_twice, queued)
+        release.set()
+    token = CancelToken()
+    token.cancel("rain")
+    with use_token(token):
+        after = read_twice(queued)
+
+    assert done
+    assert [type(error) for error in in_body] == [Cancelled] * 3
+    assert [type(error) for error in shielded] == [TaskCancelledError] * 3
+    assert [type(error) for error in elsewhere] == [TaskCancelledError] * 3
+    assert [(type(error), error.reason) for error in after] == [(Cancelled, "rain")] * 3
+
+
+def test_task_cancelled_from_outside_has_that_reason():
+    """
+    A task that an outer token cancelled says what that token was cancelled for.
+    """
+    token = CancelToken()
+
+    with suppress(Cancelled), TaskGroup(1, token=token) as group:
+        running = group.submit(lambda: current_token().sleep(60))
+        queued = group.submit(resize, 404)
+        until(running.running)
+        token.cancel("rain")
+    errors = [*read_twice(running), *read_twice(queued)]
+
+    assert [(type(error), error.reason) for error in errors] == [(TaskCancelledError, "rain")] * 6
+
+
+@pytest.mark.parametrize("wait", WAITS)
+def test_waiter_outside_wakes_when_what_is_queued_never_starts(workers, wait):
+    """
+    A queued task is done as soon as its group is cancelled, although another one still runs.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(1)) as group:
+        group.submit(release.wait, 10)
+        batch = group.map(resize, [404])
+        waiter, outcome = start(WAITS[wait], group, batch)
+        until(lambda: is_asleep(waiter))
+        group.cancel("enough")
+        if wait == "group.wait":
+            release.set()
+        waiter.join(timeout=10)
+        release.set()
+
+    if wait in VALUES:
+        assert [(type(error), error.reason) for error in outcome] == [
+            (TaskCancelledError, "enough")
+        ]
+    else:
+        assert outcome == [{**DONE, "as_completed": list(batch.tasks)}[wait]]
+
+
+# --- Task.cancel --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("given", "reason"), [("rain", "rain"), (None, "cancelled")])
+def test_cancelling_a_queued_task_ends_it_at_once(workers, given, reason):
+    """
+    It is done, never runs, and nobody else notices; the one call that did it is True.
+    """
+    release = threading.Event()
+    ran = []
+
+    with TaskGroup(**workers(1)) as group:
+        group.submit(release.wait, 10)
+        tasks = [group.submit(ran.append, number) for number in range(3)]
+        answers = tasks[1].cancel(given), tasks[1].cancel("snow")
+        state = states(tasks[1])
+        errors = read_twice(tasks[1])
+        release.set()
+
+    assert answers == (True, False)
+    assert state == (False, True, True)
+    assert [(type(error), error.reason) for error in errors] == [(TaskCancelledError, reason)] * 3
+    assert all(error.__cause__ is None for error in errors)
+    assert ran == [0, 2]
+    assert group.failures == ()
+    assert not group.token.cancelled()
+
+
+def test_cancelling_a_running_task_tells_it_alone(workers):
+    """
+    Its own token is set, it ends at its next check, and that is no failure.
+    """
+    together = threading.Barrier(3)
+
+    def sleeps():
+        together.wait(timeout=10)
+        current_token().sleep(60)
+
+    def looks():
+        together.wait(timeout=10)
+        task.wait()
+        return current_token().cancelled()
+
+    with TaskGroup(**workers(2)) as group:
+        task = group.submit(sleeps)
+        beside = group.submit(looks)
+        together.wait(timeout=10)
+        answers = task.cancel("rain"), task.cancel("snow")
+        task.wait()
+        state = states(task)
+        after = task.cancel("sun")
+        errors = read_twice(task)
+
+    assert answers == (True, False)
+    assert after is False
+    assert state == (False, True, True)
+    assert [(type(error), error.reason) for error in errors] == [(TaskCancelledError, "rain")] * 3
+    assert beside.result() is False
+    assert group.failures == ()
+
+
+def test_task_that_swallows_cancelled_has_its_value(workers):
+    """
+    One that was cancelled and returns nevertheless has succeeded.
+    """
+    started = threading.Event()
+
+    def stubborn():
+        started.set()
+        with suppress(Cancelled):
+            current_token().sleep(60)
+        return 404
+
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(stubborn)
+        started.wait(timeout=10)
+        cancelled = task.cancel()
+
+    assert cancelled is True
+    assert task.result() == 404
+    assert task.cancelled() is False
+    assert task.successful()
+
+
+def test_cancelling_a_task_that_is_done_does_nothing(workers):
+    """
+    It is too late, for a value as for a failure.
+    """
+    with suppress(ValueError), TaskGroup(policy=Lenient(), **workers(1)) as group:
+        good, bad = group.submit(resize, 404), group.submit(fails)
+        group.wait()
+        during = good.cancel(), bad.cancel()
+    after = good.cancel(), bad.cancel()
+
+    assert during == after == (False, False)
+    assert good.result() == 404
+    assert type(bad.exception()) is ValueError
+    assert not good.cancelled()
+    assert not bad.cancelled()
+
+
+def test_task_may_cancel_itself(workers):
+    """
+    A task that is handed its own handle stops itself.
+    """
+
+    def stops():
+        ready.wait(timeout=10)
+        answers.append(task.cancel("rain"))
+        current_token().check()
+
+    ready = threading.Event()
+    answers = []
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(stops)
+        ready.set()
+
+    assert answers == [True]
+    assert task.cancelled()
+    assert group.failures == ()
+
+
+def test_task_of_a_cancelled_group_is_cancelled_once(workers):
+    """
+    What the group's token has cancelled, `Task.cancel` did not.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(1)) as group:
+        running = group.submit(release.wait, 10)
+        queued = group.submit(resize, 404)
+        until(running.running)
+        group.cancel("enough")
+        answers = running.cancel("rain"), queued.cancel("rain")
+        release.set()
+    errors = read_twice(queued)
+
+    assert answers == (False, False)
+    assert [error.reason for error in errors] == ["enough"] * 3
+
+
+@pytest.mark.parametrize("kind", ["queued", "running"])
+def test_one_of_many_threads_cancels_a_task(kind):
+    """
+    Of eight calls at once, one is True.
+    """
+    counts = []
+
+    for _ in range(20):
+        release = threading.Event()
+        together = threading.Barrier(8)
+
+        def cancel(task, together=together):
+            together.wait(timeout=10)
+            return task.cancel()
+
+        with TaskGroup(1) as group:
+            running = group.submit(release.wait, 10)
+            queued = group.submit(resize, 404)
+            until(running.running)
+            task = {"running": running, "queued": queued}[kind]
+            threads = [start(cancel, task) for _ in range(8)]
+            for thread, _ in threads:
+                thread.join(timeout=10)
+            release.set()
+        counts.append(sum(outcome[0] for _, outcome in threads))
+
+    assert counts == [1] * 20
+
+
+def test_task_is_run_or_cancelled_but_never_both():
+    """
+    At whatever line a worker is when a task is cancelled, it runs or it does not.
+    """
+
+    def race(step):
+        ran, answers = [], []
+        reached, release = threading.Event(), threading.Event()
+
+        def act():
+            reached.set()
+            answers.append(task.cancel("rain"))
+            states_then.append(task.done())
+
+        def run():
+            ran.append(current_token().cancelled())
+            current_token().check()
+
+        def trace_this_thread():
+            release.wait(timeout=10)
+            trace = act_at(step, act)
+            frame = sys._getframe(1)
+            while frame is not None:
+                frame.f_trace = trace
+                frame = frame.f_back
+            sys.settrace(trace)
+
+        states_then = []
+        with TaskGroup(1) as group:
+            group.submit(trace_this_thread)
+            task = group.submit(run)
+            release.set()
+            task.wait()
+            end = group.submit(sys.settrace, None)
+            end.wait()
+        return reached.is_set(), answers, states_then, ran, task
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    outcomes = set()
+    for _, [answer], [done], ran, task in races:
+        if answer and done:
+            # It was queued, and is over.
+            assert (ran, task.cancelled()) == ([], True)
+        elif answer:
+            # It was taken by its worker, and hears of it at its check, or had no more.
+            assert ran in ([True], [False])
+            assert task.cancelled() is ran[0]
+        else:
+            assert (ran, task.cancelled()) == ([False], False)
+        outcomes.add((answer, done))
+    assert outcomes >= {(True, True), (False, True)}
+
+
+# --- Batch --------------------------------------------------------------------------------------
+
+
+def test_batch_has_its_tasks_in_order(workers):
+    """
+    A batch has a length and tasks, in the order of the items.
+    """
+    with TaskGroup(**workers(2)) as group:
+        batch = group.map(resize, [3, 1, 2])
+        empty = group.map(resize, [])
+        star = group.starmap(pow, [(2, 3), (3, 2)])
+
+    assert isinstance(batch, Batch)
+    assert (len(batch), len(empty), len(star)) == (3, 0, 2)
+    assert [task.result() for task in batch.tasks] == [3, 1, 2]
+    assert all(isinstance(task, Task) for task in batch.tasks)
+    assert batch.results() == [3, 1, 2]
+    assert star.results() == [8, 9]
+    assert list(empty.tasks) == []
+
+
+def test_empty_batch_is_done():
+    """
+    There is nothing to wait for.
+    """
+    with TaskGroup() as group:
+        batch = group.map(resize, [])
+        answers = batch.results(timeout=0), batch.wait(timeout=0), batch.done()
+        items = list(batch), list(batch.as_completed())
+
+    assert answers == ([], True, True)
+    assert items == ([], [])
+
+
+def test_batch_is_always_true():
+    """
+    A handle says nothing by its truth: the length of an empty batch is zero all the same.
+    """
+    with TaskGroup() as group:
+        batch = group.map(resize, [])
+
+    assert len(batch) == 0
+
+
+def test_batch_can_be_waited_for_and_more_submitted(workers):
+    """
+    A batch is waited for inside the block, and the group goes on.
+    """
+    with TaskGroup(**workers(2)) as group:
+        first = group.map(resize, range(10))
+        waited = first.wait(), first.done()
+        second = group.map(resize, first.results())
+
+    assert waited == (True, True)
+    assert second.results() == list(range(10))
+
+
+def staged(count):
+    """Events that let a batch of tasks end one by one, and the tasks' function."""
+    release = [threading.Event() for _ in range(count)]
+
+    def hold(number):
+        release[number].wait(timeout=10)
+        return number
+
+    return release, hold
+
+
+def test_batch_yields_results_in_order_as_they_come(workers):
+    """
+    Iteration hands out each result as soon as it and those before it are there.
+    """
+    release, hold = staged(3)
+
+    with TaskGroup(**workers(3)) as group:
+        batch = group.map(hold, range(3))
+        release[1].set()
+        batch.tasks[1].wait()
+        results = iter(batch)
+        waiter, outcome = start(next, results)
+        until(lambda: is_asleep(waiter))
+        release[0].set()
+        waiter.join(timeout=10)
+        second = next(results)
+        third_done = batch.tasks[2].done()
+        release[2].set()
+        rest = list(results)
+        again = list(batch)
+
+    assert outcome == [0]
+    assert second == 1
+    assert not third_done
+    assert rest == [2]
+    assert again == [0, 1, 2]
+
+
+def test_batch_as_completed_yields_pairs_as_they_come(workers):
+    """
+    It hands out positions and results in the order in which the tasks end.
+    """
+    release, hold = staged(3)
+    pairs = []
+
+    with TaskGroup(**workers(3)) as group:
+        batch = group.map(hold, range(3))
+        arriving = batch.as_completed()
+        for number in (2, 0, 1):
+            release[number].set()
+            pairs.append(next(arriving))
+        ended = list(arriving)
+        again = sorted(batch.as_completed())
+
+    assert pairs == [(2, 2), (0, 0), (1, 1)]
+    assert ended == []
+    assert again == [(0, 0), (1, 1), (2, 2)]
+
+
+def test_batch_cancel_stops_its_tasks_alone(workers):
+    """
+    The tasks of the batch are cancelled, queued and running ones; the group goes on.
+    """
+    started, release = threading.Event(), threading.Event()
+    ran = []
+
+    def sleeps(number):
+        started.set()
+        current_token().sleep(60)
+
+    with TaskGroup(**workers(2)) as group:
+        other = group.submit(release.wait, 10)
+        until(other.running)
+        batch = group.map(sleeps, range(5))
+        started.wait(timeout=10)
+        behind = group.submit(ran.append, 1)
+        batch.cancel("rain")
+        waited = batch.wait(timeout=10)
+        behind.wait()
+        with pytest.raises(TaskCancelledError) as caught:
+            batch.results()
+        release.set()
+
+    assert waited is True
+    assert batch.done()
+    assert all(task.cancelled() for task in batch.tasks)
+    assert caught.value.reason == "rain"
+    assert ran == [1]
+    assert other.result() is True
+    assert group.failures == ()
+
+
+def fail_in_order(group, order, count):
+    """A batch whose tasks fail one after the other, in the order given."""
+    turns = [threading.Event() for _ in range(count)]
+
+    def fail(number):
+        turns[number].wait(timeout=10)
+        raise ValueError(f"number {number}")
+
+    batch = group.map(fail, range(count))
+    for number in order:
+        turns[number].set()
+        batch.tasks[number].wait()
+    return batch
+
+
+@pytest.mark.parametrize("read", ["Batch.results", "Batch.as_completed"])
+def test_batch_raises_the_first_of_its_failures_in_time(workers, read):
+    """
+    It is the failure that came first, not that of the first item.
+    """
+    with TaskGroup(policy=Lenient(), **workers(3)) as group:
+        batch = fail_in_order(group, [2, 0, 1], 3)
+        with pytest.raises(ValueError, match="number") as during:
+            batch.results()
+    with pytest.raises(ValueError, match="number") as after:
+        batch.results()
+
+    assert str(during.value) == str(after.value) == "number 2"
+    assert after.value is batch.tasks[2].exception()
+
+
+def test_batch_raises_the_first_of_its_own_failures(workers):
+    """
+    What failed before in the group, but not in the batch, is not its failure.
+    """
+    with TaskGroup(policy=Lenient(), **workers(3)) as group:
+        group.submit(fails).wait()
+        batch = fail_in_order(group, [1, 0], 2)
+
+    with pytest.raises(ValueError, match="number 1"):
+        batch.results()
+
+
+@pytest.mark.parametrize("policy", [None, Lenient()])
+def test_batch_and_group_agree_on_the_first_failure(policy):
+    """
+    At whatever line one failing task is when another fails, both name the same failure as first.
+    """
+
+    def race(step):
+        reached, fail_now = threading.Event(), threading.Event()
+        threads = {}
+
+        def act():
+            reached.set()
+            fail_now.set()
+            until(lambda: batch.tasks[0].done() or is_asleep(threads["other"]))
+
+        def fail(number):
+            if number:
+                until(lambda: "other" in threads)
+                frame = sys._getframe(1)
+                trace = act_at(step, act)
+                while frame is not None:
+                    frame.f_trace = trace
+                    frame = frame.f_back
+                sys.settrace(trace)
+            else:
+                threads["other"] = threading.current_thread()
+                # The other task may be over before it ever comes to the line in question.
+                until(lambda: fail_now.is_set() or batch.tasks[1].done())
+            raise ValueError(f"number {number}")
+
+        ready = threading.Event()
+
+        def begin(number):
+            ready.wait(timeout=10)
+            fail(number)
+
+        with suppress(ValueError), TaskGroup(2, policy=policy) as group:
+            batch = group.map(begin, range(2))
+            ready.set()
+        # The trace of the worker thread goes with the thread.
+        fastpool.shutdown()
+        with pytest.raises(ValueError, match="number") as caught:
+            batch.results()
+        return reached.is_set(), caught.value is group.failures[0].exception, group.failures
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, range(60))))
+
+    assert len(races) > 10
+    assert all(agree for _, agree, _ in races)
+    assert all(len(failures) == 2 for _, _, failures in races)
+
+
+def test_failure_that_was_reported_before_counts_from_then():
+    """
+    A failure that a task reports to its group and then raises is as old as the report.
+    """
+
+    @cancellable
+    def reports(token):
+        raise OSError("second")
+
+    def first():
+        waiting.wait(timeout=10)
+        raise ValueError("first")
+
+    def second():
+        token = current_token()
+        waiting.set()
+        token.wait(timeout=10)
+        reports.with_token(group.token)
+
+    waiting = threading.Event()
+    with pytest.raises(ValueError, match="first"), TaskGroup(2) as group:
+        batch = group.starmap(lambda fn: fn(), [(second,), (first,)])
+
+    assert [type(failure.exception) for failure in group.failures] == [ValueError, OSError]
+    with pytest.raises(ValueError, match="first"):
+        batch.results()
+
+
+@pytest.mark.parametrize("read", ["Batch.results", "iterate", "Batch.as_completed"])
+def test_batch_never_raises_a_cancelled_tasks_error_while_one_failed(workers, read):
+    """
+    What was cancelled by a failure does not hide it.
+    """
+
+    def run(number):
+        if number == 1:
+            running.wait(timeout=10)
+            raise ValueError("bad header")
+        running.set()
+        current_token().sleep(60)
+
+    running = threading.Event()
+    with suppress(ValueError), TaskGroup(**workers(2)) as group:
+        batch = group.map(run, range(4))
+
+    assert [task.cancelled() for task in batch.tasks] == [True, False, True, True]
+    with pytest.raises(ValueError, match="bad header") as caught:
+        WAITS[read](group, batch)
+    assert caught.value is group.failures[0].exception
+
+
+@pytest.mark.parametrize("read", ["Batch.results", "iterate", "Batch.as_completed"])
+def test_reading_a_batch_with_a_cancelled_task_waits_for_the_others(workers, read):
+    """
+    One that meets a cancelled task waits until all have ended, then raises their first failure.
+    """
+    release = threading.Event()
+
+    def run(number):
+        release.wait(timeout=10)
+        raise ValueError("bad header")
+
+    with TaskGroup(policy=Lenient(), **workers(1)) as group:
+        group.submit(release.wait, 10)
+        batch = group.map(run, range(2))
+        batch.tasks[0].cancel()
+        reader, outcome = start(WAITS[read], group, batch)
+        until(lambda: is_asleep(reader))
+        early = list(outcome)
+        release.set()
+        reader.join(timeout=10)
+
+    assert early == []
+    assert outcome == [batch.tasks[1].exception()]
+
+
+def test_batch_results_waits_for_all_before_it_raises(workers):
+    """
+    One failure is there, but a task still runs.
+    """
+    release, hold = staged(1)
+
+    def run(number):
+        if number:
+            raise ValueError("bad header")
+        return hold(number)
+
+    with TaskGroup(policy=Lenient(), **workers(2)) as group:
+        batch = group.map(run, range(2))
+        batch.tasks[1].wait()
+        with pytest.raises(TimeoutError):
+            batch.results(timeout=0.01)
+        waiter, outcome = start(batch.results)
+        until(lambda: is_asleep(waiter))
+        early = list(outcome)
+        release[0].set()
+        waiter.join(timeout=10)
+
+    assert early == []
+    assert outcome == [batch.tasks[1].exception()]
+
+
+@pytest.mark.parametrize("read", ["Batch.results", "iterate", "Batch.as_completed"])
+def test_batch_cancelled_by_a_failure_elsewhere_says_so(workers, read):
+    """
+    With no failure of its own, a batch raises the error of a cancelled task, with its cause.
+    """
+    release = threading.Event()
+
+    def fails_later():
+        release.wait(timeout=10)
+        raise ValueError("bad header")
+
+    with pytest.raises(ValueError, match="bad header") as left, TaskGroup(**workers(1)) as group:
+        group.submit(fails_later)
+        batch = group.map(resize, range(3))
+        release.set()
+
+    with pytest.raises(TaskCancelledError) as caught:
+        WAITS[read](group, batch)
+    assert caught.value.__cause__ is left.value
+
+
+def test_iteration_that_meets_a_failure_raises_it(workers):
+    """
+    The results before it come first.
+    """
+    seen = []
+
+    def run(number):
+        if number == 2:
+            raise ValueError("bad header")
+        return number
+
+    with suppress(ValueError), TaskGroup(**workers(1)) as group:
+        batch = group.map(run, range(3))
+
+    with pytest.raises(ValueError, match="bad header"):
+        for result in batch:
+            seen.append(result)
+    assert seen == [0, 1]
+
+
+# --- as_completed -------------------------------------------------------------------------------
+
+
+def test_as_completed_yields_tasks_as_they_end(workers):
+    """
+    Those of several groups come in the order in which they end.
+    """
+    release, hold = staged(4)
+    ended = []
+
+    with TaskGroup(**workers(4)) as one, TaskGroup(4) as other:
+        groups = [one, other, one, other]
+        tasks = [group.submit(hold, number) for number, group in enumerate(groups)]
+        arriving = fastpool.as_completed(tasks)
+        for number in (3, 0, 2, 1):
+            release[number].set()
+            ended.append(next(arriving))
+        rest = list(arriving)
+
+    assert ended == [tasks[3], tasks[0], tasks[2], tasks[1]]
+    assert rest == []
+
+
+def test_as_completed_yields_done_ones_first(workers):
+    """
+    What has ended already comes at once, although an earlier one still runs.
+    """
+    release, hold = staged(2)
+
+    with TaskGroup(**workers(2)) as group:
+        running = group.submit(hold, 0)
+        done = [group.submit(resize, number) for number in range(3)]
+        for task in done:
+            task.wait()
+        arriving = fastpool.as_completed([running, *done])
+        first = [next(arriving) for _ in range(3)]
+        release[0].set()
+        last = next(arriving)
+
+    assert set(first) == set(done)
+    assert last is running
+
+
+def test_as_completed_yields_a_task_once(workers):
+    """
+    Duplicates are one task, as `concurrent.futures` has it.
+    """
+    release, hold = staged(1)
+
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(hold, 0)
+        arriving = fastpool.as_completed(iter([task, task, task]))
+        release[0].set()
+        ended = list(arriving)
+        again = list(fastpool.as_completed([task, task]))
+
+    assert ended == again == [task]
+
+
+def test_as_completed_of_nothing_is_over():
+    """
+    There is nothing to wait for.
+    """
+    assert list(fastpool.as_completed([])) == []
+
+
+def test_as_completed_yields_what_failed_or_was_cancelled(workers):
+    """
+    Whatever a task comes to, it has ended, and raises nothing before it is asked.
+    """
+    release, hold = staged(1)
+
+    with TaskGroup(policy=Lenient(), **workers(1)) as group:
+        tasks = [group.submit(hold, 0), group.submit(fails), group.submit(resize, 404)]
+        arriving = fastpool.as_completed(tasks)
+        tasks[2].cancel()
+        first = next(arriving)
+        release[0].set()
+        rest = list(arriving)
+
+    assert first is tasks[2]
+    assert rest == tasks[:2]
+
+
+def test_as_completed_ends_when_the_group_is_cancelled(workers):
+    """
+    For a reader outside, what never starts has ended.
+    """
+    release = threading.Event()
+
+    with TaskGroup(**workers(1)) as group:
+        running = group.submit(release.wait, 10)
+        queued = [group.submit(resize, number) for number in range(3)]
+        reader, outcome = start(list, fastpool.as_completed(queued))
+        until(lambda: is_asleep(reader))
+        group.cancel()
+        reader.join(timeout=10)
+        release.set()
+
+    assert [set(tasks) for tasks in outcome] == [set(queued)]
+    assert running.result() is True
+
+
+def test_as_completed_can_be_closed(workers):
+    """
+    Leaving the loop early leaves the tasks alone.
+    """
+    release, hold = staged(2)
+
+    with TaskGroup(**workers(2)) as group:
+        tasks = [group.submit(hold, number) for number in range(2)]
+        release[0].set()
+        for task in fastpool.as_completed(tasks):
+            break
+        release[1].set()
+
+    assert task is tasks[0]
+    assert tasks[1].result() == 1
+
+
+def test_as_completed_in_the_body_hears_the_failure(workers):
+    """
+    A loop over what would never end is over when a task fails.
+    """
+    seen = []
+
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
+        tasks = [group.submit(fails), group.submit(lambda: current_token().sleep(60))]
+        seen.extend(fastpool.as_completed(tasks))
+
+    assert set(seen) <= set(tasks)
+
+
+# --- After the block ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["it fails", "it is cancelled", "its body fails"])
+@pytest.mark.parametrize("wait", WAITS)
+def test_reading_after_the_block_never_hangs(workers, wait, how):
+    """
+    A task that never started is cancelled, and says so to whoever reads it later.
+    """
+    release = threading.Event()
+
+    def fails_later():
+        release.wait(timeout=10)
+        if how == "it fails":
+            raise ValueError("bad header")
+
+    with suppress(ValueError), TaskGroup(**workers(1)) as group:
+        group.submit(fails_later)
+        batch = group.map(resize, [404])
+        if how == "it is cancelled":
+            group.cancel()
+        release.set()
+        if how == "its body fails":
+            raise ValueError("bad header")
+    outcome = in_thread(WAITS[wait], group, batch)
+
+    if how == "its body fails" and not batch.tasks[0].cancelled():
+        # It was quicker than the body.
+        assert batch.results() == [404]
+    elif wait in VALUES:
+        assert type(outcome) is TaskCancelledError
+        assert states(batch.tasks[0]) == (False, True, True)
+        assert batch.tasks[0].cancel() is False
+    else:
+        assert outcome == {**DONE, "as_completed": list(batch.tasks)}[wait]
+
+
+def test_handles_outlive_their_group(workers):
+    """
+    A task can be read when nothing else of its group is there.
+    """
+
+    def run():
+        with TaskGroup(**workers(2)) as group:
+            return group.submit(resize, 404), group.map(resize, range(3))
+
+    task, batch = run()
+
+    assert task.result(timeout=0) == 404
+    assert batch.results(timeout=0) == [0, 1, 2]
+    assert "resize" in repr(task)
