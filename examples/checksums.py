@@ -1,48 +1,41 @@
 """
 SHA-256 checksums of every file in a folder, hashed by a group of threads.
 
-  python checksums.py DIR                     print a manifest, as sha256sum writes it
-  python checksums.py DIR -o SUMS             write it to a file, whole or not at all
-  python checksums.py DIR --check SUMS        compare the folder with it, to the first difference
+  checksums.py DIR                 print a manifest, as sha256sum writes it
+  checksums.py DIR --output SUMS   write it to a file, whole or not at all
+  checksums.py DIR --check SUMS    compare the folder with it, up to the first difference
 
-Whatever goes wrong stops all threads at once, and leaves nothing half written.
-Names are relative to DIR, with `/`, in the order of their bytes; `sha256sum --check`, run in
-DIR, reads the manifest. A link to a file counts as a file with the content it points to.
-Links to folders are not followed, and pipes, sockets and devices never opened; both are named
-on stderr. The file that the manifest goes to is not in it. --check looks at what the manifest
-names, not at what the folder holds beside.
+Whatever goes wrong stops all threads at once, and nothing is left half written.
+Names are relative to DIR, in the order of their bytes. In DIR, `sha256sum --check` reads the
+manifest, and --check reads what sha256sum wrote there; neither looks at other names.
+A link to a file stands for what it points to. Links to folders are not followed, pipes, sockets
+and devices not opened; each is named on stderr. The file a manifest goes to is left out of it.
 
-Exit status: 0 if all is well; 1 if a file is missing or differs; 2 if a file cannot be read
-or written or a manifest makes no sense; 130 after Ctrl-C.
+Exit status: 0 if all is well; 1 if a file is missing or differs; 2 if a file cannot be read or
+written, or the command or the manifest makes no sense; 130 after Ctrl-C.
 """
 
-import argparse
 import hashlib
 import os
 import re
-import secrets
 import stat
 import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Iterator
 from pathlib import Path, PurePath
+from tempfile import TemporaryDirectory
 
 from fastpool import CancelToken, TaskGroup, cancellable
 
-BLOCK = 1 << 18  # bytes hashed between two looks at the token
+BLOCK = 1 << 18  # bytes read between two checks of the token
+# Only in a line that opens with a backslash does the name have escapes.
+LINE = re.compile(rb"(\\)?([0-9a-fA-F]{64}) [ *]((?(1)(?:[^\\\n\0]|\\[\\nr])+|[^\n\0]+))\n?")
 ESCAPES = {b"\\": rb"\\", b"\n": rb"\n", b"\r": rb"\r"}
 CHARACTERS = {escape: character for character, escape in ESCAPES.items()}
-# If a backslash opens the line, the name has escapes; else a backslash is a backslash.
-LINE = re.compile(
-    rb"(\\)?([0-9a-fA-F]{64}) [ *]((?(1)(?:[^\\\0\n]|\\[\\nr])+|[^\0\n]+))\n?"
-)  # fmt: skip
 
 
-class Trouble(Exception):
-    """Ends the program with a message and an exit status."""
-
-    def __init__(self, message: str, status: int = 2) -> None:
-        super().__init__(message)
-        self.status = status
+class MismatchError(Exception):
+    """Raised when a file is not what the manifest says."""
 
 
 @cancellable
@@ -53,83 +46,107 @@ def checksum(token: CancelToken, path: Path) -> str:
             for block in token.each(iter(lambda: file.read(BLOCK), b"")):
                 digest.update(block)
     except OSError as error:
-        raise unreadable(path, error) from error
+        error.filename = str(path)  # read() does not say it
+        raise
     return digest.hexdigest()
 
 
 def verify(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise Trouble(f"{str(path)!r} is missing, or not a file", status=1)
+        raise MismatchError(f"{str(path)!r} is missing, or not a file")
     if checksum(path) != expected:
-        raise Trouble(f"{str(path)!r} differs from the manifest", status=1)
+        raise MismatchError(f"{str(path)!r} differs from the manifest")
 
 
-def files(root: Path, output: os.stat_result | None) -> Iterator[Path]:
-    """Every file below a folder but the output; what else is left out is named on stderr."""
-
-    def fail(error: OSError) -> None:
-        raise unreadable(error.filename, error) from error
-
-    for folder, folders, names in os.walk(root, onerror=fail):
-        folders.sort()
-        for path in (Path(folder, name) for name in [*folders, *sorted(names)]):
-            try:
-                found = path.stat()
-            except OSError as error:
-                raise unreadable(path, error) from error
+def files(root: Path, target: int | Path) -> Iterator[Path]:
+    """Every file in a folder and those below it, but for the target."""
+    own = os.stat(target) if os.path.exists(target) else None
+    folders = [root]
+    while folders:
+        for path in sorted(folders.pop().iterdir()):
+            found = path.stat()
             if stat.S_ISREG(found.st_mode):
-                if output is None or not os.path.samestat(found, output):
+                if own is None or not os.path.samestat(found, own):
                     yield path
             elif not stat.S_ISDIR(found.st_mode):
                 say(f"skipping {str(path)!r}, which is not a regular file")
             elif path.is_symlink():
                 say(f"skipping {str(path)!r}, a link to a folder")
+            else:
+                folders.append(path)
 
 
-def manifest(root: Path, workers: int | None, output: os.stat_result | None) -> bytes:
+def make(root: Path, target: int | Path, workers: int | None) -> None:
     with TaskGroup(workers, name="checksums") as group:
-        tasks = {path: group.submit(checksum, path) for path in files(root, output)}
-    named = {os.fsencode(path.relative_to(root).as_posix()): tasks[path] for path in tasks}
-    lines = []
-    for name in sorted(named):
+        tasks = {path: group.submit(checksum, path) for path in files(root, target)}
+    lines = {}
+    for path, task in tasks.items():
+        name = os.fsencode(path.relative_to(root).as_posix())
         escaped = re.sub(rb"[\\\n\r]", lambda found: ESCAPES[found[0]], name)
-        mark = b"\\" if escaped != name else b""
-        lines.append(b"%s%s  %s\n" % (mark, named[name].result().encode(), escaped))
-    return b"".join(lines)
+        mark = b"" if escaped == name else b"\\"
+        lines[name] = b"%s%s  %s\n" % (mark, task.result().encode(), escaped)
+    write(b"".join(lines[name] for name in sorted(lines)), target)
 
 
-def entries(path: Path) -> Iterator[tuple[PurePath, str]]:
-    """The names of a manifest and what each file should hash to."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
+def write(content: bytes, target: int | Path) -> None:
+    if isinstance(target, int):
+        with open(target, "wb", closefd=False) as stream:
+            stream.write(content)
+    else:
+        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+            part = Path(folder, target.name)
+            part.write_bytes(content)
+            part.replace(target)
+
+
+def check(root: Path, manifest: Path, workers: int | None) -> None:
+    entries = list(read(manifest))
+    with TaskGroup(workers, name="checksums") as group:
+        group.starmap(verify, ((root / name, digest) for name, digest in entries))
+    print(f"files checked: {len(entries)}, all as the manifest says")
+
+
+def read(manifest: Path) -> Iterator[tuple[PurePath, str]]:
+    """The names in a manifest, and what each file should hash to."""
+    with manifest.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
             found = LINE.fullmatch(line)
-            if not found:
-                raise Trouble(f"{path}:{number}: not a line as sha256sum writes it")
+            if found is None:
+                raise ValueError(f"{manifest}:{number}: not a line as sha256sum writes it")
             escaped, digest, text = found.groups()
             if escaped:
                 text = re.sub(rb"\\.", lambda found: CHARACTERS[found[0]], text)
             name = PurePath(os.fsdecode(text))
             if name.anchor or ".." in name.parts:
-                raise Trouble(f"{path}:{number}: {str(name)!r} leads out of the folder")
+                raise ValueError(f"{manifest}:{number}: {str(name)!r} leads out of the folder")
             yield name, digest.decode().lower()
-
-
-def write(content: bytes, path: Path) -> None:
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def unreadable(path: object, error: OSError) -> Trouble:
-    return Trouble(f"cannot read {str(path)!r}: {error.strerror}")
 
 
 def say(message: object) -> None:
     print(f"checksums: {message}", file=sys.stderr)
+
+
+def main() -> int:
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
+    parser.add_argument("dir", metavar="DIR", type=Path)
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("-o", "--output", metavar="FILE", type=Path)
+    either.add_argument("-c", "--check", metavar="MANIFEST", type=Path)
+    parser.add_argument("--workers", metavar="N", type=int, help="how many threads hash")
+    options = parser.parse_args()
+    try:
+        if options.check:
+            check(options.dir, options.check, options.workers)
+        else:
+            make(options.dir, options.output or 1, options.workers)
+    except (MismatchError, OSError, ValueError) as error:
+        say(error)
+        return 1 if isinstance(error, MismatchError) else 2
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

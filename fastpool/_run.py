@@ -61,6 +61,7 @@ class Run(Ledger):
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
         self.called: dict[Lane, None] = {}
+        self.recalled: dict[Lane, None] = {}  # idle too, but the others are quicker to come
         self.calling: dict[object, None] = {}  # threads that are calling a lane now
         self.limit = 0
         self.full = False  # no slot was free when last looked
@@ -120,7 +121,7 @@ class Run(Ledger):
         if not self.goes_on():
             self.withdraw(task, ENDED)
             raise self.closed_error(fn, ENDED)
-        if not self.called and (self.idle or not self.full):
+        if not self.called and (self.idle or not self.full or self.recalled):
             try:
                 self.call()
             except NO_LANE as error:
@@ -155,7 +156,7 @@ class Run(Ledger):
 
     def want_lane(self) -> bool:
         """Whether the queue could do with one more lane, and may have it."""
-        return not self.called and bool(self.idle or not self.full)
+        return not self.called and bool(self.idle or not self.full or self.recalled)
 
     def call(self) -> None:
         """Have one more lane serve the queue, if one is idle or may be started."""
@@ -172,19 +173,18 @@ class Run(Ledger):
 
     def _call(self) -> None:
         assert self.backend is not None
-        try:
-            lane, _ = self.idle.popitem()
-        except KeyError:
-            if not self.take_slot():
+        for resting in (self.idle, self.recalled):
+            with contextlib.suppress(KeyError):
+                lane, _ = resting.popitem()
+                self.called[lane] = None
+                lane.gate.open()
                 return
+        if self.take_slot():
             try:
                 self.backend.start_lane(self)
             except BaseException:
                 self.free_slot()
                 raise
-        else:
-            self.called[lane] = None
-            lane.gate.open()
 
     def goes_on(self) -> bool:
         """Whether the group has not ended. If it is about to, it does not, for our sake."""
@@ -381,7 +381,7 @@ class Run(Ledger):
         self.fences[gate] = pending
         self.disturbed = True  # so that lanes look for fences
         try:
-            for resting in [*self.idle.copy(), *self.called.copy()]:
+            for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
             tasks = [busy.task for busy in pending.copy() if busy.task is not None]
             left = None if deadline is None else deadline - time.monotonic()
@@ -413,31 +413,33 @@ class Run(Ledger):
         Args:
             lane: The lane that the leaving thread serves, if it is a worker's.
         """
-        if self.queue and not self.stopping():
-            if self.want_lane():
-                try:
-                    self.call()
-                except NO_LANE as error:
-                    if not self.lanes:
-                        self._report(error)  # no thread at all: nothing of the queue can run
-                    return False
-            if lane is not None:
-                self.help_leave(lane)
-            return False
-        while (recalled := self.recall()) is not None:
-            if recalled.stays:
-                # It will pass its gate, find that nobody has called it, and wait on.
-                self.lanes[recalled] = None
-                self.idle[recalled] = None
-            else:
-                self.free_slot()
-        return self.at_rest()
+        if not self.queue or self.stopping():
+            while (recalled := self.recall()) is not None:
+                if recalled.stays:
+                    # It will pass its gate, find that nobody has called it, and wait on.
+                    self.lanes[recalled] = None
+                    self.recalled[recalled] = None
+                else:
+                    self.free_slot()
+        # Looked at again after the recalls: a submitter may have counted on such a lane.
+        if not self.queue or self.stopping():
+            return self.at_rest()
+        if self.want_lane():
+            try:
+                self.call()
+            except NO_LANE as error:
+                if not self.lanes:
+                    self._report(error)  # no thread at all: nothing of the queue can run
+                return False
+        if lane is not None:
+            self.help_leave(lane)
+        return False
 
     def at_rest(self) -> bool:
         """Whether no lane is at work. Queue, called and idle lanes are looked at in this order."""
         if self.queue and not self.stopping():
             return False
-        return not self.called and len(self.idle) == len(self.lanes)
+        return not self.called and len(self.idle) + len(self.recalled) == len(self.lanes)
 
     def close(self) -> bool:
         """Take nothing any more, unless something came in since the lanes came to rest."""
@@ -469,8 +471,10 @@ class Run(Ledger):
         failures = tuple(self.failures)
         self.failures.clear()
         self.strays.clear()
-        for belongings in (self.claims, self.tokens, self.watchers, self.lanes, self.idle):
+        for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
+        for lanes in (self.lanes, self.idle, self.recalled):
+            lanes.clear()
         self.loose.clear()
         self.winner = self.backend = self.pool = None
         self.queue = deque()
@@ -497,7 +501,7 @@ class Run(Ledger):
                 task._value = self.closed
                 task._state = CANCELLED
         self.queue.clear()
-        for belongings in (self.lanes, self.idle, self.called, self.claims, self.tokens):
+        for belongings in (self.lanes, self.idle, self.called, self.recalled, self.claims):
             belongings.clear()
         self.backend = None
         self.halted = self.disturbed = True

@@ -276,9 +276,10 @@ class Leased:
         pool = self._leases.pop("pool", None)
         if pool is None:
             return
-        for lane in run.idle:
-            lane.run = None
-        pool.reserve.update(run.idle)
+        for resting in (run.recalled, run.idle):  # what goes in last is used first
+            for lane in resting:
+                lane.run = None
+            pool.reserve.update(resting)
         if self._shutdowns != _shutdowns:
             pool.end()
             return
