@@ -5,14 +5,11 @@ SHA-256 checksums of every file in a folder, hashed by a group of threads.
   checksums.py DIR --output SUMS   write it to a file, whole or not at all
   checksums.py DIR --check SUMS    compare the folder with it, up to the first difference
 
-Whatever goes wrong stops all threads at once, and nothing is left half written.
-Names are relative to DIR, in the order of their bytes. In DIR, `sha256sum --check` reads the
-manifest, and --check reads what sha256sum wrote there; neither looks at other names.
-A link to a file stands for what it points to. Links to folders are not followed, pipes, sockets
-and devices not opened; each is named on stderr. The file a manifest goes to is left out of it.
-
-Exit status: 0 if all is well; 1 if a file is missing or differs; 2 if a file cannot be read or
-written, or the command or the manifest makes no sense; 130 after Ctrl-C.
+Whatever goes wrong stops all threads at once and leaves nothing half written. In DIR,
+`sha256sum --check` reads the manifest too. A link to a file stands for what it points to, a link
+to a folder is not followed, pipes, sockets and devices are skipped with a note on stderr, and the
+manifest itself is left out. The exit status is 0 if all is well, 1 if a file is missing or differs,
+2 if anything else goes wrong, 130 after Ctrl-C.
 """
 
 import hashlib
@@ -27,11 +24,9 @@ from tempfile import TemporaryDirectory
 
 from fastpool import CancelToken, TaskGroup, cancellable
 
-BLOCK = 1 << 18  # bytes read between two checks of the token
 # Only in a line that opens with a backslash does the name have escapes.
 LINE = re.compile(rb"(\\)?([0-9a-fA-F]{64}) [ *]((?(1)(?:[^\\\n\0]|\\[\\nr])+|[^\n\0]+))\n?")
-ESCAPES = {b"\\": rb"\\", b"\n": rb"\n", b"\r": rb"\r"}
-CHARACTERS = {escape: character for character, escape in ESCAPES.items()}
+CHARACTERS = {rb"\\": b"\\", rb"\n": b"\n", rb"\r": b"\r"}
 
 
 class MismatchError(Exception):
@@ -43,7 +38,7 @@ def checksum(token: CancelToken, path: Path) -> str:
     digest = hashlib.sha256()
     try:
         with path.open("rb", buffering=0) as file:
-            for block in token.each(iter(lambda: file.read(BLOCK), b"")):
+            for block in token.each(iter(lambda: file.read(1 << 18), b"")):
                 digest.update(block)
     except OSError as error:
         error.filename = str(path)  # read() does not say it
@@ -70,9 +65,7 @@ def files(root: Path, target: int | Path) -> Iterator[Path]:
                     yield path
             elif not stat.S_ISDIR(found.st_mode):
                 say(f"skipping {str(path)!r}, which is not a regular file")
-            elif path.is_symlink():
-                say(f"skipping {str(path)!r}, a link to a folder")
-            else:
+            elif not path.is_symlink():
                 folders.append(path)
 
 
@@ -82,7 +75,7 @@ def make(root: Path, target: int | Path, workers: int | None) -> None:
     lines = {}
     for path, task in tasks.items():
         name = os.fsencode(path.relative_to(root).as_posix())
-        escaped = re.sub(rb"[\\\n\r]", lambda found: ESCAPES[found[0]], name)
+        escaped = name.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r")
         mark = b"" if escaped == name else b"\\"
         lines[name] = b"%s%s  %s\n" % (mark, task.result().encode(), escaped)
     write(b"".join(lines[name] for name in sorted(lines)), target)
@@ -92,18 +85,20 @@ def write(content: bytes, target: int | Path) -> None:
     if isinstance(target, int):
         with open(target, "wb", closefd=False) as stream:
             stream.write(content)
-    else:
-        with TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
-            part = Path(folder, target.name)
-            part.write_bytes(content)
-            part.replace(target)
+        return
+    real = Path(os.path.realpath(target))  # not the link to it
+    with TemporaryDirectory(prefix=".checksums-", dir=real.parent) as folder:
+        part = Path(folder, real.name)
+        part.write_bytes(content)
+        part.replace(real)
 
 
 def check(root: Path, manifest: Path, workers: int | None) -> None:
+    os.listdir(root)  # not to have a folder is another matter than to miss a file
     entries = list(read(manifest))
     with TaskGroup(workers, name="checksums") as group:
         group.starmap(verify, ((root / name, digest) for name, digest in entries))
-    print(f"files checked: {len(entries)}, all as the manifest says")
+    write(b"files checked: %d, all as the manifest says\n" % len(entries), 1)
 
 
 def read(manifest: Path) -> Iterator[tuple[PurePath, str]]:
@@ -126,7 +121,7 @@ def say(message: object) -> None:
     print(f"checksums: {message}", file=sys.stderr)
 
 
-def main() -> int:
+def main() -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     parser.add_argument("dir", metavar="DIR", type=Path)
     either = parser.add_mutually_exclusive_group()
@@ -134,19 +129,21 @@ def main() -> int:
     either.add_argument("-c", "--check", metavar="MANIFEST", type=Path)
     parser.add_argument("--workers", metavar="N", type=int, help="how many threads hash")
     options = parser.parse_args()
+    output = options.output
+    if output and not (output.is_file() or (output.parent.is_dir() and not output.exists())):
+        parser.error(f"--output must be a file, in a folder that is there, not {str(output)!r}")
     try:
         if options.check:
             check(options.dir, options.check, options.workers)
         else:
-            make(options.dir, options.output or 1, options.workers)
+            make(options.dir, output or 1, options.workers)
     except (MismatchError, OSError, ValueError) as error:
         say(error)
-        return 1 if isinstance(error, MismatchError) else 2
+        sys.exit(1 if isinstance(error, MismatchError) else 2)
     except KeyboardInterrupt:
         say("interrupted")
-        return 130
-    return 0
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -234,7 +234,7 @@ class Ledger:
 
     def succeeded(self, task: Task[Any], lane: Lane, value: object) -> None:
         """A task has returned."""
-        stop = self.judging is not None and self.consult(task, None)
+        stop = self.judging is not None and self.consult(task, None)[0]
         self.ended(task, VALUE, value)
         turned = stop and self.cancel_rest(self.why())
         if self.watchers:
@@ -264,12 +264,9 @@ class Ledger:
         # In this order: the failure is recorded, the task is done, the token is set, waiters
         # wake, callbacks run. Were the token set first, the echo of a woken sibling could be
         # recorded before the failure itself.
-        if self.judging is None:
-            stop = True
-            order = self.record(task, error)
-        else:
-            stop = self.consult(task, error)
-            order = len(self.failures)
+        stop, order = (
+            (True, self.record(task, error)) if self.judging is None else self.consult(task, error)
+        )
         self.ended(task, ERROR, (error, traceback, order))
         turned = stop and self.cancel_rest(error)
         if self.watchers:
@@ -296,20 +293,22 @@ class Ledger:
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""
         self.disturbed = True
-        if task is not None and any(stray is error for stray in self.strays):
-            return 0  # the same object again, on its way out through the task it was raised in
-        failure = Failure(task, error)
-        self.failures.append(failure)
-        if self.first is None:
-            self.first = self.failures[0].exception
-        return self.failures.index(failure)
+        if task is None or not any(stray is error for stray in self.strays):
+            self.failures.append(Failure(task, error))
+            if self.first is None:
+                self.first = self.failures[0].exception
+        # else it is the same object again, on its way out through the task it was raised in.
+        return next(
+            order
+            for order, failure in enumerate(self.failures)
+            if failure.exception is error and (failure.task is task or failure.task is None)
+        )
 
-    def consult(self, task: Task[Any], error: BaseException | None) -> bool:
-        """Tell the judge of an outcome; whether to cancel the rest."""
+    def consult(self, task: Task[Any], error: BaseException | None) -> tuple[bool, int]:
+        """Tell the judge of an outcome; whether to cancel the rest, and a failure's place."""
         assert self.judging is not None
         with self.judging:
-            if error is not None:
-                self.record(task, error)
+            order = 0 if error is None else self.record(task, error)
             try:
                 stop = bool(self.judge.outcome(task, error))
             except BaseException as broken:  # it leaves the block in place of what `end` says
@@ -323,7 +322,7 @@ class Ledger:
                 self.winner = task
             if stop:
                 self.halted = True
-        return stop
+        return stop, order
 
     def cancel_rest(self, reason: object) -> bool:
         """Set the token, by what the judge made of an outcome."""

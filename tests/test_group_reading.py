@@ -113,6 +113,15 @@ def act_at(step, act):
     return trace
 
 
+def trace_this_thread(trace):
+    """Trace the calling thread from here, in the functions that it is in as well."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        frame.f_trace = trace
+        frame = frame.f_back
+    sys.settrace(trace)
+
+
 def start(fn, *args):
     """A new thread, and the list in which it leaves what the function returns or raises."""
     outcome = []
@@ -220,19 +229,38 @@ def test_failed_task_answers_whatever_the_tokens_say(workers):
 
 def test_body_that_waits_for_the_task_that_fails_hears_its_failure():
     """
-    The task is done before the token is set, so its waiter never hears `Cancelled`.
+    The task is done before the token is set, so at no line its waiter can hear `Cancelled`.
     """
-    heard = []
+    main = threading.current_thread()
 
-    for _ in range(100):
+    def race(step):
+        reached, heard = threading.Event(), []
+
+        def look():
+            # The waiter wakes if there is anything to wake for.
+            reached.set()
+            until(lambda: heard or is_asleep(main))
+
+        def fails():
+            until(lambda: is_asleep(main))
+            trace_this_thread(act_at(step, look))
+            raise ValueError("bad header")
+
         with suppress(ValueError), TaskGroup(1) as group:
+            task = group.submit(fails)
             try:
-                group.submit(fails).result()
+                task.result()
             except BaseException as error:
                 heard.append(type(error))
                 raise
+        # The trace goes with its thread.
+        fastpool.shutdown()
+        return reached.is_set(), heard
 
-    assert heard == [ValueError] * 100
+    races = list(itertools.takewhile(lambda race: race[0], map(race, range(80))))
+
+    assert len(races) > 10
+    assert all(heard == [ValueError] for _, heard in races)
 
 
 def test_failure_is_read_with_the_traceback_of_its_task(workers):
@@ -686,6 +714,54 @@ def test_group_wait_has_seen_everything_end(workers):
     assert counts == [turn % 7 for turn in range(50)]
 
 
+def test_group_wait_misses_no_task_that_is_being_taken():
+    """
+    At whatever line a worker takes a task, a wait that begins then waits for that task.
+    """
+
+    def race(step):
+        reached, submitted = threading.Event(), threading.Event()
+
+        def look():
+            reached.set()
+            until(lambda: outcome or is_asleep(waiter))
+
+        def trace():
+            submitted.wait(timeout=10)
+            trace_this_thread(act_at(step, look))
+
+        def wait():
+            reached.wait(timeout=10)
+            group.wait()
+            return task.done()
+
+        with TaskGroup(1) as group:
+            group.submit(trace)
+            task = group.submit(resize, 404)
+            waiter, outcome = start(wait)
+            submitted.set()
+            task.wait()
+            # The line in question may come when the worker has nothing to do any more.
+            until(lambda: reached.is_set() or len(idle_for(group)) == 1)
+            reached_in_time = reached.is_set()
+            reached.set()
+            waiter.join(timeout=10)
+        fastpool.shutdown()
+        return reached_in_time, outcome
+
+    def idle_for(group):
+        return [
+            thread
+            for thread in threading.enumerate()
+            if thread.name.startswith(f"fastpool-{group.name}-") and is_asleep(thread)
+        ]
+
+    races = list(itertools.takewhile(lambda race: race[0], map(race, range(80))))
+
+    assert len(races) > 10
+    assert all(outcome == [True] for _, outcome in races)
+
+
 def test_group_wait_does_not_wait_for_what_tasks_submit_meanwhile(workers):
     """
     What a task submits while the wait is under way came later.
@@ -1112,18 +1188,13 @@ def test_task_is_run_or_cancelled_but_never_both():
             ran.append(task.name)
             current_token().check()
 
-        def trace_this_thread():
+        def trace():
             release.wait(timeout=10)
-            trace = act_at(step, act)
-            frame = sys._getframe(1)
-            while frame is not None:
-                frame.f_trace = trace
-                frame = frame.f_back
-            sys.settrace(trace)
+            trace_this_thread(act_at(step, act))
 
         states_then = []
         with TaskGroup(1) as group:
-            group.submit(trace_this_thread)
+            group.submit(trace)
             task = group.submit(run)
             release.set()
             task.wait()
@@ -1358,12 +1429,7 @@ def test_batch_and_group_agree_on_the_first_failure(policy):
         def fail(number):
             if number:
                 until(lambda: "other" in threads)
-                frame = sys._getframe(1)
-                trace = act_at(step, act)
-                while frame is not None:
-                    frame.f_trace = trace
-                    frame = frame.f_back
-                sys.settrace(trace)
+                trace_this_thread(act_at(step, act))
             else:
                 threads["other"] = threading.current_thread()
                 # The other task may be over before it ever comes to the line in question.

@@ -125,6 +125,15 @@ def act_at(step, act):
     return trace
 
 
+def trace_this_thread(trace):
+    """Trace the calling thread from here, in the functions that it is in as well."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        frame.f_trace = trace
+        frame = frame.f_back
+    sys.settrace(trace)
+
+
 def in_thread(fn, *args):
     """What a function returns in a new thread, or the error it raises there."""
     outcome = []
@@ -732,11 +741,7 @@ def test_submit_that_meets_a_recorded_failure_sets_the_token_first():
         return stop_between
 
     def fails():
-        frame = sys._getframe(1)
-        while frame is not None:
-            frame.f_trace = stop_between
-            frame = frame.f_back
-        sys.settrace(stop_between)
+        trace_this_thread(stop_between)
         raise ValueError("bad header")
 
     with pytest.raises(ValueError, match="bad header"), TaskGroup(1) as group:
@@ -2422,18 +2427,13 @@ def test_group_that_comes_as_its_threads_end_has_others(short_idle_time):
             reached.set()
             submitted.wait(timeout=10)
 
-        def watch_this_thread():
-            trace = act_at(step, pause)
+        def trace():
             threads.append(threading.current_thread())
-            frame = sys._getframe(1)
-            while frame is not None:
-                frame.f_trace = trace
-                frame = frame.f_back
-            sys.settrace(trace)
+            trace_this_thread(act_at(step, pause))
 
         threads = []
         with TaskGroup(1) as group:
-            task = group.submit(watch_this_thread)
+            task = group.submit(trace)
             # It may already stop before the group ends.
             until(lambda: reached.is_set() or task.done())
             submitted.set() if reached.is_set() else None
@@ -2462,13 +2462,9 @@ def test_groups_in_a_row_need_no_more_threads_than_workers():
             resumed.wait(timeout=5)
         return trace
 
-    def trace_this_thread():
+    def make_it_slow():
         second.append(threading.current_thread())
-        frame = sys._getframe(1)
-        while frame is not None:
-            frame.f_trace = trace
-            frame = frame.f_back
-        sys.settrace(trace)
+        trace_this_thread(trace)
 
     second = []
     with TaskGroup(2) as group:
@@ -2476,7 +2472,7 @@ def test_groups_in_a_row_need_no_more_threads_than_workers():
         release = threading.Event()
         first = group.submit(release.wait, 10)
         until(first.running)
-        group.submit(trace_this_thread).wait()
+        group.submit(make_it_slow).wait()
         until(lambda: is_asleep(second[0]))
         release.set()
     before = threading.active_count()

@@ -1,0 +1,739 @@
+"""
+The token: polling, waiting, callbacks, deadlines, children.
+"""
+
+import copy
+import datetime
+import gc
+import math
+import pickle
+import signal
+import sys
+import threading
+import time
+import weakref
+from decimal import Decimal
+
+import pytest
+
+import fastpool
+from fastpool import Cancelled, CancelToken, TaskCancelledError
+
+
+@pytest.fixture
+def unraised(monkeypatch):
+    """What went to `sys.unraisablehook`."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda broken: seen.append(broken.exc_value))
+    return seen
+
+
+def in_thread(fn):
+    thread = threading.Thread(target=fn)
+    thread.start()
+    return thread
+
+
+# --- Setting --------------------------------------------------------------------------------------
+
+
+def test_token_turns_once_and_says_why():
+    """
+    The first cancel wins; state and reason stay.
+    """
+    token = CancelToken()
+
+    before = (token.cancelled(), token.reason)
+    told = [token.cancel("first"), token.cancel("second"), token.cancel()]
+
+    assert before == (False, None)
+    assert told == [True, False, False]
+    assert (token.cancelled(), token.reason) == (True, "first")
+
+
+def test_cancel_without_a_reason_has_one():
+    """
+    The reason is never None once the token is set.
+    """
+    token = CancelToken()
+    token.cancel()
+
+    assert token.reason == "cancelled"
+
+
+def test_one_of_eight_cancellers_wins():
+    """
+    Eight threads cancel with different reasons: one is told so, and its reason stands.
+    """
+    for _ in range(200):
+        token = CancelToken()
+        barrier = threading.Barrier(8)
+        told = {}
+
+        def cancel(reason, token=token, barrier=barrier, told=told):
+            barrier.wait(timeout=10)
+            told[reason] = token.cancel(reason)
+            assert token.cancelled()
+
+        threads = [in_thread(lambda number=number: cancel(number)) for number in range(8)]
+        for thread in threads:
+            thread.join(timeout=10)
+
+        assert [reason for reason, won in told.items() if won] == [token.reason]
+
+
+def test_check_raises_anew_each_time():
+    """
+    Each check raises an object of its own, which passes `except Exception`.
+    """
+    token = CancelToken()
+    token.cancel("enough")
+    raised = []
+    for _ in range(2):
+        try:
+            token.check()
+        except Exception:
+            raise AssertionError("caught as an error") from None
+        except BaseException as error:
+            raised.append(error)
+
+    assert raised[0] is not raised[1]
+    assert all(error.token is token and error.reason == "enough" for error in raised)
+
+
+def test_failure_that_was_reported_is_the_cause():
+    """
+    A token that was set by a failure says so in what its checks raise.
+    """
+    token = CancelToken()
+    failure = ValueError("root")
+
+    @fastpool.cancellable
+    def fails(token):
+        raise failure
+
+    with pytest.raises(ValueError, match="root"):
+        fails.with_token(token)
+    with pytest.raises(Cancelled) as raised:
+        token.child().check()
+
+    assert token.reason is failure
+    assert raised.value.__cause__ is failure
+
+
+def test_token_stands_where_an_event_stood():
+    """
+    `is_set`, `set` and `wait` are an Event's; a token is true.
+    """
+    token = CancelToken()
+
+    assert (token.is_set(), bool(token)) == (False, True)
+    assert token.wait(0) is False
+    token.set()
+    assert token.is_set()
+    assert token.wait(60) is True
+
+
+def test_never_is_never_set():
+    """
+    It can't be cancelled; callbacks are accepted and forgotten; its children can be set.
+    """
+    ran = []
+    registration = CancelToken.NEVER.on_cancel(lambda: ran.append(1))
+
+    assert CancelToken.NEVER.cancel() is False
+    assert not CancelToken.NEVER.cancelled()
+    assert registration.unregister() is True
+    assert CancelToken.NEVER.child().cancel() is True
+    assert ran == []
+
+
+# --- Waiting --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("depth", [0, 1, 50])
+@pytest.mark.parametrize("wait", ["wait", "sleep", "each"])
+def test_waiter_wakes_when_an_ancestor_is_set(depth, wait):
+    """
+    However deep the waiter's token lies, and whatever it waits by.
+    """
+    root = token = CancelToken()
+    for _ in range(depth):
+        token = token.child()
+    asleep = threading.Event()
+    seen = []
+
+    def endless():
+        while True:
+            asleep.set()
+            token.wait(60)
+            yield 1
+
+    def waits():
+        asleep.set()
+        try:
+            if wait == "wait":
+                seen.append(token.wait(60))
+            elif wait == "sleep":
+                token.sleep(60)
+            else:
+                for _ in token.each(endless()):
+                    pass
+        except Cancelled as error:
+            seen.append(error.reason)
+
+    thread = in_thread(waits)
+    asleep.wait(timeout=10)
+    root.cancel("enough")
+    thread.join(timeout=10)
+
+    assert seen == [True if wait == "wait" else "enough"]
+
+
+def test_each_takes_nothing_once_the_token_is_set():
+    """
+    The item that was not asked for stays where it is.
+    """
+    token = CancelToken()
+    items = iter([1, 2, 3])
+    taken = []
+
+    with pytest.raises(Cancelled):
+        for item in token.each(items):
+            taken.append(item)
+            if item == 2:
+                token.cancel()
+
+    assert taken == [1, 2]
+    assert list(items) == [3]
+    with pytest.raises(TypeError):
+        token.each(404)
+
+
+@pytest.mark.parametrize("seconds", [0, -1, -math.inf])
+def test_sleeping_for_nothing_is_a_check(seconds):
+    """
+    It returns at once, or raises at once.
+    """
+    token = CancelToken()
+
+    token.sleep(seconds)
+    token.cancel()
+    with pytest.raises(Cancelled):
+        token.sleep(seconds)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "error"),
+    [
+        (math.nan, ValueError),
+        ("5", TypeError),
+        (True, TypeError),
+        (datetime.timedelta(seconds=5), TypeError),
+        (1j, TypeError),
+    ],
+)
+def test_what_is_no_number_of_seconds_is_refused(timeout, error):
+    """
+    Everywhere, and the message shows it.
+    """
+    for use in (
+        lambda: CancelToken(timeout=timeout),
+        lambda: CancelToken().child(timeout=timeout),
+        lambda: CancelToken().wait(timeout),
+        lambda: CancelToken().sleep(timeout),
+        lambda: fastpool.timeout(timeout),
+        lambda: fastpool.shield(timeout),
+    ):
+        with pytest.raises(error, match="seconds"):
+            use()
+
+
+# --- Deadlines ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [0, -1, -math.inf])
+def test_token_without_time_is_born_set(timeout):
+    """
+    Its reason is a `TimeoutError`.
+    """
+    token = CancelToken(timeout=timeout)
+
+    assert isinstance(token.reason, TimeoutError)
+    assert token.remaining() == 0
+
+
+@pytest.mark.parametrize("timeout", [None, math.inf, 1e18, Decimal(10**6), 10**6])
+def test_token_with_all_the_time_is_not_set(timeout):
+    """
+    Infinity is none; what is beyond any clock is as good.
+    """
+    token = CancelToken(timeout=timeout)
+
+    assert token.wait(0.01) is False
+    assert (token.deadline is None) == (timeout is None or timeout == math.inf)
+
+
+def test_deadline_passes_though_nobody_looks():
+    """
+    A callback and a sleeper hear of it, in threads of their own.
+    """
+    token = CancelToken(timeout=0.05)
+    called = threading.Event()
+    threads = []
+    token.on_cancel(lambda: (threads.append(threading.current_thread()), called.set()))
+
+    assert token.child().wait(30)
+    assert called.wait(timeout=30)
+    assert isinstance(token.reason, TimeoutError)
+    assert threads[0] is not threading.current_thread()
+
+
+def test_thousand_deadlines_need_no_thousand_threads():
+    """
+    All pass, whatever the order they were made in.
+    """
+    fastpool.shutdown()
+    before = threading.active_count()
+
+    tokens = [CancelToken(timeout=0.2 - number / 10_000) for number in range(1000)]
+    threads = threading.active_count() - before
+
+    assert all(token.wait(30) for token in tokens)
+    assert threads <= 2
+
+
+def test_slow_callback_holds_up_no_other_deadline():
+    """
+    It blocks until another deadline's callback has run.
+    """
+    second = threading.Event()
+    first = threading.Event()
+    slow = CancelToken(timeout=0.01)
+    slow.on_cancel(lambda: (second.wait(timeout=20), first.set()))
+    assert slow.wait(30)
+
+    quick = CancelToken(timeout=0.01)
+    quick.on_cancel(second.set)
+
+    assert first.wait(timeout=30)
+
+
+def test_nearest_deadline_of_all_ancestors_counts():
+    """
+    `deadline` and `remaining` look up the tree.
+    """
+    near, far = CancelToken(timeout=50), CancelToken(timeout=500)
+    token = CancelToken.any(near.child(), far).child(timeout=5000)
+
+    assert token.deadline == near.deadline
+    assert 0 < token.remaining() <= 50
+
+
+def test_earlier_deadline_wakes_the_clock():
+    """
+    One that is added while the clock sleeps until a later one is kept.
+    """
+    late = CancelToken(timeout=600)
+    soon = CancelToken(timeout=0.02)
+
+    assert soon.wait(30)
+    assert not late.cancelled()
+
+
+def test_shutdown_leaves_no_thread_and_keeps_deadlines():
+    """
+    Idle threads of ours are gone; a deadline that is still to come is kept.
+    """
+    token = CancelToken(timeout=0.3)
+    fastpool.shutdown()
+
+    assert token.wait(30)
+    fastpool.shutdown()
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastpool")]
+
+
+# --- Children -------------------------------------------------------------------------------------
+
+
+def test_child_hears_every_ancestor_and_tells_none():
+    """
+    Set alone, it leaves its parents as they were; a diamond is heard once.
+    """
+    root = CancelToken()
+    left, right = root.child(), root.child()
+    bottom = CancelToken.any(left, right)
+    ran = []
+    bottom.on_cancel(lambda: ran.append(1))
+
+    left.child().cancel("alone")
+    root.cancel("root")
+
+    assert (left.reason, right.reason, bottom.reason) == ("root",) * 3
+    assert ran == [1]
+    assert root.child().reason == "root"
+
+
+def test_any_of_nothing_never_turns_and_of_something_else_is_refused():
+    """
+    Nobody sets it.
+    """
+    assert CancelToken.any().wait(0.01) is False
+    with pytest.raises(TypeError, match="tokens"):
+        CancelToken.any(threading.Event())
+
+
+def test_parent_holds_nothing_of_its_children():
+    """
+    Ten thousand forgotten children are gone, without the collector.
+    """
+    parent = CancelToken()
+    gc.disable()
+    try:
+        children = [weakref.ref(parent.child(timeout=600)) for _ in range(10_000)]
+        alive = sum(child() is not None for child in children)
+    finally:
+        gc.enable()
+
+    assert alive == 0
+    assert len(parent._entries) == 0
+
+
+def test_chain_of_ten_thousand_is_set_and_dies():
+    """
+    Nothing recurses on the way down, nor at the end.
+    """
+    root = token = CancelToken()
+    for _ in range(10_000):
+        token = token.child()
+    last = token
+    root.cancel("from the top")
+    reason = last.reason
+    del token, last, root
+
+    assert reason == "from the top"
+
+
+# --- Callbacks ------------------------------------------------------------------------------------
+
+
+def test_callbacks_run_last_registered_first_after_all_states_have_turned():
+    """
+    Over the whole tree, each once, in the thread that cancels.
+    """
+    root = CancelToken()
+    child = root.child()
+    seen = []
+
+    def callback(name):
+        return lambda: seen.append((name, root.cancelled(), child.cancelled()))
+
+    for number, token in enumerate([root, child, root, child]):
+        token.on_cancel(callback(number))
+    root.cancel()
+
+    assert seen == [(number, True, True) for number in (3, 2, 1, 0)]
+
+
+def test_callback_that_raises_stops_no_other(unraised):
+    """
+    Its error goes to `sys.unraisablehook`, whatever its class.
+    """
+    token = CancelToken()
+    ran = []
+    errors = [ValueError("broken"), SystemExit(1)]
+
+    def broken(error):
+        raise error
+
+    token.on_cancel(lambda: ran.append("first"))
+    for error in errors:
+        token.on_cancel(lambda error=error: broken(error))
+
+    assert token.cancel() is True
+    assert ran == ["first"]
+    assert sorted(map(id, unraised)) == sorted(map(id, errors))
+
+
+def test_registering_on_a_set_token_runs_at_once():
+    """
+    In the registering thread; there is nothing left to take back.
+    """
+    token = CancelToken()
+    token.cancel()
+    ran = []
+
+    registration = token.on_cancel(lambda: ran.append(threading.current_thread()))
+
+    assert ran == [threading.current_thread()]
+    assert registration.unregister() is False
+
+
+def test_callback_runs_in_the_context_of_its_registration():
+    """
+    The current token inside it is the one that was current then.
+    """
+    outer, token = CancelToken(), CancelToken()
+    seen = []
+    with fastpool.use_token(outer):
+        token.on_cancel(lambda: seen.append(fastpool.current_token()))
+
+    token.cancel()
+
+    assert seen == [outer]
+
+
+def test_unregister_against_run_is_exactly_one_of_both():
+    """
+    Ten thousand rounds: a callback that was taken back never runs, any other does.
+    """
+    start, done = threading.Barrier(2), threading.Barrier(2)
+    rounds = 10_000
+    tokens = [CancelToken() for _ in range(rounds)]
+
+    def cancels():
+        for token in tokens:
+            start.wait(timeout=20)
+            token.cancel()
+            done.wait(timeout=20)
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    thread = in_thread(cancels)
+    try:
+        for token in tokens:
+            ran = []
+            registration = token.on_cancel(lambda ran=ran: ran.append(1))
+            start.wait(timeout=20)
+            won = registration.unregister()
+            done.wait(timeout=20)
+            assert won is (ran == [])
+    finally:
+        sys.setswitchinterval(switch)
+        thread.join(timeout=20)
+
+
+def test_close_waits_for_a_running_callback():
+    """
+    After it the callback is not running; from inside a callback it does not wait.
+    """
+    token = CancelToken()
+    entered, release = threading.Event(), threading.Event()
+    order = []
+
+    def slow():
+        entered.set()
+        release.wait(timeout=10)
+        registration.close()
+        order.append("ran")
+
+    registration = token.on_cancel(slow)
+    thread = in_thread(token.cancel)
+    entered.wait(timeout=10)
+    other = in_thread(release.set)
+    registration.close()
+    order.append("closed")
+    thread.join(timeout=10)
+    other.join(timeout=10)
+
+    assert order == ["ran", "closed"]
+
+
+def test_callbacks_may_take_each_other_back():
+    """
+    Two that close each other from inside, in two threads, do not wait for ever.
+    """
+    tokens = [CancelToken(), CancelToken()]
+    inside = threading.Barrier(2)
+    registrations = []
+
+    def closes(number):
+        inside.wait(timeout=10)
+        registrations[1 - number].close()
+
+    registrations.extend(
+        token.on_cancel(lambda number=number: closes(number)) for number, token in enumerate(tokens)
+    )
+    threads = [in_thread(token.cancel) for token in tokens]
+    for thread in threads:
+        thread.join(timeout=10)
+
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_registration_holds_its_token_until_it_has_run():
+    """
+    Dropped together, the callback never runs; kept, it does, and lets go.
+    """
+    parent = CancelToken()
+    ran = []
+    kept = parent.child().on_cancel(lambda: ran.append("kept"))
+    parent.child().on_cancel(lambda: ran.append("dropped"))
+    token = weakref.ref(kept._token)
+
+    parent.cancel()
+
+    assert ran == ["kept"]
+    assert token() is None
+
+
+def test_registration_is_taken_back_at_the_end_of_its_with_block():
+    """
+    Its `with` form closes it.
+    """
+    token = CancelToken()
+    ran = []
+    with token.on_cancel(lambda: ran.append(1)) as registration:
+        pass
+    token.cancel()
+
+    assert ran == []
+    assert registration.unregister() is False
+
+
+# --- Interrupting ---------------------------------------------------------------------------------
+
+
+def test_interruption_wakes_the_call_and_cancelled_comes_out():
+    """
+    Also where the call returned normally: what it returned is no success.
+    """
+    token = CancelToken()
+    woken, blocked = threading.Event(), threading.Event()
+
+    def cancels():
+        blocked.wait(timeout=10)
+        token.cancel("enough")
+
+    thread = in_thread(cancels)
+    with pytest.raises(Cancelled) as raised, token.interrupts(woken.set):
+        blocked.set()
+        woken.wait(timeout=10)
+    thread.join(timeout=10)
+
+    assert woken.is_set()
+    assert raised.value.reason == "enough"
+    assert raised.value.__context__ is None
+
+
+def test_error_of_the_interrupted_call_is_the_context():
+    """
+    What came out is kept beside the `Cancelled`.
+    """
+    token = CancelToken()
+    broken = OSError("shut down")
+
+    with pytest.raises(Cancelled) as raised, token.interrupts(lambda: None):
+        token.cancel()
+        raise broken
+
+    assert raised.value.__context__ is broken
+
+
+@pytest.mark.parametrize("kind", [Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_exit_passes_the_interruption_as_it_is(kind):
+    """
+    These are not replaced.
+    """
+    token = CancelToken()
+    leaving = kind()
+
+    with pytest.raises(kind) as raised, token.interrupts(lambda: None):
+        token.cancel()
+        raise leaving
+
+    assert raised.value is leaving
+
+
+def test_set_token_does_not_let_the_call_begin():
+    """
+    `Cancelled` on entry, and the interruption is not made; also when it is set in the moment
+    between the look and the registration.
+    """
+    token = CancelToken()
+    ran = []
+    token.cancel()
+    with pytest.raises(Cancelled), token.interrupts(lambda: ran.append(1)):
+        ran.append("body")
+
+    late = CancelToken()
+
+    class Late(CancelToken):
+        __slots__ = ()
+
+        def check(self):
+            super().check()
+            late.cancel()
+
+    racing = Late()
+    racing._link(late)
+    with pytest.raises(Cancelled), racing.interrupts(lambda: ran.append("interruption")):
+        ran.append("body")
+
+    assert "body" not in ran
+
+
+def test_interruption_never_comes_after_the_block():
+    """
+    Left in time, it is never made; and what cannot be interrupted is refused by name.
+    """
+    token = CancelToken()
+    ran = []
+    with token.interrupts(lambda: ran.append(1)):
+        pass
+    token.cancel()
+
+    assert ran == []
+    with pytest.raises(TypeError, match=r"builtins\.int"):
+        token.interrupts(404)
+
+
+# --- Elsewhere ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("act", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_token_refuses_to_be_copied(act):
+    """
+    The message says where the token comes from elsewhere.
+    """
+    with pytest.raises(TypeError, match="current_token"):
+        act(CancelToken())
+
+
+@pytest.mark.parametrize("kind", [Cancelled, TaskCancelledError])
+def test_cancelled_travels_without_its_token(kind):
+    """
+    It pickles with its reason, and can be made by hand.
+    """
+    error = kind(reason="enough")
+    if kind is Cancelled:
+        error.token = CancelToken()
+
+    back = pickle.loads(pickle.dumps(error))
+
+    assert type(back) is kind
+    assert back.reason == "enough"
+    assert getattr(back, "token", None) is None
+    assert kind(reason=None).reason is None
+
+
+def test_signal_handler_may_cancel_at_any_moment():
+    """
+    Whatever of the token's it interrupts: waiting, registering, making children.
+    """
+    token = None
+    before = signal.signal(signal.SIGALRM, lambda number, frame: token.cancel("by signal"))
+    try:
+        for number in range(150):
+            token = CancelToken()
+            signal.setitimer(signal.ITIMER_REAL, 0.0003 + number * 1e-6)
+            limit = time.monotonic() + 20
+            while not token.wait(0.0001):
+                token.on_cancel(lambda: None).close()
+                token.child().wait(0.0001)
+                assert time.monotonic() < limit
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+    assert token.reason == "by signal"
