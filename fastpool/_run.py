@@ -290,6 +290,16 @@ class Run(Ledger):
                 tasks.append(task)
         return tasks
 
+    def give_back(self, tasks: list[Task[Any]]) -> None:
+        """What a lane took and has not begun, for another one to run; it comes first again."""
+        for task in reversed(tasks):
+            task._lane = None
+            self.claims.pop(task, None)  # it may hold the verdict that this lane runs it
+            task._taken = False
+            self.queue.appendleft(task)
+        if self.queue and not self.stopping() and self.want_lane():
+            self.call()
+
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""
         lane.task = task

@@ -16,7 +16,8 @@ class Backend(Protocol):
     Serves groups with lanes.
 
     A lane pulls tasks from a group's queue (`Run.take`) until there are none, runs them where
-    the backend runs things, and reports each (`Run.succeeded`, `Run.failed`). A group is over
+    the backend runs things, and reports each (`Run.succeeded`, `Run.failed`; `Run.perform` does
+    both here); what it took and did not begin it gives back (`Run.give_back`). A group is over
     when its queue is empty, or its token set, and no lane is at work; so "leaving has waited
     for everything" means the same on every backend.
     """
