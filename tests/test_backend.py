@@ -67,8 +67,11 @@ def test_group_runs_on_any_backend():
         group.map(release.wait, [10, 10])
         squares = group.map(pow, range(50), [2] * 50)
         release.set()
+    release.clear()
     with pytest.raises(ZeroDivisionError), TaskGroup(pool=backend) as failing:
+        failing.map(release.wait, [10, 10])
         batch = failing.map(lambda number: 1 // (number - 3), range(100))
+        release.set()
 
     assert isinstance(backend, Backend)
     assert squares.results() == [number**2 for number in range(50)]

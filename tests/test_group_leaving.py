@@ -84,7 +84,7 @@ def test_failing_at_the_same_instant_on_all_workers_records_them_all():
     Exactly one is first, and that one leaves; none is lost.
     """
     for _ in range(50):
-        barrier = threading.Barrier(8)
+        barrier = threading.Barrier(9)
 
         def fails(number, barrier=barrier):
             barrier.wait(timeout=10)
@@ -92,6 +92,7 @@ def test_failing_at_the_same_instant_on_all_workers_records_them_all():
 
         with pytest.raises(ValueError, match=r"\d") as raised, TaskGroup(8) as group:
             batch = group.map(fails, range(8))
+            barrier.wait(timeout=10)
 
         assert raised.value is group.failures[0].exception
         assert sorted(failure.exception.args[0] for failure in group.failures) == list(range(8))
@@ -110,11 +111,14 @@ def test_no_queued_task_starts_after_the_first_failure():
         started.append(number)
         running.wait(timeout=10)
         if number == 3:
+            queued.wait(timeout=10)
             raise ValueError("number 3")
         token.sleep(60)
 
+    queued = threading.Event()
     with pytest.raises(ValueError, match="number 3"), TaskGroup(8) as group:
         batch = group.map(task, range(1008))
+        queued.set()
 
     assert sorted(started) == list(range(8))
     assert sum(task.cancelled() for task in batch.tasks) == 1007

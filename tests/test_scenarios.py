@@ -193,12 +193,15 @@ def test_f1_one_failure_stops_all_and_is_raised_with_its_own_traceback():
         looping.wait(timeout=10)
         for turn in range(4):
             if number == 5 and turn == 2:
+                issued.wait(timeout=10)
                 raise ValueError("found in the third turn")
             if turn == 3:
                 token.sleep(60)
 
+    issued = threading.Event()
     with pytest.raises(ValueError, match="third turn") as raised, TaskGroup(10) as group:
         batch = group.map(task, range(110))
+        issued.set()
 
     assert sorted(started) == list(range(10))
     assert [task.cancelled() for task in batch.tasks].count(True) == 109
