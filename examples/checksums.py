@@ -1,149 +1,171 @@
 """
-SHA-256 checksums of every file in a folder, hashed by a group of threads.
+SHA-256 checksums of a folder, hashed in threads that stop at the first trouble.
 
-  checksums.py DIR                 print a manifest, as sha256sum writes it
-  checksums.py DIR --output SUMS   write it to a file, whole or not at all
-  checksums.py DIR --check SUMS    compare the folder with it, up to the first difference
+    python checksums.py DIR                     print a manifest, as sha256sum does
+    python checksums.py DIR -o MANIFEST         write it to a file, whole or not at all
+    python checksums.py DIR --check MANIFEST    verify the folder against one
 
-Whatever goes wrong stops all threads at once and leaves nothing half written. In DIR,
-`sha256sum --check` reads the manifest too. A link to a file stands for what it points to, a link
-to a folder is not followed, pipes, sockets and devices are skipped with a note on stderr, and the
-manifest itself is left out. The exit status is 0 if all is well, 1 if a file is missing or differs,
-2 if anything else goes wrong, 130 after Ctrl-C.
+Names in a manifest are relative to DIR; `sha256sum --check` inside DIR reads it too.
+A link to a file counts as the file, a link to a folder is not followed, and what is neither
+file nor folder is left out with a note.
+
+The exit code is 0 if all is well, 1 if a file differs or is missing, 2 if something cannot be
+read, and 130 after Ctrl-C.
 """
 
+import argparse
 import hashlib
 import os
 import re
-import stat
 import sys
-from argparse import ArgumentParser, RawDescriptionHelpFormatter
+import tempfile
 from collections.abc import Iterator
-from pathlib import Path, PurePath
-from tempfile import TemporaryDirectory
+from pathlib import Path, PurePosixPath
 
 from fastpool import CancelToken, TaskGroup, cancellable
 
-# Only in a line that opens with a backslash does the name have escapes.
-LINE = re.compile(rb"(\\)?([0-9a-fA-F]{64}) [ *]((?(1)(?:[^\\\n\0]|\\[\\nr])+|[^\n\0]+))\n?")
-CHARACTERS = {rb"\\": b"\\", rb"\n": b"\n", rb"\r": b"\r"}
+BLOCK = 1 << 20  # bytes read between two checks of the token
+LINE = re.compile(rb"(\\?)([0-9a-f]{64}) [ *](.+)", re.DOTALL)
+ESCAPES = {b"\\\\": b"\\", b"\\n": b"\n", b"\\r": b"\r"}
 
 
-class MismatchError(Exception):
-    """Raised when a file is not what the manifest says."""
+class Mismatch(Exception):
+    """A file is not what the manifest says."""
+
+
+class BadManifest(Exception):
+    """A line of a manifest is not to be trusted."""
 
 
 @cancellable
 def checksum(token: CancelToken, path: Path) -> str:
+    """Hash one file; the token is looked at before every block."""
     digest = hashlib.sha256()
-    try:
-        with path.open("rb", buffering=0) as file:
-            for block in token.each(iter(lambda: file.read(1 << 18), b"")):
-                digest.update(block)
-    except OSError as error:
-        error.filename = str(path)  # read() does not say it
-        raise
+    with path.open("rb", buffering=0) as file:
+        for block in token.each(iter(lambda: file.read(BLOCK), b"")):
+            digest.update(block)
     return digest.hexdigest()
 
 
-def verify(path: Path, expected: str) -> None:
-    if not path.is_file():
-        raise MismatchError(f"{str(path)!r} is missing, or not a file")
-    if checksum(path) != expected:
-        raise MismatchError(f"{str(path)!r} differs from the manifest")
+def verify(root: Path, name: str, expected: str) -> None:
+    """Hash one file under the same token, and compare; what raises stops all the others."""
+    try:
+        found = checksum(root / name)
+    except FileNotFoundError:
+        raise Mismatch(f"{name!r} is missing") from None
+    if found != expected:
+        raise Mismatch(f"{name!r} differs: expected {expected}, found {found}")
 
 
-def files(root: Path, target: int | Path) -> Iterator[Path]:
-    """Every file in a folder and those below it, but for the target."""
-    own = os.stat(target) if os.path.exists(target) else None
-    folders = [root]
-    while folders:
-        for path in sorted(folders.pop().iterdir()):
-            found = path.stat()
-            if stat.S_ISREG(found.st_mode):
-                if own is None or not os.path.samestat(found, own):
-                    yield path
-            elif not stat.S_ISDIR(found.st_mode):
-                say(f"skipping {str(path)!r}, which is not a regular file")
-            elif not path.is_symlink():
-                folders.append(path)
+def names_in(root: Path, leave_out: Path | None) -> Iterator[str]:
+    """The names of the files below a folder, relative to it, in a fixed order."""
+
+    def give_up(error: OSError) -> None:
+        raise error
+
+    for folder, folders, files in os.walk(root, onerror=give_up):
+        folders.sort()
+        for file in sorted(files):
+            path = Path(folder, file)
+            if leave_out is not None and path.absolute() == leave_out:
+                continue
+            if path.exists() and not path.is_file():
+                say(f"left out, since it is no file: {str(path)!r}")
+                continue
+            yield path.relative_to(root).as_posix()
 
 
-def make(root: Path, target: int | Path, workers: int | None) -> None:
-    with TaskGroup(workers, name="checksums") as group:
-        tasks = {path: group.submit(checksum, path) for path in files(root, target)}
-    lines = {}
-    for path, task in tasks.items():
-        name = os.fsencode(path.relative_to(root).as_posix())
-        escaped = name.replace(b"\\", rb"\\").replace(b"\n", rb"\n").replace(b"\r", rb"\r")
-        mark = b"" if escaped == name else b"\\"
-        lines[name] = b"%s%s  %s\n" % (mark, task.result().encode(), escaped)
-    write(b"".join(lines[name] for name in sorted(lines)), target)
+def line_of(name: str, digest: str) -> bytes:
+    """A line of a manifest; a name that would break it is escaped, as sha256sum does."""
+    raw = os.fsencode(name)
+    escaped = raw.replace(b"\\", b"\\\\").replace(b"\n", b"\\n").replace(b"\r", b"\\r")
+    return (b"\\" if escaped != raw else b"") + f"{digest}  ".encode() + escaped + b"\n"
 
 
-def write(content: bytes, target: int | Path) -> None:
-    if isinstance(target, int):
-        with open(target, "wb", closefd=False) as stream:
-            stream.write(content)
-        return
-    real = Path(os.path.realpath(target))  # not the link to it
-    with TemporaryDirectory(prefix=".checksums-", dir=real.parent) as folder:
-        part = Path(folder, real.name)
-        part.write_bytes(content)
-        part.replace(real)
+def read_manifest(path: Path) -> Iterator[tuple[str, str]]:
+    """The names and digests in a manifest; nothing that leads out of the folder."""
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line:
+            continue
+        match = LINE.fullmatch(line)
+        if match is None:
+            raise BadManifest(f"{str(path)!r}, line {number}: not a checksum and a name")
+        escaped, digest, raw = match.groups()
+        if escaped:
+            raw = re.sub(rb"\\[\\nr]", lambda found: ESCAPES[found.group()], raw)
+        name = os.fsdecode(raw)
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BadManifest(f"{str(path)!r}, line {number}: {name!r} leads out of the folder")
+        yield name, digest.decode()
 
 
-def check(root: Path, manifest: Path, workers: int | None) -> None:
-    os.listdir(root)  # not to have a folder is another matter than to miss a file
-    entries = list(read(manifest))
-    with TaskGroup(workers, name="checksums") as group:
-        group.starmap(verify, ((root / name, digest) for name, digest in entries))
-    write(b"files checked: %d, all as the manifest says\n" % len(entries), 1)
+def write_whole(path: Path, content: bytes) -> None:
+    """Put a file in its place at once, or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise
 
 
-def read(manifest: Path) -> Iterator[tuple[PurePath, str]]:
-    """The names in a manifest, and what each file should hash to."""
-    with manifest.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            found = LINE.fullmatch(line)
-            if found is None:
-                raise ValueError(f"{manifest}:{number}: not a line as sha256sum writes it")
-            escaped, digest, text = found.groups()
-            if escaped:
-                text = re.sub(rb"\\.", lambda found: CHARACTERS[found[0]], text)
-            name = PurePath(os.fsdecode(text))
-            if name.anchor or ".." in name.parts:
-                raise ValueError(f"{manifest}:{number}: {str(name)!r} leads out of the folder")
-            yield name, digest.decode().lower()
-
-
-def say(message: object) -> None:
+def say(message: str) -> None:
+    """Tell the user, beside the output."""
     print(f"checksums: {message}", file=sys.stderr)
 
 
-def main() -> None:
-    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
-    parser.add_argument("dir", metavar="DIR", type=Path)
-    either = parser.add_mutually_exclusive_group()
-    either.add_argument("-o", "--output", metavar="FILE", type=Path)
-    either.add_argument("-c", "--check", metavar="MANIFEST", type=Path)
-    parser.add_argument("--workers", metavar="N", type=int, help="how many threads hash")
-    options = parser.parse_args()
-    output = options.output
-    if output and not (output.is_file() or (output.parent.is_dir() and not output.exists())):
-        parser.error(f"--output must be a file, in a folder that is there, not {str(output)!r}")
-    try:
-        if options.check:
-            check(options.dir, options.check, options.workers)
+def run(options: argparse.Namespace) -> None:
+    """Do what was asked for, or raise."""
+    root: Path = options.dir
+    with TaskGroup(options.workers, name="checksums") as group:
+        if options.check is not None:
+            entries = list(read_manifest(options.check))
+            group.starmap(verify, [(root, name, digest) for name, digest in entries])
         else:
-            make(options.dir, output or 1, options.workers)
-    except (MismatchError, OSError, ValueError) as error:
-        say(error)
-        sys.exit(1 if isinstance(error, MismatchError) else 2)
+            output = None if options.output is None else options.output.absolute()
+            names = sorted(names_in(root, output), key=os.fsencode)
+            digests = group.map(checksum, [root / name for name in names])
+    if options.check is not None:
+        say(f"all {len(entries)} files are as they should be")
+        return
+    manifest = b"".join(map(line_of, names, digests))
+    if options.output is None:
+        sys.stdout.buffer.write(manifest)
+    else:
+        write_whole(options.output, manifest)
+
+
+def main() -> int:
+    """Read the command line; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("dir", type=Path, metavar="DIR", help="the folder")
+    parser.add_argument("--check", type=Path, metavar="MANIFEST", help="verify against this")
+    parser.add_argument("-o", "--output", type=Path, metavar="MANIFEST", help="write to this")
+    parser.add_argument("--workers", type=int, metavar="N", help="how many files at once")
+    options = parser.parse_args()
+    if options.workers is not None and options.workers < 1:
+        parser.error(f"--workers must be 1 or more, not {options.workers}")
+    try:
+        run(options)
+    except Mismatch as error:
+        say(str(error))
+        return 1
+    except BadManifest as error:
+        say(str(error))
+        return 2
+    except OSError as error:
+        say(f"cannot read {error.filename!r}: {error.strerror}" if error.filename else str(error))
+        return 2
     except KeyboardInterrupt:
-        say("interrupted")
-        sys.exit(130)
+        say("interrupted; nothing was written")
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,62 +1,52 @@
 """
-Safely stop all running tasks after two seconds, then use the same pool again (E1, E2, E3).
+Stop every running task from the main thread, in an orderly way, and go on (E1, E2, E3).
 
-By hand, an event goes into every task as its first argument, is looked at in every turn of every
-loop, and is set by the main thread. Here the decorator hands each task a token and the group sets
-it; the functions that a task calls find the token by themselves.
+By hand: an `Event`, given to each task, looked at in every turn, set after two seconds.
+Here the decorator brings the token, and the same pool takes new tasks afterwards.
 """
 
-import argparse
-import itertools
 import sys
+import time
 from multiprocessing.pool import ThreadPool
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-import fastpool
-from fastpool import CancelToken, TaskGroup, cancellable
+from fastpool import CancelToken, TaskGroup, cancellable, checkpoint
 
 
 @cancellable
-def work(token: CancelToken, number: int, folder: Path) -> int:
-    path = folder / f"{number}.log"
-    say(f"task {number} runs")
+def task(token: CancelToken, number: int) -> None:
+    """Works until it is told to stop, and puts its things away then."""
     try:
-        with path.open("w") as log:  # closed, however the task ends
-            for turn in token.each(range(5) if number < 3 else itertools.count()):
-                print("turn", turn, file=log)
-                rest()
+        while True:
+            token.sleep(0.1)
     finally:
-        say(f"task {number} has closed its log")
-    return path.stat().st_size
+        print(f"task {number} has put its things away")
 
 
-def rest() -> None:
-    fastpool.sleep(0.05)  # on the token of the task that calls, which was not passed
+def task_with_clean_arguments(number: int) -> None:
+    """Needs no token among its arguments: it looks at the current one."""
+    try:
+        while True:
+            checkpoint()
+            time.sleep(0.01)  # a little work
+    finally:
+        print(f"task {number} has put its things away")
 
 
-def say(text: str) -> None:
-    sys.stdout.write(text + "\n")  # in one piece, unlike what print() does
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=2, help="until the tasks are stopped")
-    seconds = parser.parse_args().seconds
-
-    with ThreadPool(10) as pool, TemporaryDirectory() as name:
-        with TaskGroup(pool=pool) as group:
-            batch = group.starmap(work, [(number, Path(name)) for number in range(10)])
-            fastpool.sleep(seconds)
-            say("stopping all tasks")
-            group.cancel()
-        stopped = [number for number, task in enumerate(batch.tasks) if task.cancelled()]
-        say(f"stopped: {stopped}; finished: {len(batch) - len(stopped)}")
+def main(seconds: float) -> None:
+    """Run ten tasks for a while, stop them all, and use the pool again."""
+    with ThreadPool(10) as pool:
+        with TaskGroup(pool=pool, name="endless") as group:
+            tasks = [group.submit(task, number) for number in range(5)]
+            tasks += [group.submit(task_with_clean_arguments, number) for number in range(5, 10)]
+            time.sleep(seconds)
+            print("stopping all tasks")
+            group.cancel("we have seen enough")
+        print(f"{sum(task.cancelled() for task in tasks)} tasks were stopped")
 
         with TaskGroup(pool=pool) as group:
-            task = group.submit(work, 0, Path(name))
-        say(f"the same pool has run one more task, which wrote {task.result()} bytes")
+            answer = group.submit(pow, 2, 10)
+        print(f"the same pool goes on: {answer.result()}")
 
 
 if __name__ == "__main__":
-    main()
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 2.0)

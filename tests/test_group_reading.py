@@ -84,9 +84,9 @@ def until(condition):
 
 def place_inside(thread):
     """Where a thread is in a call of the library's; None if it is in other code."""
+    # The innermost frame alone: to walk up another thread's frames while it runs can crash
+    # Python 3.11.
     frame = sys._current_frames().get(thread.ident)
-    while frame is not None and frame.f_globals["__name__"] == "threading":
-        frame = frame.f_back
     if frame is None or not frame.f_globals["__name__"].startswith("fastpool"):
         return None
     return frame, frame.f_lasti
