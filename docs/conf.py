@@ -41,6 +41,9 @@ nitpick_ignore_regex = [
     ("py:.*", rf"({_not_ours})\..+"),
     ("py:.*", r"(fastpool\.([a-z_]+\.)*)?_?[A-Z][0-9]?(\.args|\.kwargs)?"),
     ("py:.*", r"fastpool\.([a-z_]+\.)*_[A-Z]\w*"),
+    # What only the library makes is in signatures that nobody calls.
+    ("py:.*", r"fastpool\._[a-z]+\.\w+"),
+    ("py:.*", r"Callback|Context|FrameType|Options|R_co|Run|Ts"),
 ]
 
 html_theme = "furo"

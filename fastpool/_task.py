@@ -77,10 +77,6 @@ class Task(Generic[R_co]):
 
     It stands wherever an `AsyncResult` stood: `get`, `ready`, `successful` and `wait` are there.
 
-    Attributes:
-        name: What the call is called in messages: the function's name, for a `map` with the
-            position of its item, as in `resize[3]`.
-
     Threads:
         Safe from any thread.
     """
@@ -139,7 +135,12 @@ class Task(Generic[R_co]):
 
     @property
     def name(self) -> str:
-        """What the call is called in messages."""
+        """
+        What the call is called in messages.
+
+        The function's name, unless `with_options` says otherwise; for a `map` with the position
+        of its item, as in `resize[3]`.
+        """
         name = self._options.name
         if name is None:
             fn = self._fn
@@ -148,7 +149,7 @@ class Task(Generic[R_co]):
 
     @property
     def site(self) -> str:
-        """Where it was submitted, as `file:line`."""
+        """Where it was submitted, by file and line."""
         line = self._code.co_firstlineno
         for start, end, number in self._code.co_lines():
             if start <= self._lasti < end and number is not None:

@@ -65,10 +65,6 @@ class TaskGroup(Submitter):
         grace: Seconds a task may go on after the cancel before it is reported by a
             `RuntimeWarning`.
 
-    Attributes:
-        token: The group's token, current in the body. Each task's own is a child of it.
-        name: The group's name.
-
     Raises:
         ValueError: If `max_workers` is less than 1, the timeout or grace is NaN, or no pool
             has that name.

@@ -118,7 +118,7 @@ class CancelToken:
     @property
     def reason(self) -> object:
         """
-        Why the token was set: `None` until then, never `None` after.
+        Why the token was set; `None` until then, never `None` after.
 
         What was given to `cancel()`, else the failure that was reported, a `TimeoutError` for
         a deadline, or the word `"cancelled"`. A child that hears an ancestor has the ancestor's.
@@ -128,7 +128,7 @@ class CancelToken:
     @property
     def deadline(self) -> float | None:
         """
-        When the token sets itself: the nearest deadline of its own and its ancestors'.
+        When the token sets itself, by the nearest deadline of its own and its ancestors'.
 
         Returns:
             A reading of `time.monotonic()`, in seconds; `None` if there is none.
