@@ -1712,6 +1712,7 @@ def test_as_completed_ends_when_the_group_is_cancelled(watched, workers):
 
     with TaskGroup(**workers(1)) as group:
         running = group.submit(release.wait, 10)
+        until(running.running)
         queued = [group.submit(resize, number) for number in range(3)]
         reader, outcome = start(list, fastpool.as_completed(queued))
         until(lambda: is_asleep(reader))
