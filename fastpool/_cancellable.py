@@ -106,14 +106,14 @@ class _Injecting:
                 )
         if is_own(token):
             return self._self_inject(token, args, kwargs)
-        scope, before = enter(token)
+        scope = enter(token)
         try:
             return self._self_inject(token, args, kwargs)
         except BaseException as error:
             token._report(error)
             raise
         finally:
-            leave(scope, before)
+            leave(scope)
 
     def _self_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         param, index = self._self_place

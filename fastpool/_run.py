@@ -306,9 +306,9 @@ class Run(Ledger):
         if self.observers:
             lane.since = time.monotonic()
             self.emit("task_started", task)
-        if task._options.timeout is not None:
-            self.token_for(task)._limit(task._options.timeout)
         try:
+            if task._options.timeout is not None:
+                self.token_for(task)._limit(task._options.timeout)
             assert task._context is not None
             value = task._context.run(call, task)
         except BaseException as error:

@@ -49,17 +49,20 @@ class Place(Protocol):
 class Scope:
     """A place made by a `with` statement or a call."""
 
-    __slots__ = ("group", "thread", "token")
+    __slots__ = ("before", "group", "thread", "token")
 
-    def __init__(self, token: CancelToken, group: object, thread: object) -> None:
+    def __init__(
+        self, token: CancelToken, group: object, thread: object, before: Place | None
+    ) -> None:
         self.token = token
         self.group = group
         self.thread = thread
+        self.before = before  # the place around it
 
 
 current: ContextVar[Place] = ContextVar(
     "fastpool",
-    default=Scope(CancelToken.NEVER, None, None),  # noqa: B039 - nobody writes it
+    default=Scope(CancelToken.NEVER, None, None, None),  # noqa: B039 - nobody writes it
 )
 _threads = threading.local()
 
@@ -119,23 +122,30 @@ def is_own(token: CancelToken) -> bool:
     return place.token is token and place.thread is this_thread()
 
 
-def enter(token: CancelToken, group: object = None) -> tuple[Scope, Place]:
-    """
-    Make a token current.
-
-    Returns:
-        The new place and the one before it, which `leave` wants back.
-    """
+def enter(token: CancelToken, group: object = None) -> Scope:
+    """Make a token current; `leave` takes the scope back."""
     before = current.get()
-    scope = Scope(token, before.group if group is None else group, this_thread())
+    scope = Scope(token, before.group if group is None else group, this_thread(), before)
     current.set(scope)
-    return scope, before
+    return scope
 
 
-def leave(scope: Scope, before: Place) -> None:
-    """Make current what was so before, unless somebody left the scopes out of order."""
-    if current.get() is scope:
-        current.set(before)
+def leave(scope: Scope) -> None:
+    """
+    Make current what was so before the scope.
+
+    Left out of order (by a generator, say), it is taken from under those that are on top of it,
+    so that they do not come back to it.
+    """
+    place = current.get()
+    if place is scope:
+        current.set(scope.before)  # type: ignore[arg-type] # the default alone has none
+        return
+    while isinstance(place, Scope):
+        if place.before is scope:
+            place.before = scope.before
+            return
+        place = place.before  # type: ignore[assignment] # None ends the loop
 
 
 class _Scopes:
@@ -144,15 +154,15 @@ class _Scopes:
     __slots__ = ("_entered",)
 
     def __init__(self) -> None:
-        self._entered: list[tuple[Scope, Place]] = []
+        self._entered: list[Scope] = []
 
     def _enter(self, token: CancelToken) -> CancelToken:
         self._entered.append(enter(token))
         return token
 
     def _leave(self) -> CancelToken:
-        scope, before = self._entered.pop()
-        leave(scope, before)
+        scope = self._entered.pop()
+        leave(scope)
         return scope.token
 
 

@@ -100,7 +100,7 @@ class TaskGroup(Submitter):
         grace_seconds = _clock.seconds(grace, "grace")
         self._grace = math.inf if grace_seconds is None else max(0.0, grace_seconds)
         self._unused = [self._run]  # popped by the one that enters
-        self._entered: tuple[_scope.Scope, _scope.Place] | None = None
+        self._entered: tuple[_scope.Place, _scope.Scope] | None = None  # around it, and its own
         self._failures: tuple[Failure, ...] = ()
         self._winner: Task[Any] | None = None
         self._opened = 0.0
@@ -203,6 +203,15 @@ class TaskGroup(Submitter):
             ) from None
         place = _scope.current_place()
         judge = self._policy.start()
+        token = run.token
+        try:
+            token._link(place.token, strongly=True)
+            if self._outer_token is not None:
+                token._link(self._outer_token, strongly=True)
+            token._limit(self._timeout)
+        except BaseException:  # no thread for the deadline, say
+            token._seal()
+            raise
         _open_runs[run] = None
         self._opened = time.monotonic()
         run.open(
@@ -212,11 +221,7 @@ class TaskGroup(Submitter):
             judge=judge,
             observers=self._observers,
         )
-        run.token._link(place.token, strongly=True)
-        if self._outer_token is not None:
-            run.token._link(self._outer_token, strongly=True)
-        run.token._limit(self._timeout)
-        self._entered = _scope.enter(run.token, run)
+        self._entered = place, _scope.enter(token, run)
         return self
 
     def __exit__(
@@ -245,8 +250,8 @@ class TaskGroup(Submitter):
             raise RuntimeError(f"group {run.name!r} cannot be left: it is not open")
         lane = here()
         refuse_own_group(run, lane)
-        scope, before = self._entered
-        _scope.leave(scope, before)
+        around, scope = self._entered
+        _scope.leave(scope)
         if error is not None:
             run.token._report(error)
         try:
@@ -260,9 +265,9 @@ class TaskGroup(Submitter):
         self._failures = run.end()
         leaving = self._verdict()
         if leaving is None:
-            leaving = self._ended_by(before.token, error)
+            leaving = self._ended_by(around.token, error)
         if leaving is not None:
-            self._annotate(leaving, outermost=before.group is None)
+            self._annotate(leaving, outermost=around.group is None)
         run.emit("group_closed", since=self._opened, error=leaving)
         return leaving
 

@@ -17,7 +17,7 @@ from decimal import Decimal
 import pytest
 
 import fastpool
-from fastpool import Cancelled, CancelToken, TaskCancelledError
+from fastpool import Cancelled, CancelToken, TaskCancelledError, _wakers
 
 
 @pytest.fixture
@@ -686,6 +686,94 @@ def test_interruption_never_comes_after_the_block():
     assert ran == []
     with pytest.raises(TypeError, match=r"builtins\.int"):
         token.interrupts(404)
+
+
+class Pipe:
+    """Something that a thread blocks on."""
+
+    def __init__(self):
+        self.broken = threading.Event()
+        self.woken_by = []
+
+
+class NamedPipe(Pipe):
+    """One that is interrupted as its base class is."""
+
+
+class OddPipe(Pipe):
+    """One that is interrupted in its own way."""
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """The ways of interrupting, as they were before when the test is over."""
+    monkeypatch.setattr(_wakers, "_wakers", dict(_wakers._wakers))
+    return _wakers.register
+
+
+def wake(pipe):
+    pipe.woken_by.append(threading.current_thread())
+    pipe.broken.set()
+
+
+@pytest.mark.parametrize("key", [Pipe, f"{__name__}.Pipe"], ids=["type", "name"])
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "slow"])
+def test_object_is_interrupted_as_its_type_was_registered(registry, key, slow):
+    """
+    By the nearest of its classes, in the canceller's thread, or in a helper thread if slow.
+    """
+    registry(key, wake, slow=slow)
+    registry(OddPipe, lambda pipe: pipe.broken.set())
+    for kind, wakers in ((Pipe, 1), (NamedPipe, 1), (OddPipe, 0)):
+        token = CancelToken()
+        pipe, blocked = kind(), threading.Event()
+
+        def cancels(token=token, blocked=blocked):
+            blocked.wait(timeout=10)
+            token.cancel("enough")
+
+        thread = in_thread(cancels)
+        with pytest.raises(Cancelled), token.interrupts(pipe):
+            blocked.set()
+            pipe.broken.wait(timeout=10)
+        thread.join(timeout=10)
+
+        assert pipe.broken.is_set()
+        assert len(pipe.woken_by) == wakers
+        assert all((waker is thread) is not slow for waker in pipe.woken_by)
+
+
+def test_slow_interruption_is_over_when_the_block_is(registry):
+    """
+    Leaving waits for one that is under way in its helper thread, and cancelling does not.
+    """
+    begun, release = threading.Event(), threading.Event()
+    order = []
+
+    def slowly(pipe):
+        begun.set()
+        release.wait(timeout=10)
+        order.append("interrupted")
+
+    registry(Pipe, slowly, slow=True)
+    token = CancelToken()
+    with pytest.raises(Cancelled), token.interrupts(Pipe()):
+        token.cancel()
+        begun.wait(timeout=10)
+        other = in_thread(release.set)
+    order.append("left")
+    other.join(timeout=10)
+
+    assert order == ["interrupted", "left"]
+
+
+@pytest.mark.parametrize("wrong", [(404, wake), (Pipe, "wake"), (None, wake)])
+def test_registering_what_cannot_be_is_refused(registry, wrong):
+    """
+    A type or its name, and a function.
+    """
+    with pytest.raises(TypeError, match=r"register\(\) wants a"):
+        registry(*wrong)
 
 
 # --- Elsewhere ------------------------------------------------------------------------------------

@@ -1,0 +1,325 @@
+"""
+The current token: whose it is, and the scopes that change it.
+"""
+
+import contextvars
+import threading
+
+import pytest
+
+from fastpool import (
+    Cancelled,
+    CancelToken,
+    TaskGroup,
+    checkpoint,
+    current_token,
+    shield,
+    sleep,
+    timeout,
+    use_token,
+)
+
+
+def in_thread(fn):
+    """What a function returns in a thread of its own."""
+    found = []
+    thread = threading.Thread(target=lambda: found.append(fn()))
+    thread.start()
+    thread.join(timeout=20)
+    return found[0]
+
+
+# --- Whose it is ----------------------------------------------------------------------------------
+
+
+def test_outside_everything_the_token_is_never():
+    """
+    There `checkpoint` and `sleep` are there to be called, and raise nothing.
+    """
+    assert current_token() is CancelToken.NEVER
+    checkpoint()
+    sleep(0)
+
+
+def test_token_of_the_body_is_the_groups_and_of_a_task_its_own():
+    """
+    In the body the group's, in a task a child of it, and what was before is back afterwards.
+    """
+    seen = []
+    with TaskGroup(2) as group:
+        assert current_token() is group.token
+        tasks = [group.submit(lambda: seen.append(current_token())) for _ in range(2)]
+        group.wait()
+
+    assert current_token() is CancelToken.NEVER
+    assert all(task.done() for task in tasks)
+    assert len({*seen, group.token}) == 3
+
+
+def test_scopes_are_left_from_the_inside_out():
+    """
+    Each gives back the token that was current before it, also when an exception leaves it.
+    """
+    outer, inner = CancelToken(), CancelToken()
+    with use_token(outer) as given:
+        assert given is outer
+        with pytest.raises(ValueError, match="bad header"), use_token(inner):
+            assert current_token() is inner
+            raise ValueError("bad header")
+        assert current_token() is outer
+        with shield() as shielding:
+            assert current_token() is shielding
+        with timeout(60) as limited:
+            assert current_token() is limited
+        assert current_token() is outer
+
+    assert current_token() is CancelToken.NEVER
+
+
+def test_one_scope_may_be_entered_again_and_again():
+    """
+    Inside itself too.
+    """
+    token = CancelToken()
+    again = use_token(token)
+    with again, shield(), again:
+        assert current_token() is token
+    with again:
+        assert current_token() is token
+
+    assert current_token() is CancelToken.NEVER
+
+
+def test_scope_left_out_of_order_does_not_come_back():
+    """
+    A generator may leave its scope inside one that was entered later; that one goes back to
+    what was before both.
+    """
+    outer, kept, later = CancelToken(), CancelToken(), CancelToken()
+
+    def items():
+        with use_token(kept):
+            yield 1
+        yield 2
+
+    with use_token(outer):
+        iterator = items()
+        next(iterator)
+        assert current_token() is kept
+        with use_token(later), shield() as last:
+            next(iterator)
+            assert current_token() is last
+        assert current_token() is outer
+
+    assert current_token() is CancelToken.NEVER
+
+
+def test_scope_left_in_another_context_changes_nothing_there():
+    """
+    A generator that is closed elsewhere leaves the token there alone.
+    """
+    token, other = CancelToken(), CancelToken()
+
+    def items():
+        with use_token(token):
+            yield 1
+
+    iterator = items()
+    contextvars.copy_context().run(next, iterator)
+    with use_token(other):
+        iterator.close()
+        assert current_token() is other
+
+    assert current_token() is CancelToken.NEVER
+
+
+def test_thread_has_the_token_only_with_the_context():
+    """
+    One that is started plainly has none; one that runs in a copy of the context has it.
+    """
+    token = CancelToken()
+    with use_token(token):
+        empty = in_thread(lambda: contextvars.Context().run(current_token))
+        context = contextvars.copy_context()
+        given = in_thread(lambda: context.run(current_token))
+
+    assert empty is CancelToken.NEVER
+    assert given is token
+
+
+def test_checkpoint_and_sleep_listen_to_the_current_token():
+    """
+    Both raise its `Cancelled`, and no other's.
+    """
+    token = CancelToken()
+    token.cancel("enough")
+    with use_token(token):
+        for listen in (checkpoint, lambda: sleep(60), lambda: sleep(0), lambda: sleep(-1)):
+            with pytest.raises(Cancelled) as raised:
+                listen()
+            assert raised.value.token is token
+            assert raised.value.reason == "enough"
+    checkpoint()
+
+
+@pytest.mark.parametrize("wrong", [None, "token", threading.Event(), CancelToken])
+def test_what_is_no_token_is_refused(wrong):
+    """
+    The message says how to write it where there may be none.
+    """
+    with pytest.raises(TypeError, match=r"use_token\(token or current_token\(\)\)"):
+        use_token(wrong)
+
+
+# --- timeout --------------------------------------------------------------------------------------
+
+
+def test_expiry_leaves_as_timeout_error():
+    """
+    A `Cancelled` that leaves because the time was up is a `TimeoutError`, and its cause.
+    """
+    with pytest.raises(TimeoutError, match=r"0\.01 s") as raised, timeout(0.01) as token:
+        sleep(60)
+
+    assert isinstance(raised.value.__cause__, Cancelled)
+    assert raised.value.__cause__.token is token
+
+
+def test_scope_that_expires_raises_nothing_by_itself():
+    """
+    What does not look does not hear of it; its token says so.
+    """
+    with timeout(0) as token:
+        pass
+
+    assert token.cancelled()
+    assert isinstance(token.reason, TimeoutError)
+
+
+@pytest.mark.parametrize("around", [use_token, None])
+def test_expiry_raised_by_a_descendant_counts(around):
+    """
+    A scope, a child or a task further in that heard of it raises this scope's expiry.
+    """
+    with pytest.raises(TimeoutError), timeout(0.01) as token:
+        child = token.child().child()
+        if around is None:
+            child.sleep(60)
+        with use_token(child), timeout(60):
+            sleep(60)
+
+
+def test_cancel_from_outside_passes_a_scope_as_it_is():
+    """
+    Only its own expiry is a `TimeoutError`: not the cancel of what is around it, nor its own.
+    """
+    outer = CancelToken()
+    with use_token(outer), pytest.raises(Cancelled) as raised, timeout(60):
+        outer.cancel("enough")
+        checkpoint()
+    assert raised.value.reason == "enough"
+
+    with pytest.raises(Cancelled, match="by hand"), timeout(60) as token:
+        token.cancel("by hand")
+        checkpoint()
+
+    with pytest.raises(Cancelled, match="stray"), timeout(0):
+        raise Cancelled("stray")
+
+
+def test_inner_scope_that_expires_leaves_the_outer_alone():
+    """
+    The nearest deadline counts, and ends its own scope only.
+    """
+    with timeout(60) as outer:
+        with pytest.raises(TimeoutError, match=r"0\.01 s"), timeout(0.01) as inner:
+            assert inner.deadline < outer.deadline
+            sleep(60)
+        checkpoint()
+
+    with (
+        pytest.raises(TimeoutError, match=r"0\.01 s"),
+        timeout(0.01) as outer,
+        timeout(60) as inner,
+    ):
+        assert inner.deadline == outer.deadline
+        sleep(60)
+
+
+def test_scope_that_was_left_expires_no_more():
+    """
+    Its token has no deadline then, and hears nobody.
+    """
+    outer = CancelToken()
+    with use_token(outer), timeout(60) as token:
+        pass
+    outer.cancel()
+
+    assert token.deadline is None
+    assert not token.cancelled()
+
+
+@pytest.mark.parametrize("limit", [None, float("inf")])
+def test_scope_without_limit_hears_what_is_around_it(limit):
+    """
+    It is a child like any other.
+    """
+    outer = CancelToken()
+    with use_token(outer), pytest.raises(Cancelled), timeout(limit) as token:
+        assert token.deadline is None
+        outer.cancel()
+        checkpoint()
+
+
+# --- shield ---------------------------------------------------------------------------------------
+
+
+def test_shield_keeps_the_cancel_out():
+    """
+    Clean-up in it sees no cancel; after it the cancel is there again.
+    """
+    outer = CancelToken()
+    outer.cancel("enough")
+    with use_token(outer):
+        with shield() as token:
+            checkpoint()
+            sleep(0.001)
+            assert not token.cancelled()
+        with pytest.raises(Cancelled):
+            checkpoint()
+
+
+def test_shield_is_cut_short_by_its_own_timeout_alone():
+    """
+    That is a `TimeoutError`, and it does not wait for the cancel around it.
+    """
+    outer = CancelToken()
+    outer.cancel()
+    with use_token(outer), pytest.raises(TimeoutError, match=r"0\.01 s"), shield(timeout=0.01):
+        sleep(60)
+
+
+def test_shield_in_a_cancelled_task_lets_its_clean_up_finish():
+    """
+    A task whose group was cancelled sleeps, waits and submits elsewhere in its `finally`.
+    """
+    asleep = threading.Event()
+    done = []
+
+    def work():
+        try:
+            asleep.set()
+            sleep(60)
+        finally:
+            with shield():
+                sleep(0.001)
+                with TaskGroup(1) as inner:
+                    done.append(inner.submit(abs, -1).result())
+
+    with TaskGroup(1) as group:
+        task = group.submit(work)
+        asleep.wait(timeout=10)
+        group.cancel()
+
+    assert task.cancelled()
+    assert done == [1]
