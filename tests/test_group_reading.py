@@ -5,12 +5,11 @@ import itertools
 import math
 import sys
 import threading
-import time
 import traceback
-from contextlib import ExitStack, suppress
-from multiprocessing.pool import ThreadPool
+from contextlib import suppress
 
 import pytest
+from staging import act_at, in_thread, is_asleep, resize, start, trace_this_thread, until
 
 import fastpool
 from fastpool import (
@@ -27,40 +26,6 @@ from fastpool import (
 )
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left():
-    """No test leaves a worker behind."""
-    before = set(threading.enumerate())
-    yield
-    fastpool.shutdown()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=10)
-
-    assert set(threading.enumerate()) <= before
-
-
-@pytest.fixture
-def make_pool():
-    """Makes pools as users have them, and ends them after the test."""
-    with ExitStack() as ending:
-
-        def make(size):
-            pool = ThreadPool(size)
-            ending.callback(pool.join)
-            ending.callback(pool.close)
-            return pool
-
-        yield make
-
-
-@pytest.fixture(params=["own", "shared"])
-def workers(request, make_pool):
-    """The arguments of a group with so many workers: on fastpool's threads, on a user's pool."""
-    if request.param == "own":
-        return lambda count: {"max_workers": count}
-    return lambda count: {"pool": make_pool(count)}
-
-
 class Lenient:
     """A policy, and its judge, under which no failure cancels or leaves."""
 
@@ -72,100 +37,6 @@ class Lenient:
 
     def end(self, failures):
         return None
-
-
-def until(condition, *, within=None):
-    """Wait for what nothing signals; if it may not come about, no longer than so many seconds."""
-    deadline = time.monotonic() + (within or 10)
-    while not condition():
-        if time.monotonic() > deadline:
-            assert within, "it never came about"
-            return
-        time.sleep(0.001)
-
-
-sleeping = {}  # a mark for each thread that waits in a call of the library's, while it does
-
-
-def note_sleep(frame, event, argument):
-    """A profile function that notes when its thread begins to wait, and when it goes on."""
-    thread = threading.get_ident()
-    sleeping.pop(thread, None)
-    if event == "c_call" and argument.__name__ == "acquire":
-        while frame is not None and frame.f_globals["__name__"] == "threading":
-            frame = frame.f_back
-        if frame is not None and frame.f_globals["__name__"].startswith("fastpool"):
-            sleeping[thread] = object()
-
-
-@pytest.fixture
-def watched():
-    """Have it noted when threads wait in the library: this one, and those that start from now."""
-    fastpool.shutdown()
-    threading.setprofile(note_sleep)
-    sys.setprofile(note_sleep)
-    yield
-    sys.setprofile(None)
-    threading.setprofile(None)
-    sleeping.clear()
-
-
-def is_asleep(thread):
-    """Whether a thread waits in a call of the library's, and goes on waiting."""
-    mark = sleeping.get(thread.ident)
-    time.sleep(0.002)
-    return mark is not None and sleeping.get(thread.ident) is mark
-
-
-def act_at(step, act):
-    """A trace function that calls `act` once, at so many lines of the library's from here."""
-    lines = itertools.count()
-
-    def trace(frame, event, argument):
-        if not frame.f_globals.get("__name__", "").startswith("fastpool"):
-            return None
-        if event == "line" and next(lines) == step:
-            act()
-        return trace
-
-    return trace
-
-
-def trace_this_thread(trace):
-    """Trace the calling thread from here, in the functions that it is in as well."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        frame.f_trace = trace
-        frame = frame.f_back
-    sys.settrace(trace)
-
-
-def start(fn, *args):
-    """A new thread, and the list in which it leaves what the function returns or raises."""
-    outcome = []
-
-    def run():
-        try:
-            outcome.append(fn(*args))
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    return thread, outcome
-
-
-def in_thread(fn, *args):
-    """What a function returns in a new thread, or the error it raises there."""
-    thread, outcome = start(fn, *args)
-    thread.join(timeout=20)
-    assert outcome, "it hangs"
-    return outcome[0]
-
-
-def resize(width):
-    """A task that a message can name."""
-    return width
 
 
 def fails():

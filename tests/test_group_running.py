@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 import tracemalloc
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 
 import pytest
+from staging import act_at, in_thread, is_asleep, resize, trace_this_thread, until
 
 import fastpool
 from fastpool import (
@@ -35,40 +36,6 @@ from fastpool import (
 variable = contextvars.ContextVar("variable", default="nothing")
 
 
-@pytest.fixture(autouse=True)
-def no_thread_is_left():
-    """No test leaves a worker behind."""
-    before = set(threading.enumerate())
-    yield
-    fastpool.shutdown()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(timeout=10)
-
-    assert set(threading.enumerate()) <= before
-
-
-@pytest.fixture
-def make_pool():
-    """Makes pools as users have them, and ends them after the test."""
-    with ExitStack() as ending:
-
-        def make(size):
-            pool = ThreadPool(size)
-            ending.callback(pool.join)
-            ending.callback(pool.close)
-            return pool
-
-        yield make
-
-
-@pytest.fixture(params=["own", "shared"])
-def workers(request, make_pool):
-    """The arguments of a group with so many workers: on fastpool's threads, on a user's pool."""
-    if request.param == "own":
-        return lambda count: {"max_workers": count}
-    return lambda count: {"pool": make_pool(count)}
-
-
 class Crowd:
     """Counts how many threads are inside at once."""
 
@@ -86,87 +53,6 @@ class Crowd:
             self.inside -= 1
 
 
-def until(condition):
-    """Wait for what nothing signals."""
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.001)
-
-
-sleeping = {}  # a mark for each thread that waits in a call of the library's, while it does
-
-
-def note_sleep(frame, event, argument):
-    """A profile function that notes when its thread begins to wait, and when it goes on."""
-    thread = threading.get_ident()
-    sleeping.pop(thread, None)
-    if event == "c_call" and argument.__name__ == "acquire":
-        while frame is not None and frame.f_globals["__name__"] == "threading":
-            frame = frame.f_back
-        if frame is not None and frame.f_globals["__name__"].startswith("fastpool"):
-            sleeping[thread] = object()
-
-
-@pytest.fixture
-def watched():
-    """Have it noted when threads wait in the library: this one, and those that start from now."""
-    fastpool.shutdown()
-    threading.setprofile(note_sleep)
-    sys.setprofile(note_sleep)
-    yield
-    sys.setprofile(None)
-    threading.setprofile(None)
-    sleeping.clear()
-
-
-def is_asleep(thread):
-    """Whether a thread waits in a call of the library's, and goes on waiting."""
-    mark = sleeping.get(thread.ident)
-    time.sleep(0.002)
-    return mark is not None and sleeping.get(thread.ident) is mark
-
-
-def act_at(step, act):
-    """A trace function that calls `act` once, at so many lines of the library's from here."""
-    lines = itertools.count()
-
-    def trace(frame, event, argument):
-        if not frame.f_globals.get("__name__", "").startswith("fastpool"):
-            return None
-        if event == "line" and next(lines) == step:
-            act()
-        return trace
-
-    return trace
-
-
-def trace_this_thread(trace):
-    """Trace the calling thread from here, in the functions that it is in as well."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        frame.f_trace = trace
-        frame = frame.f_back
-    sys.settrace(trace)
-
-
-def in_thread(fn, *args):
-    """What a function returns in a new thread, or the error it raises there."""
-    outcome = []
-
-    def run():
-        try:
-            outcome.append(fn(*args))
-        except BaseException as error:
-            outcome.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout=20)
-    assert outcome, "it hangs"
-    return outcome[0]
-
-
 def run_script(source):
     """Run a program in a fresh interpreter."""
     return subprocess.run(
@@ -182,11 +68,6 @@ def names_of(group):
     """The names of the threads that serve a group now."""
     prefix = f"fastpool-{group.name}-"
     return {thread.name for thread in threading.enumerate() if thread.name.startswith(prefix)}
-
-
-def resize(width):
-    """A task that a message can name."""
-    return width
 
 
 # --- How many at once ---------------------------------------------------------------------------

@@ -20,14 +20,6 @@ import fastpool
 from fastpool import Cancelled, CancelToken, TaskCancelledError, _wakers
 
 
-@pytest.fixture
-def unraised(monkeypatch):
-    """What went to `sys.unraisablehook`."""
-    seen = []
-    monkeypatch.setattr(sys, "unraisablehook", lambda broken: seen.append(broken.exc_value))
-    return seen
-
-
 def in_thread(fn):
     thread = threading.Thread(target=fn)
     thread.start()

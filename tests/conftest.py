@@ -1,0 +1,67 @@
+"""
+What every test file may ask for.
+"""
+
+import sys
+import threading
+from contextlib import ExitStack
+from multiprocessing.pool import ThreadPool
+
+import pytest
+from staging import note_sleep, sleeping
+
+import fastpool
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    """No test leaves a worker behind."""
+    before = set(threading.enumerate())
+    yield
+    fastpool.shutdown()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(timeout=10)
+
+    assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture
+def make_pool():
+    """Makes pools as users have them, and ends them after the test."""
+    with ExitStack() as ending:
+
+        def make(size):
+            pool = ThreadPool(size)
+            ending.callback(pool.join)
+            ending.callback(pool.close)
+            return pool
+
+        yield make
+
+
+@pytest.fixture(params=["own", "shared"])
+def workers(request, make_pool):
+    """The arguments of a group with so many workers: on fastpool's threads, on a user's pool."""
+    if request.param == "own":
+        return lambda count: {"max_workers": count}
+    return lambda count: {"pool": make_pool(count)}
+
+
+@pytest.fixture
+def watched():
+    """Have it noted when threads wait in the library: this one, and those that start from now."""
+    fastpool.shutdown()
+    threading.setprofile(note_sleep)
+    sys.setprofile(note_sleep)
+    yield
+    sys.setprofile(None)
+    threading.setprofile(None)
+    sleeping.clear()
+
+
+@pytest.fixture
+def unraised(monkeypatch):
+    """What went to `sys.unraisablehook`."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda broken: seen.append(broken.exc_value))
+    return seen
