@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastpool import _clock, _scope
 from fastpool._gate import Gate
 from fastpool._lane import Lane, here
 from fastpool._task import CANCELLED, ERROR, Task
 from fastpool._token import CancelToken
-from fastpool._waiting import circle_error, find_circle, wait_for
+from fastpool._waiting import circle_error, find_circle, help_along, wait_for, waiting
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
 
 __all__ = ["Batch", "as_completed"]
 
@@ -68,10 +71,11 @@ class Batch(Generic[R_co]):
         Source:
             The order follows `concurrent.futures.Executor.map`.
         """
-        if not self.wait(timeout):
+        span = _clock.seconds(timeout)
+        if not wait_for(self._tasks, span):
             running = sum(not task.done() for task in self._tasks)
             raise TimeoutError(
-                f"{running} of {len(self._tasks)} tasks have not ended after {timeout:g} s"
+                f"{running} of {len(self._tasks)} tasks have not ended after {span:g} s"
             )
         error = self._first_error()
         if error is None:
@@ -193,14 +197,18 @@ def as_completed(tasks: Iterable[Task[R]]) -> Iterator[Task[R]]:
 def _as_completed(tasks: list[Task[R]]) -> Iterator[Task[R]]:
     inbox = _Inbox()
     left: dict[Task[Any], None] = dict.fromkeys(tasks)
-    runs = {id(task._run): task._run for task in tasks}
+    runs = list({id(task._run): task._run for task in tasks}.values())
     keys: list[tuple[CancelToken, int]] = []
-    unhelped = iter(tasks)
+    lane = here()
+    queued = tasks[::-1]  # those that may not have begun, the first one last
     try:
-        for run in runs.values():
+        for run in runs:
             keys.append((run.token, run.token._add_sleeper(inbox.gate)))
         for task in tasks:
             task._run.watch(task, inbox)
+        if lane is not None:
+            for run in runs:
+                run.helpers[inbox.gate] = lane
         ended: Iterable[Task[Any]] = [task for task in tasks if task.done()]
         while True:
             for task in ended:
@@ -208,31 +216,42 @@ def _as_completed(tasks: list[Task[R]]) -> Iterator[Task[R]]:
                     yield task
             if not left:
                 return
-            ended = _next_ended(left, inbox, unhelped)
+            ended = _next_ended(left, inbox, runs, lane, queued)
     finally:
         for token, key in keys:
             token._remove(key)
         for task in tasks:
             task._run.unwatch(task, inbox)
+        for run in runs:
+            run.helpers.pop(inbox.gate, None)
 
 
 def _next_ended(
-    left: dict[Task[Any], None], inbox: _Inbox, unhelped: Iterator[Task[Any]]
+    left: dict[Task[Any], None],
+    inbox: _Inbox,
+    runs: Sequence[Run],
+    lane: Lane | None,
+    queued: list[Task[R]],
 ) -> list[Task[Any]]:
     """Wait until more of the tasks that are left have ended; which ones."""
     token = _scope.current_token()
-    lane = here()
     key = token._add_sleeper(inbox.gate)
     try:
         while not inbox.ended:
             token.check()
             if lane is not None:
-                helped = next((task for task in unhelped if task._run.help_out(lane, task)), None)
-                if helped is not None:
-                    return [helped]
-                lane.waits = list(left)
-                _refuse_circle_of_all(lane, lane.waits)
-            inbox.gate.wait()
+                while queued and (queued[-1]._taken or queued[-1]._state):
+                    queued.pop()
+                # Only what may get no other worker: a task that one of them begins could wait
+                # for what we do once the first of all has ended, and here it never would.
+                at_work = [task for run in runs for task in run.in_hand() if task in left]
+                if help_along(lane, *queued[-1:], *at_work, last_resort=True):
+                    continue
+                with waiting(lane, list(left), for_any=True):
+                    _refuse_circle_of_all(lane, lane.waits)
+                    inbox.gate.wait()
+            else:
+                inbox.gate.wait()
             if not inbox.ended:  # a token was set: what is queued under it has ended with that
                 settled = [task for task in left if task.done()]
                 if settled:
@@ -240,8 +259,6 @@ def _next_ended(
         return [inbox.ended.popleft() for _ in range(len(inbox.ended))]
     finally:
         token._remove(key)
-        if lane is not None:
-            lane.waits = ()
 
 
 def _refuse_circle_of_all(lane: Lane, tasks: Sequence[Task[Any]]) -> None:

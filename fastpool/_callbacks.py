@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from fastpool import _clock
+from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
 from fastpool.exceptions import Cancelled
@@ -196,5 +197,5 @@ class Interrupts:
         registration, self._registration = self._registration, None
         if registration is not None:
             registration.close()
-        if not isinstance(error, (Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit)):
+        if not is_a(error, Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit):
             self._token.check()

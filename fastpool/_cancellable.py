@@ -30,6 +30,7 @@ from typing import (
 
 import wrapt
 
+from fastpool._errors import strip
 from fastpool._scope import current_token, enter, is_own, leave
 from fastpool._token import CancelToken
 
@@ -110,10 +111,12 @@ class _Injecting:
         try:
             return self._self_inject(token, args, kwargs)
         except BaseException as error:
+            strip(error)
             token._report(error)
             raise
         finally:
             leave(scope)
+            del self, token, args, kwargs, scope  # the token has the error as its reason now
 
     def _self_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         param, index = self._self_place

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
-from fastpool._errors import strip
+from fastpool._errors import is_a, strip
 from fastpool._lane import Lane
 from fastpool._task import CANCELLED, ERROR, VALUE, Failure, Task, label
 from fastpool._token import CancelToken
@@ -93,6 +93,7 @@ class Ledger:
         # a failure was recorded. Only ever set.
         self.disturbed = False
         self.halted = False  # no queued task starts any more
+        self.halted_by: object = None  # why not
         self.over = False  # the block has been left, the lanes are gone
 
         # Ordered by time: appending is atomic, so the first in the list is the first in time;
@@ -128,12 +129,12 @@ class Ledger:
         reason = self.token.reason
         if reason is not None:
             return reason
+        if self.judging is None and self.failures:
+            return self.failures[0].exception
         if self.judge_error is not None:
             return self.judge_error
-        if self.failures:
-            return self.failures[0].exception
-        if self.winner is not None:
-            return f"task {self.winner.name!r} was enough"
+        if self.halted_by is not None:
+            return self.halted_by
         return "its group has ended"
 
     def claim(self, task: Task[Any]) -> _Claim:
@@ -144,16 +145,14 @@ class Ledger:
     def admit(self, task: Task[Any], lane: Lane) -> bool:
         """Whether a lane that took a task off the queue may run it."""
         if self.stopping():
+            self.catch_up()
             verdict = self.claim(task).decide(_Withdrawn(self.why()))
         else:
             claim = self.claims.get(task)
-            if claim is not None:
-                verdict = claim.decide(lane)
-            else:
-                # Looked at after the claim, which stays until the task has ended: somebody
-                # who waited for it may have run it, and it is still in the queue.
-                verdict = lane if task._lane is None else None
-        if verdict is lane:
+            verdict = lane if claim is None else claim.decide(lane)
+        # Its lane is looked at after the claim, which stays until the task has ended: somebody
+        # who waited for it may have run it, and it is still in the queue.
+        if verdict is lane and task._lane is None:
             task._lane = lane
             return True
         if isinstance(verdict, _Withdrawn):
@@ -177,10 +176,10 @@ class Ledger:
         """Whether a task has ended, where it may be that it is only never going to start."""
         if self.over:
             if task._lane is None and not task._state:
-                task._value = self.why()
-                task._state = CANCELLED
+                self.let_go(task, self.why())
             return bool(task._state)
         if self.stopping() and not task._taken:
+            self.catch_up()
             self.withdraw(task, self.why())
         claim = self.claims.get(task)
         verdict = None if claim is None else claim.verdict()
@@ -190,12 +189,19 @@ class Ledger:
 
     def never_ran(self, task: Task[Any], withdrawn: _Withdrawn) -> None:
         """A task is done without having run. May be said more than once, by several threads."""
-        task._value = withdrawn.reason
-        task._state = CANCELLED
+        self.let_go(task, withdrawn.reason)
         if self.watchers:
             self.notify(task)
         if self.observers and withdrawn.once():
             self.emit("task_cancelled", task)
+
+    def let_go(self, task: Task[Any], reason: object) -> None:
+        """Make it final that a task never runs, and keep nothing of the call but its function."""
+        task._args = ()
+        task._kwargs = NOTHING
+        task._context = None  # it may lead back to the task, through the one that submitted it
+        task._value = reason
+        task._state = CANCELLED
 
     def cancel_task(self, task: Task[Any], reason: object) -> bool:
         """`Task.cancel`."""
@@ -234,9 +240,12 @@ class Ledger:
 
     def succeeded(self, task: Task[Any], lane: Lane, value: object) -> None:
         """A task has returned."""
-        stop = self.judging is not None and self.consult(task, None)[0]
         self.ended(task, VALUE, value)
-        turned = stop and self.cancel_rest(self.why())
+        stop = False
+        if self.judging is not None:
+            with self.judging:
+                stop = self.consult(task, None)
+        turned = stop and self.cancel_rest()
         if self.watchers:
             self.notify(task)
         if self.observers:
@@ -249,7 +258,7 @@ class Ledger:
         traceback = strip(error)
         own = self.tokens.get(task)
         heard = self.token if own is None else own
-        if isinstance(error, Cancelled) and heard.cancelled():
+        if is_a(error, Cancelled) and heard.cancelled():
             if own is None or not own._set_itself():
                 self.ended(task, CANCELLED, heard.reason)
                 if self.watchers:
@@ -260,15 +269,18 @@ class Ledger:
                 return
             late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
             late.__cause__ = error
-            error = late
+            error = BaseException.with_traceback(late, traceback)
         # In this order: the failure is recorded, the task is done, the token is set, waiters
         # wake, callbacks run. Were the token set first, the echo of a woken sibling could be
         # recorded before the failure itself.
-        stop, order = (
-            (True, self.record(task, error)) if self.judging is None else self.consult(task, error)
-        )
-        self.ended(task, ERROR, (error, traceback, order))
-        turned = stop and self.cancel_rest(error)
+        stop = True
+        if self.judging is None:
+            self.ended(task, ERROR, (error, traceback, self.record(task, error)))
+        else:
+            with self.judging:
+                self.ended(task, ERROR, (error, traceback, self.record(task, error)))
+                stop = self.consult(task, error)
+        turned = stop and self.cancel_rest()
         if self.watchers:
             self.notify(task)
         if self.observers:
@@ -290,6 +302,16 @@ class Ledger:
         if self.claims:
             self.claims.pop(task, None)
 
+    def broken(self, lane: Lane, error: BaseException) -> None:
+        """A lane has failed, not its task: out of memory, say. It ends, and nothing is lost."""
+        task = lane.task
+        if task is None or task._state:
+            self._report(error)
+        else:
+            self.ended(task, ERROR, (error, strip(error), self.record(task, error)))
+            self.cancel_rest()
+            self.notify(task)
+
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""
         self.disturbed = True
@@ -298,40 +320,57 @@ class Ledger:
             if self.first is None:
                 self.first = self.failures[0].exception
         # else it is the same object again, on its way out through the task it was raised in.
-        return next(
-            order
-            for order, failure in enumerate(self.failures)
-            if failure.exception is error and (failure.task is task or failure.task is None)
-        )
+        # It was the last one a moment ago, so look from the end.
+        for order in range(len(self.failures) - 1, -1, -1):
+            failure = self.failures[order]
+            if failure.exception is error and (failure.task is task or failure.task is None):
+                return order
+        return 0
 
-    def consult(self, task: Task[Any], error: BaseException | None) -> tuple[bool, int]:
-        """Tell the judge of an outcome; whether to cancel the rest, and a failure's place."""
-        assert self.judging is not None
-        with self.judging:
-            order = 0 if error is None else self.record(task, error)
-            try:
-                stop = bool(self.judge.outcome(task, error))
-            except BaseException as broken:  # it leaves the block in place of what `end` says
-                strip(broken)
-                if self.judge_error is None:
-                    self.judge_error = broken
-                stop = True
-            if isinstance(error, (KeyboardInterrupt, SystemExit)):
-                stop = True
-            if stop and error is None and self.judge_error is None and not self.stopping():
-                self.winner = task
-            if stop:
-                self.halted = True
-        return stop, order
+    def consult(self, task: Task[Any], error: BaseException | None) -> bool:
+        """Tell the judge of an outcome; whether to cancel the rest. With `judging` held."""
+        try:
+            stop = bool(self.judge.outcome(task, error))
+        except BaseException as broken:  # it leaves the block in place of what `end` says
+            strip(broken)
+            if self.judge_error is None:
+                self.judge_error = broken
+            stop = True
+        if is_a(error, KeyboardInterrupt, SystemExit):
+            stop = True
+        if stop and error is None and self.judge_error is None and not self.stopping():
+            self.winner = task
+        if stop:
+            self.halt(f"task {task.name!r} was enough" if error is None else error)
+        return stop
 
-    def cancel_rest(self, reason: object) -> bool:
-        """Set the token, by what the judge made of an outcome."""
+    def halt(self, reason: object) -> None:
+        """No queued task starts any more; the token is to be set now."""
+        if self.halted_by is None:
+            self.halted_by = reason
         self.halted = True
-        if self.judge_error is not None:
-            return self.token._fail(self.judge_error)
-        if isinstance(reason, BaseException):
-            return self.token._fail(reason)
-        return self.token.cancel(reason)
+
+    def catch_up(self) -> None:
+        """
+        Set the token for a worker that has recorded a failure and has not come to that yet.
+
+        Whoever meets the recorded failure does so, or would hear of a cancelled sibling before
+        its own token is set.
+        """
+        if self.over or self.token.cancelled() or not self.stopping():
+            return
+        if self.judging is None:
+            task, error = self.failures[0].task, self.failures[0].exception
+            if task is not None and not task._state:
+                self.ended(task, ERROR, (error, strip(error), 0))
+        self.cancel_rest()
+
+    def cancel_rest(self) -> bool:
+        """Set the token, by what was recorded first; whether this call did it."""
+        reason = self.why()
+        return (
+            self.token._fail(reason) if is_a(reason, BaseException) else self.token.cancel(reason)
+        )
 
     def _report(self, error: BaseException) -> None:
         """
@@ -344,8 +383,8 @@ class Ledger:
         if not any(failure.exception is error for failure in self.failures):
             self.strays.append(error)
             self.record(None, error)
-        self.halted = True
-        self.token._fail(error)
+        self.halt(error)
+        self.cancel_rest()
 
     # --- Telling ------------------------------------------------------------------------------
 

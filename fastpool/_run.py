@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from fastpool._taskgroup import TaskGroup
     from fastpool.backends import Backend
 
-__all__ = ["Run"]
+__all__ = ["EXITING", "UNENTERED", "Run"]
 
 # What is raised when the system has no thread for us, or a pool takes nothing any more.
 NO_LANE = (RuntimeError, MemoryError, OSError, ValueError)
 
+UNENTERED = "it has not been entered; submit inside its with block"
 ENDED = "its with block has ended"
+EXITING = "the interpreter is exiting"
 GOES_ON = "goes on"  # the one key in `Run.closing`
 
 
@@ -51,7 +53,7 @@ class Run(Ledger):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
-        self.closed: str | None = "it has not been entered; submit inside its with block"
+        self.closed: str | None = UNENTERED
         # Whether a group that is about to close does so; `setdefault` decides.
         self.closing: dict[str, bool] | None = None
         self.backend: Backend | None = None
@@ -65,11 +67,12 @@ class Run(Ledger):
         self.calling: dict[object, None] = {}  # threads that are calling a lane now
         self.limit = 0
         self.full = False  # no slot was free when last looked
+        self.sharing = False  # lanes may have to wait for what others do on the same pool
         self._fresh = itertools.count()
         self._freed: deque[None] = deque()
         # Who is to be told of what lanes do, by the gate they sleep at.
         self.leavers: dict[Gate, None] = {}  # that a lane has come to rest
-        self.helpers: dict[Gate, None] = {}  # that a task could be run by its waiter
+        self.helpers: dict[Gate, Lane] = {}  # that a waiting worker could run something
         self.fences: dict[Gate, dict[Lane, None]] = {}  # that each of these has passed
 
     def open(
@@ -107,7 +110,7 @@ class Run(Ledger):
     ) -> Task[Any]:
         """Queue a call, see to it that a lane comes, and return its handle."""
         if self.closed is not None:
-            raise self.closed_error(fn, self.closed)
+            self.refuse_closed(fn)
         if (self.disturbed or self.token.cancelled()) and self.stopping():
             self.refuse(fn)
         task = Task(self, fn, args, kwargs, copy_context(), frame, options, index)
@@ -134,9 +137,16 @@ class Run(Ledger):
     def check_open(self, fn: object) -> None:
         """Raise what `submit` would, before anything is taken from an input."""
         if self.closed is not None:
-            raise self.closed_error(fn, self.closed)
+            self.refuse_closed(fn)
         if self.stopping():
             self.refuse(fn)
+
+    def refuse_closed(self, fn: object) -> None:
+        """Raise what a submit raises to a closed group, but to a task of one that is finished."""
+        assert self.closed is not None
+        lane = here() if self.closed is EXITING else None
+        if lane is None or all(below.run is not self for below in lane.stack()):
+            raise self.closed_error(fn, self.closed)
 
     def closed_error(self, fn: object, why: str, reason: object = None) -> GroupClosedError:
         """What a submit raises to a group that takes nothing."""
@@ -146,8 +156,7 @@ class Run(Ledger):
 
     def refuse(self, fn: object) -> NoReturn:
         """Raise what a submit raises to a group that was cancelled, or is about to be."""
-        if not self.token.cancelled():
-            self.cancel_rest(self.why())
+        self.catch_up()
         _scope.checkpoint()
         reason = self.token.reason
         raise self.closed_error(fn, f"it was cancelled: {describe(reason)}", reason)
@@ -322,6 +331,10 @@ class Run(Ledger):
 
     # --- Helping: a worker that waits ---------------------------------------------------------
 
+    def crowded(self) -> bool:
+        """Whether what is queued may get no worker before one of those that wait goes on."""
+        return self.full or self.sharing
+
     def help_out(self, lane: Lane, task: Task[Any]) -> bool:
         """
         Have a worker that waits for a task run it, if nobody has begun to.
@@ -335,7 +348,9 @@ class Run(Ledger):
             if inner is None:
                 return False
             claim = self.claim(task)
-            if task._taken or claim.decide(inner) is not inner:
+            if task._taken or task._lane is not None or claim.decide(inner) is not inner:
+                if task._state:
+                    self.claims.pop(task, None)
                 return False
             task._lane = inner
             self.perform(task, inner)
@@ -486,7 +501,7 @@ class Run(Ledger):
         for lanes in (self.lanes, self.idle, self.recalled):
             lanes.clear()
         self.loose.clear()
-        self.winner = self.backend = self.pool = None
+        self.winner = self.backend = self.pool = self.judge_error = self.halted_by = None
         self.queue = deque()
         return failures
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Protocol
 
 from fastpool import _clock
+from fastpool._errors import is_a
 from fastpool._token import CancelToken
 from fastpool.exceptions import Cancelled
 
@@ -218,7 +219,7 @@ class _Limited(_Scopes):
         token = self._leave()
         token._unlink()
         # A descendant that heard this token has its very reason.
-        if isinstance(error, Cancelled) and token._set_itself() and error.reason is token.reason:
+        if is_a(error, Cancelled) and token._set_itself() and error.reason is token.reason:
             raise TimeoutError(f"timed out after {self._seconds:g} s") from error
 
 

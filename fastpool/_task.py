@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
@@ -63,12 +64,14 @@ PLAIN = Options()
 
 
 def label(fn: object) -> str:
-    """What a callable is called, in messages and logs."""
-    name = getattr(fn, "__name__", None)
-    if isinstance(name, str):
-        return name
-    inner = getattr(fn, "func", None)  # a partial
-    return type(fn).__name__ if inner is None else label(inner)
+    """What a callable is called, in messages and logs. Raises nothing."""
+    while isinstance(fn, functools.partial):
+        fn = fn.func
+    try:
+        name = fn.__name__  # type: ignore[attr-defined]
+    except BaseException:  # its own code, perhaps; no name is worth a task
+        name = None
+    return name if type(name) is str else type(fn).__name__
 
 
 class Task(Generic[R_co]):
@@ -326,6 +329,7 @@ class Task(Generic[R_co]):
             # The base class's method: the exception's own may be anything.
             BaseException.with_traceback(error, traceback)
             return error  # type: ignore[no-any-return]
+        self._run.catch_up()
         _scope.checkpoint()
         reason = self._value
         cancelled = TaskCancelledError(

@@ -14,27 +14,28 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from fastpool import _clock, _scope
-from fastpool._errors import annotate, raise_as_it_is, strip
+from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
 from fastpool._lane import here
-from fastpool._run import Run
+from fastpool._run import EXITING, UNENTERED, Run
 from fastpool._stuck import Vigil
 from fastpool._submitter import Submitter
 from fastpool._task import PLAIN, Failure, Options, Task
 from fastpool._token import CancelToken
 from fastpool._unraisable import unraisable
-from fastpool._waiting import circle_error, find_circle, refuse_own_group
+from fastpool._waiting import circle_error, find_circle, help_along, refuse_own_group, tell_waiting
 from fastpool.backends import Backend, threads
 from fastpool.backends.threads import Leased, Shared
 from fastpool.events import Observer
 from fastpool.exceptions import Cancelled
-from fastpool.policies import FailFast, Policy
+from fastpool.policies import FailFast, FirstFailure, Judge, Policy
 
 __all__ = ["TaskGroup", "map", "shutdown"]
 
 R = TypeVar("R")
 
 GRACE = 5.0  # seconds a cancelled task may take before we say so; chosen by feel
+NOTED = 5  # failures that a note names beside the one that leaves; the rest are counted
 
 _numbers = itertools.count(1)
 _open_runs: dict[Run, None] = {}  # those whose block has been entered and not left
@@ -104,6 +105,7 @@ class TaskGroup(Submitter):
         self._failures: tuple[Failure, ...] = ()
         self._winner: Task[Any] | None = None
         self._opened = 0.0
+        self._finished = False  # at interpreter exit, its block still open
         self._left_over: object = None  # the queue's rest, which the run must not keep
 
     # --- Asking ---------------------------------------------------------------------------
@@ -130,10 +132,8 @@ class TaskGroup(Submitter):
 
     def __repr__(self) -> str:
         run = self._run
-        if self._unused:
-            state = "not entered"
-        elif run.over:
-            state = "left"
+        if run.closed is not None:
+            state = "not entered" if run.closed is UNENTERED else "left"
         else:
             state = "cancelled" if run.token.cancelled() else "open"
         return f"<TaskGroup {run.name!r}, {state}>"
@@ -172,8 +172,9 @@ class TaskGroup(Submitter):
                 the body that is the group's, so a failure of a task ends the wait.
             RuntimeError: If called by a task that the wait would wait for.
         """
-        if not self._run.wait(_clock.seconds(timeout)):
-            raise TimeoutError(f"group {self.name!r} has not come to rest after {timeout:g} s")
+        span = _clock.seconds(timeout)
+        if not self._run.wait(span):
+            raise TimeoutError(f"group {self.name!r} has not come to rest after {span:g} s")
 
     def cancel(self, reason: object = None) -> bool:
         """
@@ -195,6 +196,7 @@ class TaskGroup(Submitter):
 
     def __enter__(self) -> Self:
         run = self._run
+        judge = _judge(self._policy)  # before the group is used up by an entry that fails
         try:
             self._unused.pop()
         except IndexError:
@@ -202,7 +204,6 @@ class TaskGroup(Submitter):
                 f"group {run.name!r} has been entered before; a group is used once, make another"
             ) from None
         place = _scope.current_place()
-        judge = self._policy.start()
         token = run.token
         try:
             token._link(place.token, strongly=True)
@@ -237,6 +238,7 @@ class TaskGroup(Submitter):
             leaving = self._leave(error)
             if leaving is None:
                 return True
+            release(leaving)
             if leaving is error:
                 return None
             raise_as_it_is(leaving)
@@ -244,8 +246,10 @@ class TaskGroup(Submitter):
             del self, error, traceback, leaving
 
     def _leave(self, error: BaseException | None) -> BaseException | None:
-        """Wait for everything, take the group apart, and say what leaves the block."""
+        """Wait for everything, and say what leaves the block."""
         run = self._run
+        if self._finished:
+            return error
         if self._entered is None or run.over:
             raise RuntimeError(f"group {run.name!r} cannot be left: it is not open")
         lane = here()
@@ -254,16 +258,21 @@ class TaskGroup(Submitter):
         _scope.leave(scope)
         if error is not None:
             run.token._report(error)
-        try:
-            self._rest()
-        finally:
-            _open_runs.pop(run, None)
+        self._rest()
+        if _open_runs.pop(run, run) is run:
+            return error  # the interpreter is exiting, and has finished it
+        return self._conclude(around, error)
+
+    def _conclude(self, around: _scope.Place, error: BaseException | None) -> BaseException | None:
+        """Nothing runs any more: take the group apart, and say what leaves the block."""
+        run = self._run
         run.tell_cancelled()
-        self._winner = run.winner
+        self._winner, broken = run.winner, run.judge_error
         # Not emptied: to free a million tasks takes longer than the way to the `except`.
         self._left_over = run.queue
         self._failures = run.end()
-        leaving = self._verdict()
+        self._entered = None  # the place around is a task, perhaps, which leads to its own failure
+        leaving = self._verdict(broken)
         if leaving is None:
             leaving = self._ended_by(around.token, error)
         if leaving is not None:
@@ -284,6 +293,8 @@ class TaskGroup(Submitter):
             if lane is not None:
                 # Said first and looked at then, as by every worker that waits.
                 lane.leaves = run
+                tell_waiting(lane)
+                run.helpers[gate] = lane
                 circle = find_circle(lane, run.in_hand())
                 if circle is not None:
                     run._report(circle_error(*circle))
@@ -291,6 +302,8 @@ class TaskGroup(Submitter):
                 try:
                     if run.come_to_rest(lane) and run.close():
                         return
+                    if lane is not None and help_along(lane, *run.in_hand()):
+                        continue
                     gate.wait(vigil.patience())
                     vigil.look()
                 except BaseException as error:
@@ -298,22 +311,23 @@ class TaskGroup(Submitter):
                     # time means: now.
                     strip(error)
                     run._report(error)
-                    if isinstance(error, KeyboardInterrupt) and interrupted:
+                    if is_a(error, KeyboardInterrupt) and interrupted:
                         run.abandon()
                         return
                     interrupted = True
         finally:
             run.token._remove(key)
             run.leavers.pop(gate, None)
+            run.helpers.pop(gate, None)
             if lane is not None:
                 lane.leaves = None
 
-    def _verdict(self) -> BaseException | None:
-        """What leaves because something failed."""
-        judge, leaving = self._run.judge, self._run.judge_error
+    def _verdict(self, broken: BaseException | None) -> BaseException | None:
+        """What leaves because something failed; `broken` is what the judge raised before."""
+        judge = self._run.judge
         try:
             verdict = judge.end(self._failures)  # always, whatever leaves then
-            if verdict is not None and not isinstance(verdict, BaseException):
+            if verdict is not None and not is_a(verdict, BaseException):
                 raise TypeError(
                     f"{type(judge).__name__}.end() must return an exception or None,"
                     f" not {verdict!r}"
@@ -322,9 +336,9 @@ class TaskGroup(Submitter):
             strip(error)
             verdict = error
         for failure in self._failures:
-            if isinstance(failure.exception, (KeyboardInterrupt, SystemExit)):
+            if is_a(failure.exception, KeyboardInterrupt, SystemExit):
                 return failure.exception
-        return verdict if leaving is None else leaving
+        return verdict if broken is None else broken
 
     def _ended_by(self, outer: CancelToken, error: BaseException | None) -> BaseException | None:
         """What leaves because the token was set, where no failure does: what turned it first."""
@@ -339,7 +353,7 @@ class TaskGroup(Submitter):
         if run.token._began(cause):
             return None
         # An ancestor did. The Cancelled that left the body says so already, and says where.
-        if isinstance(error, Cancelled):
+        if is_a(error, Cancelled):
             return error
         for token in (outer, self._outer_token):
             if token is not None and token.cancelled():
@@ -347,20 +361,28 @@ class TaskGroup(Submitter):
         return None
 
     def _annotate(self, leaving: BaseException, *, outermost: bool) -> None:
-        others: list[str] = []
         lines: list[str] = []
+        others: list[Failure] = []
         for failure in self._failures:
-            task = failure.task
-            where = "" if task is None else f"task {task.name!r}, submitted at {task.site}"
             if failure.exception is not leaving:
-                kind = type(failure.exception).__qualname__
-                others.append(f"{kind} in {where or 'the body'}")
-            elif task is not None:
-                lines.append(f"in {where} to group {self.name!r}")
+                others.append(failure)
+            elif failure.task is not None:
+                lines.append(f"in {_place(failure.task)} to group {self.name!r}")
         if others:
-            more = f"; and {len(others) - 5} more" if len(others) > 5 else ""
-            lines.append(f"also in group {self.name!r}: {'; '.join(others[:5])}{more}")
+            named = [
+                f"{type(failure.exception).__qualname__} in {_place(failure.task)}"
+                for failure in others[:NOTED]
+            ]
+            more = f"; and {len(others) - NOTED} more" if len(others) > NOTED else ""
+            lines.append(f"also in group {self.name!r}: {'; '.join(named)}{more}")
         annotate(leaving, lines, outermost=outermost)
+
+
+def _place(task: Task[Any] | None) -> str:
+    """Where something failed, for a note."""
+    if task is None:
+        return "the body, an input or a call from outside"
+    return f"task {task.name!r}, submitted at {task.site}"
 
 
 def _backend(pool: ThreadPool | Backend | str | None) -> Backend:
@@ -394,6 +416,15 @@ def _policy(policy: Policy | None) -> Policy:
             f" not {policy!r}"
         )
     return policy
+
+
+def _judge(policy: Policy) -> Judge:
+    judge = policy.start()
+    if type(judge) is not FirstFailure and not isinstance(judge, Judge):
+        raise TypeError(
+            f"{policy!r}.start() must give a judge, with outcome() and end(), not {judge!r}"
+        )
+    return judge
 
 
 def _observers(observers: Iterable[Observer]) -> tuple[Observer, ...]:
@@ -469,13 +500,18 @@ def shutdown() -> None:
 def _finish() -> None:
     """At interpreter exit: finish every group that is open, as if its block ended now."""
     for run in list(_open_runs):
-        gate = Gate()
-        run.leavers[gate] = None
-        while not (run.come_to_rest(None) and run.close()):
-            gate.wait()
-        failures = run.end()
-        if failures:
-            unraisable(failures[0].exception, f"group {run.name!r}, still open at exit")
+        run.closed = EXITING  # its tasks may go on submitting, as while a block is left
+        group = run.group()
+        if group is None:
+            group = TaskGroup(name=run.name)  # it was dropped; only its face is new
+            group._run = run
+        group._rest()
+        if _open_runs.pop(run, run) is run:
+            continue  # it has been left meanwhile
+        group._finished = True
+        leaving = group._conclude(_scope.current_place(), None)
+        if leaving is not None:
+            unraisable(leaving, f"group {run.name!r}, still open at exit")
     shutdown()
 
 

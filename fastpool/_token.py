@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
 
 from fastpool import _clock, _wakers
 from fastpool._callbacks import Callback, Interrupts, Registration, keys, run_callbacks
+from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool.exceptions import Cancelled
 
@@ -242,7 +243,7 @@ class CancelToken:
         It is recorded first and the token set then, or the echo of a woken sibling could pass
         for the first failure.
         """
-        if isinstance(error, Cancelled) and self._reason is not None:
+        if is_a(error, Cancelled) and self._reason is not None:
             return
         reporter = None if self._reporter is None else self._reporter()
         if reporter is not None:

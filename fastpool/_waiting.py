@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _scope
@@ -13,9 +14,19 @@ from fastpool._token import CancelToken
 
 if TYPE_CHECKING:
     from fastpool._ledger import Ledger
+    from fastpool._run import Run
     from fastpool._task import Task
 
-__all__ = ["circle_error", "find_circle", "refuse_own_group", "wait_for"]
+__all__ = [
+    "circle_error",
+    "find_circle",
+    "help_along",
+    "refuse_own_group",
+    "tell_helpers",
+    "tell_waiting",
+    "wait_for",
+    "waiting",
+]
 
 
 def wait_for(tasks: Sequence[Task[Any]], timeout: float | None) -> bool:
@@ -37,16 +48,26 @@ def wait_for(tasks: Sequence[Task[Any]], timeout: float | None) -> bool:
     if not left:
         return True
     lane = here()
-    if lane is None:
+    if lane is None or (timeout is not None and timeout <= 0):
         return _sleep_until_done(left, timeout, None)
-    lane.waits = left
-    try:
+    with waiting(lane, left):
         circle = find_circle(lane, left)
         if circle is not None:
             raise circle_error(*circle)
         return _sleep_until_done(left, timeout, lane)
+
+
+@contextlib.contextmanager
+def waiting(lane: Lane, tasks: Sequence[Task[Any]], *, for_any: bool = False) -> Iterator[None]:
+    """Say that the task of a lane waits for some others, all of them or any one."""
+    lane.waits_for_any = for_any
+    lane.waits = tasks
+    tell_waiting(lane)
+    try:
+        yield
     finally:
         lane.waits = ()
+        lane.waits_for_any = False
 
 
 def _sleep_until_done(tasks: list[Task[Any]], timeout: float | None, lane: Lane | None) -> bool:
@@ -55,7 +76,7 @@ def _sleep_until_done(tasks: list[Task[Any]], timeout: float | None, lane: Lane 
     gate = Gate()
     key = token._add_sleeper(gate)
     try:
-        if lane is not None and (timeout is None or timeout > 0):
+        if lane is not None:
             for task in tasks:
                 token.check()
                 task._run.help_out(lane, task)
@@ -79,14 +100,14 @@ def _sleep_once(
     run = task._run
     run.watch(task, gate)
     if lane is not None:
-        run.helpers[gate] = None
+        run.helpers[gate] = lane
     # What is queued has ended when its group's token is set, and nobody tells it.
     key = None if run.token is token or run.token.cancelled() else run.token._add_sleeper(gate)
     try:
         # Registered first, looked at then: whatever happens from here on opens the gate.
         if task.done() or token.cancelled():
             return
-        if lane is not None and run.help_out(lane, task):
+        if lane is not None and help_along(lane, *lane.waits):
             return
         gate.wait(timeout)
     finally:
@@ -94,6 +115,76 @@ def _sleep_once(
             run.token._remove(key)
         run.unwatch(task, gate)
         run.helpers.pop(gate, None)
+
+
+def help_along(lane: Lane, *tasks: Task[Any], last_resort: bool = False) -> bool:
+    """
+    Have a worker that waits for some tasks run something that one of their ends waits for.
+
+    That is the task itself if nobody has begun it, else what its own wait leads to: on another
+    pool it may wait for something that is queued on ours, whose threads could all be waiting.
+
+    Args:
+        lane: The worker's.
+        *tasks: What it waits for.
+        last_resort: Run only what may get no other worker.
+
+    Returns:
+        Whether it ran anything.
+    """
+    links = list(tasks)
+    seen: set[int] = set()
+    while links:
+        task = links.pop()
+        if id(task) in seen or task.done():
+            continue
+        seen.add(id(task))
+        run = task._run
+        if (run.crowded() or not last_resort) and run.help_out(lane, task):
+            return True
+        serving = task._lane
+        if serving is None:
+            links.extend(run.in_hand())  # one of these has the place that it waits for
+            continue
+        leaves = serving.leaves
+        if leaves is not None and leaves.help_leave(lane):
+            return True
+        links.extend(_waited_for(serving))
+    return False
+
+
+def tell_helpers(run: Run) -> None:
+    """
+    Something was queued in a group: have the workers look again that wait for its tasks, or for
+    one that does.
+    """
+    _tell([run], None)
+
+
+def tell_waiting(lane: Lane) -> None:
+    """The task of a lane begins to wait: others may be able to run what it waits for."""
+    _tell([below.run for below in lane.stack()], lane)
+
+
+def _tell(runs: list[Run | None], but: Lane | None) -> None:
+    for run in runs:  # grows as it goes
+        if run is not None:
+            for gate, helper in run.helpers.copy().items():
+                if helper is not but:
+                    gate.open()
+                    runs.extend(below.run for below in helper.stack() if below.run not in runs)
+
+
+def _waited_for(serving: Lane) -> list[Task[Any]]:
+    """What the task of a lane must wait for before it can go on; nothing if it runs."""
+    above = serving.above
+    if above is not None:
+        # Its thread helps out with another task, which must end before this one goes on.
+        return [] if above.task is None else [above.task]
+    found = list(serving.waits)
+    if serving.leaves is not None:
+        found.extend(serving.leaves.in_hand())
+    return found
 
 
 def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task[Any]] | None:
@@ -106,8 +197,8 @@ def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task
     Returns:
         The task of the lane, and the one among the others that waits for it; or None.
     """
-    waiting = lane.task
-    if waiting is None:
+    own = lane.task
+    if own is None:
         return None
     mine = set(lane.stack())
     seen: set[int] = set()
@@ -118,18 +209,45 @@ def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task
         if serving is None or task._state or id(task) in seen:
             continue
         seen.add(id(task))
-        if serving in mine:
-            return waiting, first
-        # Its thread helps out with another task, which must end before this one goes on; or
-        # else it waits for these.
-        above = serving.above
-        if above is not None and above.task is not None:
-            links.append((above.task, first))
-        else:
-            links.extend((waited, first) for waited in serving.waits)
-            if serving.leaves is not None:
-                links.extend((waited, first) for waited in serving.leaves.in_hand())
+        if serving not in mine:
+            links.extend((waited, first) for waited in _waited_for(serving))
+        elif not _can_end(first, mine):
+            return own, first
     return None
+
+
+def _can_end(task: Task[Any], mine: set[Lane]) -> bool:
+    """
+    Whether a task can end while those of some lanes wait for it.
+
+    A chain of waits leads back to them; but one that waits for any of several tasks goes on
+    with the first that ends. So, of all tasks in these chains: which run, or wait for nothing
+    but those that can go on?
+    """
+    waits: dict[Task[Any], tuple[list[Task[Any]], bool]] = {}
+    links = [task]
+    while links:
+        link = links.pop()
+        serving = link._lane
+        if link in waits or serving is None or link._state or serving in mine:
+            continue
+        waited = _waited_for(serving)
+        waits[link] = waited, serving.waits_for_any and serving.above is None
+        links.extend(waited)
+
+    def goes_on(link: Task[Any]) -> bool:
+        if link._state or link._lane is None:
+            return True
+        return link not in waits and link._lane not in mine
+
+    before = -1
+    while len(waits) != before:
+        before = len(waits)
+        for link, (waited, for_any) in list(waits.items()):
+            enough = any if for_any else all
+            if not waited or enough(goes_on(other) for other in waited):
+                del waits[link]
+    return goes_on(task)
 
 
 def circle_error(waiting: Task[Any], waited: Task[Any]) -> RuntimeError:

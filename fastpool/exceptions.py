@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,11 +20,12 @@ __all__ = [
 
 def describe(reason: object) -> str:
     """
-    Say a reason in words, without calling a method of somebody's exception.
+    Say a reason in words, without calling a method of somebody's exception. Raises nothing.
     """
-    if isinstance(reason, BaseException):
-        return type(reason).__qualname__
-    return str(reason)
+    if not issubclass(type(reason), BaseException):
+        with contextlib.suppress(Exception):
+            return str(reason)
+    return type(reason).__qualname__
 
 
 class Cancelled(BaseException):

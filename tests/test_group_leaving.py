@@ -11,6 +11,7 @@ import warnings
 import weakref
 
 import pytest
+from staging import until
 
 import fastpool
 from fastpool import (
@@ -26,6 +27,7 @@ from fastpool import (
     timeout,
     use_token,
 )
+from fastpool._ledger import Ledger
 
 
 @cancellable
@@ -96,6 +98,71 @@ def test_failing_at_the_same_instant_on_all_workers_records_them_all():
         assert raised.value is group.failures[0].exception
         assert sorted(failure.exception.args[0] for failure in group.failures) == list(range(8))
         assert {failure.task for failure in group.failures} == set(batch.tasks)
+
+
+def test_failure_that_is_recorded_but_not_told_is_the_only_one(monkeypatch):
+    """
+    Who reads a sibling before the failing worker has come to set the token hears of the cancel.
+    """
+    recorded, read = threading.Event(), threading.Event()
+    cancel_rest = Ledger.cancel_rest
+
+    def held_up(run):
+        if not recorded.is_set():
+            recorded.set()
+            read.wait(timeout=10)
+        return cancel_rest(run)
+
+    def reads():
+        recorded.wait(timeout=10)
+        try:
+            queued.result()
+        finally:
+            read.set()
+
+    monkeypatch.setattr(Ledger, "cancel_rest", held_up)
+    with pytest.raises(ValueError, match="root"), TaskGroup(2) as group:
+        go = threading.Event()
+        failing = group.submit(lambda: go.wait(timeout=10) and fail(ValueError("root")))
+        reader = group.submit(reads)
+        queued = group.submit(pow, 2, 3)
+        with shield():
+            until(reader.running)
+            go.set()
+            read.wait(timeout=10)
+
+    assert [failure.task for failure in group.failures] == [failing]
+    assert reader.cancelled()
+    assert queued.cancelled()
+
+
+@pytest.mark.parametrize(
+    ("broken", "error"), [("ended", None), ("failed", ValueError("root")), ("admit", None)]
+)
+def test_worker_that_breaks_fails_its_task(monkeypatch, workers, broken, error):
+    """
+    Out of memory in the library itself, say: the group fails with that, and nothing hangs.
+    """
+    once = [MemoryError("no room for the books")]
+    works = getattr(Ledger, broken)
+
+    def breaks(run, *args):
+        if once:
+            raise once.pop()
+        return works(run, *args)
+
+    def run():
+        with TaskGroup(observers=[seen.append], **arguments) as group:
+            tasks.append(group.submit(fail if error else repr, error))
+
+    arguments = workers(1)
+    seen, tasks = [], []
+    monkeypatch.setattr(Ledger, broken, breaks)
+    with pytest.raises(MemoryError):
+        run()
+
+    assert tasks[0].done()
+    assert not tasks[0].running()
 
 
 def test_no_queued_task_starts_after_the_first_failure():
@@ -198,8 +265,30 @@ class ReadOnly(Exception):
     __notes__ = __context__ = __traceback__ = __cause__ = refuse
 
 
-@pytest.mark.parametrize("kind", [Hostile, ReadOnly])
-def test_hostile_exception_leaves_as_it_is(kind):
+class Unreadable(Exception):
+    """Whatever is read of it raises."""
+
+    def __getattribute__(self, name):
+        raise AssertionError("the library has read this")
+
+
+class Immutable(Exception):
+    """Whatever is written to it raises, and not even an `Exception`."""
+
+    def __setattr__(self, name, value):
+        raise SystemExit("the library has written this")
+
+
+class Impostor(Exception):
+    """Does not say of what class it is."""
+
+    @property
+    def __class__(self):
+        raise AssertionError("the library has asked the exception for its class")
+
+
+@pytest.mark.parametrize("kind", [Hostile, ReadOnly, Unreadable, Immutable, Impostor])
+def test_hostile_exception_leaves_as_it_is(kind, workers):
     """
     No method of the exception is called, and what it does not take does not hide it.
     """
@@ -207,13 +296,14 @@ def test_hostile_exception_leaves_as_it_is(kind):
     caught = None
 
     try:
-        with TaskGroup() as group:
-            group.submit(fail, error)
+        with TaskGroup(**workers(2)) as group:
+            task = group.submit(fail, error)
             group.submit(fail, kind())
-    except kind as left:
+    except BaseException as left:
         caught = left
 
     assert caught is group.failures[0].exception
+    assert task.done()
 
 
 def test_returned_exception_is_a_value():
@@ -315,6 +405,51 @@ def test_notes_name_task_place_and_other_failures():
     assert f"also in group 'inner': {other} in task 'fails'" in notes
     assert notes.splitlines()[-1].startswith("in task 'nests'")
     assert "secret" not in notes
+
+
+def test_notes_are_taken_back_where_a_block_has_none_of_its_own():
+    """
+    What left a task of one group first, and the body of another then, bears no note of the first.
+    """
+    error = ValueError("root")
+    with pytest.raises(ValueError, match="root"), TaskGroup() as group:
+        group.submit(fail, error)
+    assert error.__notes__
+    with pytest.raises(ValueError, match="root"), TaskGroup():
+        raise error
+
+    assert not hasattr(error, "__notes__")
+
+
+def test_notes_that_are_no_list_are_left_alone():
+    """
+    Where `add_note` would refuse, the group adds none.
+    """
+    error = ValueError("root")
+    error.__notes__ = ("mine",)
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup() as group:
+        group.submit(fail, error)
+
+    assert raised.value.__notes__ == ("mine",)
+
+
+def test_exception_of_the_body_keeps_its_context():
+    """
+    Also where that is the very failure which leaves the block in its place.
+    """
+    body = KeyError("body")
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup() as group:
+        task = group.submit(fail, ValueError("root"))
+        with shield():
+            task.wait(timeout=10)
+        try:
+            task.result()
+        except ValueError:
+            raise body  # noqa: B904 - its context is the point
+
+    assert [failure.exception for failure in group.failures] == [raised.value, body]
+    assert body.__context__ is raised.value
+    assert raised.value.__context__ is None
 
 
 def test_notes_of_an_earlier_group_are_replaced():
@@ -877,6 +1012,53 @@ def test_judge_that_ends_the_group_on_a_value_names_the_winner():
     assert other.cancelled()
 
 
+def test_judge_sees_the_value_it_is_told_of():
+    """
+    The task is done by then, so its value and its error can be read without a wait.
+    """
+    seen = []
+
+    class Reader:
+        def start(self):
+            return self
+
+        def outcome(self, task, error):
+            seen.append((task.done(), task.exception() is error, error or task.result()))
+            return False
+
+        def end(self, failures):
+            return None
+
+    error = ValueError("root")
+    with TaskGroup(1, policy=Reader()) as group:
+        group.submit(pow, 2, 3)
+        group.submit(fail, error)
+
+    assert seen == [(True, True, 8), (True, True, error)]
+
+
+@pytest.mark.parametrize("start", [lambda: None, lambda: fail(ValueError("no judge today"))])
+def test_policy_without_a_judge_keeps_the_group_closed(start):
+    """
+    The block is not entered, with an error that says why, and may be entered later.
+    """
+
+    class Policy:
+        def start(self):
+            return judge() if ready else start()
+
+    ready, judge = [], FailFast().start
+    group = TaskGroup(policy=Policy())
+    with pytest.raises((TypeError, ValueError), match="judge"):
+        group.__enter__()
+
+    assert repr(group) == f"<TaskGroup {group.name!r}, not entered>"
+    ready.append(True)
+    with group:
+        task = group.submit(pow, 2, 3)
+    assert task.result() == 8
+
+
 @pytest.mark.parametrize("where", ["outcome", "end"])
 def test_judge_that_raises_ends_the_group_with_that(where):
     """
@@ -1024,8 +1206,127 @@ def run_in_one_line(witnesses):
     fastpool.map(lambda number: fail_with_a_local(witnesses), range(100))
 
 
+def run_after_a_nested_group(witnesses):
+    def outer():
+        with TaskGroup() as inner:
+            task = inner.submit(pow, 2, 3)
+            task.result()
+        del task
+        assert inner.name
+        fail_with_a_local(witnesses)
+
+    with TaskGroup() as group:
+        group.submit(outer)
+
+
+def run_an_input(witnesses):
+    def items():
+        yield 1
+        fail_with_a_local(witnesses)
+
+    with TaskGroup() as group:
+        group.map(abs, items())
+
+
+def run_an_input_in_one_line(witnesses):
+    def items():
+        yield 1
+        fail_with_a_local(witnesses)
+
+    fastpool.map(abs, items())
+
+
+def run_a_wait_that_takes_too_long(witnesses):
+    with TaskGroup() as group:
+        task = group.submit(sleeper)
+
+        def run_impatiently():
+            witness = Witness()
+            witnesses.append(weakref.ref(witness))
+            with pytest.raises(TimeoutError):
+                group.wait(timeout=0)
+            run_to_a_value_error(task.result, timeout=0)
+
+        run_impatiently()
+
+
+def run_a_submit_to_another(witnesses):
+    with TaskGroup() as ended:
+        pass
+
+    def run_submits():
+        witness = Witness()
+        witnesses.append(weakref.ref(witness))
+        run_to_a_value_error(ended.submit, pow, 2, 3)
+
+    with TaskGroup() as group:
+        group.submit(run_submits)
+
+
+def run_a_circle(witnesses):
+    ready = threading.Event()
+    handles = []
+
+    def run_into_itself():
+        witness = Witness()
+        witnesses.append(weakref.ref(witness))
+        ready.wait(timeout=10)
+        run_to_a_value_error(handles.pop().result)
+
+    with TaskGroup() as group:
+        handles.append(group.submit(run_into_itself))
+        ready.set()
+
+
+def run_to_a_value_error(fn, *args, **kwargs):
+    """Turn what a call raises into a `ValueError`, whose context it is."""
+    try:
+        fn(*args, **kwargs)
+    except Exception as error:
+        raise ValueError("root") from error
+
+
+def run_a_broken_judge(witnesses):
+    class Broken:
+        def start(self):
+            return self
+
+        def outcome(self, task, error):
+            return False
+
+        def end(self, failures):
+            fail_with_a_local(witnesses)
+
+    with TaskGroup(policy=Broken()):
+        pass
+
+
+def run_under_a_token(witnesses):
+    @cancellable
+    def run_forgetting_it(token):
+        del token
+        fail_with_a_local(witnesses)
+
+    run_forgetting_it.with_token(CancelToken())
+
+
 @pytest.mark.parametrize(
-    "run", [run_plainly, run_decorated, run_a_queue, run_and_read, run_in_one_line]
+    "run",
+    [
+        run_plainly,
+        run_decorated,
+        run_a_queue,
+        run_and_read,
+        run_in_one_line,
+        run_after_a_nested_group,
+        run_an_input,
+        run_an_input_in_one_line,
+        run_a_wait_that_takes_too_long,
+        run_a_submit_to_another,
+        run_a_circle,
+        run_a_broken_judge,
+        run_under_a_token,
+    ],
 )
 def test_locals_of_a_failed_task_die_without_the_collector(run):
     """
@@ -1054,6 +1355,8 @@ def clear_frames(error):
         if walked.tb_frame.f_code.co_name.startswith("run_"):
             walked.tb_frame.clear()
         walked = walked.tb_next
+    if error.__cause__ is not None:
+        clear_frames(error.__cause__)
 
 
 def test_arguments_and_results_are_freed_with_the_handle():

@@ -7,6 +7,8 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
+from decimal import Decimal
+from fractions import Fraction
 
 import pytest
 from staging import act_at, in_thread, is_asleep, resize, start, trace_this_thread, until
@@ -340,6 +342,48 @@ def test_wait_that_takes_too_long_leaves_the_task_alone(workers, name, count, ti
     assert answer is False
     assert value == 404
     assert group.failures == ()
+
+
+class Span:
+    """A number of seconds that has no format of its own."""
+
+    def __float__(self):
+        return 0.01
+
+
+@pytest.mark.parametrize("span", [Span(), Fraction(1, 100), Decimal("0.01"), 0.01])
+def test_timeout_may_be_any_number(span):
+    """
+    Its error says the seconds, whatever kind of number they came as.
+    """
+    release = threading.Event()
+    with TaskGroup(1) as group:
+        batch = group.map(release.wait, [10])
+        for read in (batch.tasks[0].result, batch.tasks[0].exception, batch.results, group.wait):
+            with pytest.raises(TimeoutError, match=r"0\.01 s"):
+                read(timeout=span)
+        release.set()
+
+
+def test_cancelled_task_says_so_whatever_the_reason_says():
+    """
+    A reason whose text cannot be had is named by its class.
+    """
+
+    class Reason:
+        def __str__(self):
+            raise ValueError("no text")
+
+    reason = Reason()
+    with TaskGroup() as group:
+        group.cancel(reason)
+        with shield(), pytest.raises(fastpool.GroupClosedError, match="Reason") as raised:
+            group.submit(resize, 404)
+        with pytest.raises(Cancelled) as cancelled:
+            group.token.check()
+
+    assert raised.value.reason is cancelled.value.reason is reason
+    assert str(cancelled.value) == Reason.__qualname__
 
 
 @pytest.mark.parametrize("timeout", [None, math.inf, 1e18, 10])

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import unittest.mock
 from contextlib import suppress
 from multiprocessing.pool import ThreadPool
 
@@ -1155,6 +1156,51 @@ def test_starmap_spreads_each_item(items):
     assert batch.results() == [tuple(item) for item in items]
 
 
+class Proxy:
+    """Can be called, and has every attribute there is: a client of some service, say."""
+
+    def __getattr__(self, name):
+        return Proxy() if name.islower() else object.__getattribute__(self, name)
+
+    def __call__(self, *args):
+        return args
+
+
+class Nameless:
+    """Can be called, but not by name."""
+
+    @property
+    def __name__(self):
+        raise SystemExit("no name")
+
+    def __call__(self, *args):
+        return args
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (Proxy, "Proxy"),
+        (Nameless, "Nameless"),
+        (lambda: functools.partial(functools.partial(Nameless())), "Nameless"),
+        (lambda: unittest.mock.Mock(side_effect=lambda *args: args), "Mock"),
+        (lambda: unittest.mock.MagicMock(side_effect=lambda *args: args), "MagicMock"),
+    ],
+)
+def test_whatever_can_be_called_is_run(workers, make, name):
+    """
+    Whatever it says when its name is asked for.
+    """
+    fn = make()
+    with TaskGroup(**workers(1)) as group:
+        task = group.submit(fn, 404)
+        batch = group.map(fn, [404])
+
+    assert task.name == name
+    assert task.result() == (404,)
+    assert batch.results() == [(404,)]
+
+
 def test_function_may_have_any_keyword(workers):
     """
     No keyword is kept from the function.
@@ -1978,6 +2024,47 @@ def test_main_thread_never_runs_a_task(watched, make_pool):
     assert main not in ran
 
 
+def through_another_pool(pool, depth):
+    """A chain of groups, by turns on a pool of one thread and on threads of their own."""
+    if depth == 0:
+        return 1
+    with TaskGroup(1, pool=pool if depth % 2 else None) as group:
+        batch = group.map(through_another_pool, [pool] * 2, [depth - 1] * 2)
+        return sum(batch.results())
+
+
+def left_through_another_pool(pool, depth):
+    """The same, where the groups are left without a look at their tasks."""
+    if depth:
+        with TaskGroup(1, pool=pool if depth % 2 else None) as group:
+            group.starmap(left_through_another_pool, [(pool, depth - 1)] * 2)
+    return 2**depth
+
+
+def told_through_another_pool(pool, depth):
+    """The same, where their tasks are awaited as they end."""
+    if depth == 0:
+        return 1
+    with TaskGroup(1, pool=pool if depth % 2 else None) as group:
+        batch = group.map(told_through_another_pool, [pool] * 2, [depth - 1] * 2)
+        return sum(value for _, value in batch.as_completed())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3, 5])
+@pytest.mark.parametrize(
+    "chain", [through_another_pool, left_through_another_pool, told_through_another_pool]
+)
+def test_groups_that_take_turns_on_two_pools_never_deadlock(make_pool, chain, depth):
+    """
+    The one thread of a pool waits for a task elsewhere, which waits for one on that pool.
+    """
+    pool = make_pool(1)
+    with TaskGroup(pool=pool, timeout=30) as group:
+        task = group.submit(chain, pool, depth)
+
+    assert task.result() == 2**depth
+
+
 # --- Circles ------------------------------------------------------------------------------------
 
 CIRCLES = {
@@ -2104,6 +2191,79 @@ def test_three_tasks_in_a_ring_are_told(workers, count):
         ready.set()
 
     assert sum(name in str(left.value) for name in ("north", "east", "west")) >= 2
+
+
+def test_waiting_for_the_first_of_several_is_no_circle(watched):
+    """
+    A task that takes the first of two may be waited for by the other: it goes on without it.
+    """
+    threads = []
+    racing, release = threading.Event(), threading.Event()
+
+    def race():
+        threads.append(threading.current_thread())
+        racing.wait(timeout=10)
+        return next(fastpool.as_completed([slow, quick]))
+
+    def wait_for_the_race():
+        until(lambda: threads and is_asleep(threads[0]))
+        with suppress(TimeoutError):
+            racer.result(timeout=0.01)
+        release.set()
+        return racer.result()
+
+    with TaskGroup(4, timeout=20) as group:
+        racer = group.submit(race)
+        slow = group.submit(wait_for_the_race)
+        quick = group.submit(release.wait, 10)
+        racing.set()
+
+    assert slow.result() is racer.result() is quick
+
+
+def test_circle_of_races_is_told(workers):
+    """
+    Where each of those of which one would be enough waits for the racer, it would wait for ever.
+    """
+
+    def race():
+        racing.wait(timeout=10)
+        return next(fastpool.as_completed([left, right]))
+
+    def wait_for_the_race():
+        racing.wait(timeout=10)
+        return racer.result()
+
+    racing = threading.Event()
+    with pytest.raises(RuntimeError, match="cannot wait"):  # noqa: SIM117
+        with TaskGroup(timeout=20, **workers(3)) as group:
+            racer = group.submit(race)
+            left, right = group.submit(wait_for_the_race), group.submit(wait_for_the_race)
+            racing.set()
+
+
+def test_look_at_a_task_that_waits_for_the_looker_is_no_circle(workers):
+    """
+    With a timeout of zero nobody waits.
+    """
+
+    def look():
+        with suppress(TimeoutError):
+            waiter.result(timeout=0)
+        return waiter.wait(0), waiter.wait(-1)
+
+    def wait():
+        ready.wait(timeout=10)
+        return looker.result()
+
+    ready = threading.Event()
+    with TaskGroup(timeout=20, **workers(2)) as group:
+        looker = group.submit(lambda: ready.wait(timeout=10) and look())
+        waiter = group.submit(wait)
+        until(waiter.running)
+        ready.set()
+
+    assert waiter.result() == (False, False)
 
 
 def test_task_that_waits_for_its_own_batch_is_told(workers):

@@ -347,6 +347,7 @@ def test_s5_callback_that_raises_hangs_nothing(unraised):
     """
     An observer's and a callback's own errors change no outcome.
     """
+
     def broken(event):
         raise ValueError("in the observer")
 

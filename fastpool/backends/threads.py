@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from fastpool._clock import IDLE
 from fastpool._lane import Lane, stand_in
 from fastpool._task import VALUE, call
+from fastpool._waiting import tell_helpers
 
 if TYPE_CHECKING:
     from fastpool._run import Run
@@ -179,8 +180,8 @@ def _park(pool: _Pool, lane: Lane) -> None:
         try:
             if run.begin(lane):
                 serve(run, lane)
-        except BaseException as error:  # out of memory in our own books, say
-            run._report(error)
+        except BaseException as error:
+            run.broken(lane, error)
             run.dismiss(lane)
         del run
     thread.lane = None
@@ -309,6 +310,7 @@ class Shared:
     def start_lane(self, run: Run) -> None:
         """Issue a job that serves the group."""
         run.pool = self.pool
+        run.sharing = True
         run.disturbed = True  # every task looks whether it is time to make way
         lane = Lane(self.pool)
         run.enlist(lane)
@@ -319,8 +321,7 @@ class Shared:
             run.lanes.pop(lane, None)
             raise
         # A worker that waits for the group can do what this job would, if it never gets there.
-        for gate in run.helpers.copy():
-            gate.open()
+        tell_helpers(run)
         run.wake_leavers()
 
     def _job(self, run: Run, lane: Lane) -> None:
@@ -335,6 +336,9 @@ class Shared:
                 if run.queue and time.monotonic() > until and self._make_way(run, lane):
                     return
             run.dismiss(lane)
+        except BaseException as error:  # not to the pool, which would hang on it
+            run.broken(lane, error)
+            run.dismiss(lane)
         finally:
             stand_in(None)
             del run, lane  # what failed refers to this frame: see `strip`
@@ -342,11 +346,11 @@ class Shared:
     def _make_way(self, run: Run, lane: Lane) -> bool:
         """Go to the end of the pool's own queue; False if the pool takes nothing any more."""
         run.called[lane] = None
+        run.passed(lane)
         try:
             self.pool.apply_async(self._job, (run, lane))
         except ValueError:
             return run.called.pop(lane, lane) is not None
-        run.passed(lane)
         return True
 
     def cancel(self, run: Run) -> None:

@@ -1,0 +1,131 @@
+"""
+A program that ends while a group is open.
+"""
+
+import subprocess
+import sys
+
+
+def run_script(source):
+    """Run a program in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-P", "-W", "error", "-c", source],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+
+def test_thread_that_goes_on_submitting_does_not_hold_the_program():
+    """
+    What it submitted before is done, and then it is refused.
+    """
+    ended = run_script(
+        """
+import os, threading
+from fastpool import GroupClosedError, TaskGroup
+
+begun = threading.Event()
+
+def produce():
+    with TaskGroup(2, name="feed") as group:
+        try:
+            while True:
+                group.submit(os.write, 1, b"fed\\n").wait()
+                begun.set()
+        except GroupClosedError as error:
+            os.write(1, str(error).encode())
+
+threading.Thread(target=produce, daemon=True).start()
+begun.wait(20)
+"""
+    )
+
+    assert ended.returncode == 0
+    assert ended.stderr == ""
+    assert "cannot submit write() to group 'feed': " in ended.stdout
+
+
+def test_task_of_an_open_group_may_submit_while_the_program_ends():
+    """
+    Nothing of an open group is cut off: what its tasks submit is done as well.
+    """
+    ended = run_script(
+        """
+import atexit, os, threading
+from fastpool import TaskGroup
+
+over = threading.Event()
+atexit.register(over.set)  # called before fastpool's own, since registered after it
+
+def parent():
+    over.wait(20)
+    group.submit(os.write, 1, b"child")
+
+group = TaskGroup(2)
+group.__enter__()
+group.submit(parent)
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("child", "")
+
+
+def test_group_that_is_open_at_the_end_is_closed_like_any_other():
+    """
+    Its judge is asked, its observers are told, and its failure goes to standard error.
+    """
+    ended = run_script(
+        """
+import os
+from fastpool import TaskGroup
+
+class Policy:
+    def start(self):
+        return self
+    def outcome(self, task, error):
+        return False
+    def end(self, failures):
+        os.write(1, f"{len(failures)} failure\\n".encode())
+        return failures[0].exception
+
+def fail():
+    raise ValueError("too late")
+
+def tell(event):
+    os.write(1, event.name.encode() + b" ")
+
+group = TaskGroup(policy=Policy(), observers=[tell])
+group.__enter__()
+group.submit(fail)
+"""
+    )
+
+    assert ended.stdout == (
+        "group_opened task_submitted task_started task_failed 1 failure\ngroup_closed "
+    )
+    assert "ValueError: too late" in ended.stderr
+    assert "still open at exit" in ended.stderr
+
+
+def test_group_that_was_dropped_open_is_finished():
+    """
+    Its tasks are done, though nobody has a name for it any more.
+    """
+    ended = run_script(
+        """
+import os
+from fastpool import TaskGroup
+
+def enter():
+    group = TaskGroup(1)
+    group.__enter__()
+    for number in range(3):
+        group.submit(os.write, 1, str(number).encode())
+
+enter()
+"""
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "012", "")
