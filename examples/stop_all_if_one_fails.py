@@ -5,7 +5,7 @@ By hand: the failing task catches its own error and sets an `Event` that every t
 along; the main thread never hears of the error. Here the task just raises.
 """
 
-from fastpool import CancelToken, TaskGroup, cancellable
+from fastpool import CancelToken, Task, TaskGroup, cancellable
 
 
 @cancellable
@@ -22,12 +22,13 @@ def task(token: CancelToken, number: int, turns: int) -> str:
 def main() -> None:
     """Issue ten tasks with two arguments each, and report what became of them."""
     group = TaskGroup(10, name="ten-tasks")
+    tasks: list[Task[str]] = []
     try:
         with group:
-            batch = group.starmap(task, [(number, 4) for number in range(10)])
+            tasks.extend(group.starmap(task, [(number, 4) for number in range(10)]).tasks)
     except ValueError as error:
         print(f"the block raised: {error}")
-    stopped = [task.name for task in batch.tasks if task.cancelled()]
+    stopped = [one.name for one in tasks if one.cancelled()]
     print(f"stopped with it: {', '.join(stopped)}")
     print(f"failures: {len(group.failures)}, the first by {group.failures[0].task}")
 

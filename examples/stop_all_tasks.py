@@ -19,7 +19,7 @@ def task(token: CancelToken, number: int) -> None:
         while True:
             token.sleep(0.1)
     finally:
-        print(f"task {number} has put its things away")
+        print(f"task {number} has put its things away\n", end="")  # at once, newline and all
 
 
 def task_with_clean_arguments(number: int) -> None:
@@ -29,7 +29,7 @@ def task_with_clean_arguments(number: int) -> None:
             checkpoint()
             time.sleep(0.01)  # a little work
     finally:
-        print(f"task {number} has put its things away")
+        print(f"task {number} has put its things away\n", end="")  # at once, newline and all
 
 
 def main(seconds: float) -> None:

@@ -185,13 +185,18 @@ def as_completed(tasks: Iterable[Task[R]]) -> Iterator[Task[R]]:
         order given, then the others as they end. A cancelled one counts as ended.
 
     Raises:
+        TypeError: If one of them is no task.
         Cancelled: From the iterator, if the caller's own current token is set while it waits.
         RuntimeError: From the iterator, if tasks would wait for each other in a circle.
 
     Source:
         `concurrent.futures.as_completed`.
     """
-    return _as_completed(list(dict.fromkeys(tasks)))
+    each = list(dict.fromkeys(tasks))
+    for task in each:
+        if not isinstance(task, Task):
+            raise TypeError(f"as_completed() wants tasks, not {task!r}")
+    return _as_completed(each)
 
 
 def _as_completed(tasks: list[Task[R]]) -> Iterator[Task[R]]:

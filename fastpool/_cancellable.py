@@ -122,7 +122,9 @@ class _Injecting:
         param, index = self._self_place
         if index is None and param in kwargs:
             # To checkers a keyword-only token is an optional argument like any other.
-            return self.with_token(kwargs.pop(param), *args, **kwargs)
+            token = kwargs.pop(param)
+            if token is not None:
+                return self.with_token(token, *args, **kwargs)
         return self._self_inject(current_token(), args, kwargs)
 
     def _self_inject(
@@ -135,9 +137,26 @@ class _Injecting:
                 index -= 1
             else:  # a class has `fetch = fetch`: the object is what follows the token
                 fn, args = parent.__wrapped__, (fn.__self__, *args)
-        if index is None or index > len(args):  # keyword-only, or `self` came by keyword
-            return fn(*args, **{param: token}, **kwargs)
-        return fn(*args[:index], token, *args[index:], **kwargs)
+        try:
+            if index is None or index > len(args):  # keyword-only, or `self` came by keyword
+                return fn(*args, **{param: token}, **kwargs)
+            return fn(*args[:index], token, *args[index:], **kwargs)
+        except TypeError as error:
+            self._self_refuse_token(error, args, kwargs)
+            raise
+
+    def _self_refuse_token(
+        self, error: TypeError, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Where a call could not be made since it was given the token, say how it is to be made."""
+        traceback = error.__traceback__
+        by_hand = self._self_place[0] in kwargs or any(isinstance(a, CancelToken) for a in args)
+        if by_hand and traceback is not None and traceback.tb_next is None:
+            name = _name(self.__wrapped__)
+            raise TypeError(
+                f"{name}() is given its token by itself; to name one, write "
+                f"{name}.with_token(token, ...)"
+            ) from error
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -184,7 +203,11 @@ class _BoundCancellable(_Injecting, wrapt.BoundFunctionWrapper[..., Any]):
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         fn = self.__wrapped__
         if type(fn) is MethodType and self._self_parent._self_place[1] == 1:
-            return fn(current_token(), *args, **kwargs)  # the short way, for most methods
+            try:
+                return fn(current_token(), *args, **kwargs)  # the short way, for most methods
+            except TypeError as error:
+                self._self_refuse_token(error, args, kwargs)
+                raise
         return self._self_call(args, kwargs)
 
     @property
@@ -255,7 +278,11 @@ else:
         # The short way, for a token that comes first: wrapt's own `__call__` takes three times
         # as long, and every attribute that is read of a proxy costs as much as a call.
         def __call__(self, /, *args, **kwargs):
-            return self.__wrapped__(current_token(), *args, **kwargs)
+            try:
+                return self.__wrapped__(current_token(), *args, **kwargs)
+            except TypeError as error:
+                self._self_refuse_token(error, args, kwargs)
+                raise
 
         def __reduce__(self):
             name = getattr(self.__wrapped__, "__qualname__", "<object>")

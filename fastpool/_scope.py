@@ -34,30 +34,30 @@ class Place(Protocol):
     """What a context remembers of where it is: a task, the body of a group, a scope in either."""
 
     @property
-    def token(self) -> CancelToken:
+    def _token(self) -> CancelToken:
         """The current token there."""
         ...
 
     @property
-    def group(self) -> object:
+    def _group(self) -> object:
         """The group whose task or body this is in; `None` outside all groups."""
 
     @property
-    def thread(self) -> object:
+    def _thread(self) -> object:
         """The thread that made the token current, as `this_thread()` names it."""
 
 
 class Scope:
     """A place made by a `with` statement or a call."""
 
-    __slots__ = ("before", "group", "thread", "token")
+    __slots__ = ("_group", "_thread", "_token", "before")
 
     def __init__(
         self, token: CancelToken, group: object, thread: object, before: Place | None
     ) -> None:
-        self.token = token
-        self.group = group
-        self.thread = thread
+        self._token = token
+        self._group = group
+        self._thread = thread
         self.before = before  # the place around it
 
 
@@ -89,7 +89,7 @@ def current_token() -> CancelToken:
     It belongs to the context, as a context variable does, so a thread that you start has it
     only if you give it the context (`contextvars.copy_context().run`).
     """
-    return current.get().token
+    return current.get()._token
 
 
 def checkpoint() -> None:
@@ -99,7 +99,7 @@ def checkpoint() -> None:
     Raises:
         Cancelled: If it is set.
     """
-    current.get().token.check()
+    current.get()._token.check()
 
 
 def sleep(seconds: float) -> None:
@@ -114,19 +114,19 @@ def sleep(seconds: float) -> None:
         TypeError: If `seconds` is no number.
         ValueError: If it is NaN.
     """
-    current.get().token.sleep(seconds)
+    current.get()._token.sleep(seconds)
 
 
 def is_own(token: CancelToken) -> bool:
     """Whether a token is current because this very thread made it so, not by inheritance."""
     place = current.get()
-    return place.token is token and place.thread is this_thread()
+    return place._token is token and place._thread is this_thread()
 
 
 def enter(token: CancelToken, group: object = None) -> Scope:
     """Make a token current; `leave` takes the scope back."""
     before = current.get()
-    scope = Scope(token, before.group if group is None else group, this_thread(), before)
+    scope = Scope(token, before._group if group is None else group, this_thread(), before)
     current.set(scope)
     return scope
 
@@ -164,7 +164,7 @@ class _Scopes:
     def _leave(self) -> CancelToken:
         scope = self._entered.pop()
         leave(scope)
-        return scope.token
+        return scope._token
 
 
 class use_token(_Scopes):

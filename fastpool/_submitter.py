@@ -180,7 +180,15 @@ class Submitter:
             try:
                 if items is None:
                     items = begin()
-                arguments = tuple(next(items))
+                item = next(items)
+                if not isinstance(item, tuple) and (
+                    isinstance(item, (str, bytes)) or not isinstance(item, Iterable)
+                ):
+                    raise TypeError(
+                        f"starmap() wants a tuple of arguments for each call, not {item!r}; "
+                        f"for one argument each, write map({label(fn)}, ...)"
+                    )
+                arguments = tuple(item)
             except StopIteration:
                 return Batch(tuple(tasks))
             except BaseException as error:

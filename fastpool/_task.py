@@ -65,13 +65,14 @@ PLAIN = Options()
 
 def label(fn: object) -> str:
     """What a callable is called, in messages and logs. Raises nothing."""
-    while isinstance(fn, functools.partial):
-        fn = fn.func
+    inner: Any = fn  # Any: it may be anything that can be called
+    while isinstance(inner, functools.partial):
+        inner = inner.func
     try:
-        name = fn.__name__  # type: ignore[attr-defined]
+        name: object = inner.__name__
     except BaseException:  # its own code, perhaps; no name is worth a task
         name = None
-    return name if type(name) is str else type(fn).__name__
+    return name if type(name) is str else type(inner).__name__
 
 
 class Task(Generic[R_co]):
@@ -169,18 +170,18 @@ class Task(Generic[R_co]):
     # --- Where its context is (see `_scope.Place`) ------------------------------------------
 
     @property
-    def token(self) -> CancelToken:
+    def _token(self) -> CancelToken:
         """The task's own token, a child of its group's; made when somebody first asks."""
         token = self._own
         return self._run.token_for(self) if token is None else token
 
     @property
-    def group(self) -> object:
+    def _group(self) -> object:
         """The run it belongs to."""
         return self._run
 
     @property
-    def thread(self) -> object:
+    def _thread(self) -> object:
         """The thread that runs it, as `_scope.this_thread()` names it."""
         lane = self._lane
         return None if lane is None else lane.thread

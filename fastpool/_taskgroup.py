@@ -206,7 +206,7 @@ class TaskGroup(Submitter):
         place = _scope.current_place()
         token = run.token
         try:
-            token._link(place.token, strongly=True)
+            token._link(place._token, strongly=True)
             if self._outer_token is not None:
                 token._link(self._outer_token, strongly=True)
             token._limit(self._timeout)
@@ -274,9 +274,9 @@ class TaskGroup(Submitter):
         self._entered = None  # the place around is a task, perhaps, which leads to its own failure
         leaving = self._verdict(broken)
         if leaving is None:
-            leaving = self._ended_by(around.token, error)
+            leaving = self._ended_by(around._token, error)
         if leaving is not None:
-            self._annotate(leaving, outermost=around.group is None)
+            self._annotate(leaving, outermost=around._group is None)
         run.emit("group_closed", since=self._opened, error=leaving)
         return leaving
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _scope
@@ -58,7 +58,9 @@ def wait_for(tasks: Sequence[Task[Any]], timeout: float | None) -> bool:
 
 
 @contextlib.contextmanager
-def waiting(lane: Lane, tasks: Sequence[Task[Any]], *, for_any: bool = False) -> Iterator[None]:
+def waiting(
+    lane: Lane, tasks: Sequence[Task[Any]], *, for_any: bool = False
+) -> Generator[None, None, None]:
     """Say that the task of a lane waits for some others, all of them or any one."""
     lane.waits_for_any = for_any
     lane.waits = tasks

@@ -636,25 +636,16 @@ def test_optional_parameter_still_gets_the_token():
 @every({"function": keyword, "method": crawler.keyword})
 def test_keyword_token_given_by_hand_is_as_with_token(fn):
     """
-    Type checkers let a keyword-only token be given, so it is taken.
+    Type checkers let a keyword-only token be given, so it is taken; `None` is the current one.
     """
     token = CancelToken()
 
     assert fn("u", token=token) == [token, "u", 3]
-    with pytest.raises(TypeError):
-        fn("u", token=None)
-    with pytest.raises(TypeError, match="multiple values"):
+    assert fn("u", token=None) == [CancelToken.NEVER, "u", 3]
+    with pytest.raises(TypeError, match="wants a CancelToken"):
+        fn("u", token=404)
+    with pytest.raises(TypeError, match="given its token by itself"):
         fn.with_token(token, "u", token=token)
-
-
-def test_token_given_by_hand_is_refused():
-    """
-    A positional token is not the caller's to give.
-    """
-    with pytest.raises(TypeError, match="multiple values"):
-        fetch("u", token=CancelToken())
-    with pytest.raises(TypeError, match="multiple values"):
-        crawler.method("u", token=CancelToken())
 
 
 def test_self_may_come_by_keyword():
@@ -1243,3 +1234,50 @@ def test_event_loop_can_call_it_in_a_thread():
             return await asyncio.to_thread(fetch, "u")
 
     assert asyncio.run(main()) == [token, "u", 3]
+
+
+class Page:
+    """Has a decorated method."""
+
+    @cancellable
+    def resize(self, token, width):
+        return width
+
+
+@cancellable
+def crop(token, width):
+    return width
+
+
+@cancellable
+def turn(width, *, token=None):
+    return width, token
+
+
+@pytest.mark.parametrize("name", ["crop", "resize"])
+@pytest.mark.parametrize("keyword", [False, True])
+def test_token_given_by_hand_is_refused_with_the_way_to_name_one(name, keyword):
+    """
+    The function takes it from its context; the error says how to give it another.
+    """
+    fn = crop if name == "crop" else Page().resize
+    call = {True: lambda: fn(404, token=CancelToken()), False: lambda: fn(CancelToken(), 404)}
+
+    with pytest.raises(TypeError, match=rf"{name}\(\) is given its token.*{name}\.with_token"):
+        call[keyword]()
+
+
+def test_type_error_of_the_function_itself_is_left_alone():
+    """
+    Also where it was given a token.
+    """
+
+    @cancellable
+    def wrong(token, other):
+        return 1 + other
+
+    token = CancelToken()
+    with pytest.raises(TypeError, match="unsupported operand"):
+        wrong(token)
+    with pytest.raises(TypeError, match="missing 1 required"):
+        wrong()

@@ -147,7 +147,97 @@ def test_check_passes_on_what_was_written(tree):
 
     assert written[:2] == (0, b"")
     assert (code, out) == (0, b"")
-    assert "all 8 files are as they should be" in err
+    assert "8 checked, all as they should be" in err
+
+
+def test_manifest_leaves_itself_out_however_it_is_spelled(tree):
+    """
+    Another way to write the folder, or a link to the manifest, makes no other file of it.
+    """
+    for _ in range(2):
+        checksums("../tree", "-o", "manifest", cwd=tree)
+    (tree.parent / "link").symlink_to(tree / "manifest")
+    again = checksums(tree, "-o", tree.parent / "link")
+
+    assert again[0] == 0
+    assert (tree.parent / "link").is_symlink()
+    assert checksums(tree, "--check", tree / "manifest")[0] == 0
+
+
+def test_manifest_may_be_read_by_whoever_may_read_new_files(tree, tmp_path):
+    """
+    It gets the mode that any new file gets.
+    """
+    checksums(tree, "-o", tmp_path / "manifest")
+    (tmp_path / "other").touch()
+
+    assert (tmp_path / "manifest").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_manifest_goes_into_a_pipe_without_replacing_it(tree, tmp_path):
+    """
+    What is there and is no file takes the manifest as it is.
+    """
+    os.mkfifo(tmp_path / "pipe")
+    with start("checksums.py", tree, "-o", tmp_path / "pipe") as process:
+        manifest = (tmp_path / "pipe").read_bytes()
+        process.wait(timeout=50)
+
+    assert process.returncode == 0
+    assert len(manifest.splitlines()) == 8
+    assert (tmp_path / "pipe").is_fifo()
+
+
+@pytest.mark.parametrize(
+    ("output", "why"), [("none/manifest", "there is no folder"), ("tree", "it is a folder")]
+)
+def test_place_where_nothing_can_be_written_is_refused_first(tree, tmp_path, output, why):
+    """
+    The message names what was asked for, and nothing is hashed before.
+    """
+    (tree / "plain").unlink()
+    (tree / "plain").symlink_to("/proc/self/mem")  # would be the first trouble
+
+    code, out, err = checksums(tree, "-o", tmp_path / output)
+
+    assert (code, out) == (2, b"")
+    assert f"cannot write {str(tmp_path / output)!r}: {why}" in err
+
+
+def test_reader_that_goes_away_is_no_trouble(tree):
+    """
+    As with other programs, nothing is said then.
+    """
+    with start("checksums.py", tree) as process:
+        process.stdout.close()
+        err = process.stderr.read()
+        process.wait(timeout=50)
+
+    assert (process.returncode, err) == (141, b"")
+
+
+def test_check_reads_what_other_programs_write(tree):
+    """
+    Capital letters in a checksum, comments, and a mark for binary files.
+    """
+    good = hashlib.sha256((tree / "plain").read_bytes()).hexdigest().upper()
+    (tree / "manifest").write_text(f"# made elsewhere\n{good} *plain\n")
+
+    assert checksums(tree, "--check", tree / "manifest")[0] == 0
+
+
+def test_check_never_opens_what_is_no_file(tree):
+    """
+    A pipe in the place of a file is a mismatch; to read it would wait for ever.
+    """
+    checksums(tree, "-o", tree / "manifest")
+    (tree / "plain").unlink()
+    os.mkfifo(tree / "plain")
+
+    code, _, err = checksums(tree, "--check", tree / "manifest")
+
+    assert code == 1
+    assert "'plain' is no file any more" in err
 
 
 @pytest.mark.parametrize("trouble", ["differs", "is missing"])
@@ -175,6 +265,8 @@ def test_check_stops_at_a_mismatch_and_names_the_file(tree, trouble):
         (b"\\" + b"0" * 64 + b"  ..", "line 2: '..' leads out"),
         (b"rubbish", "line 2: not a checksum and a name"),
         (b"0" * 63 + b"  x", "line 2: not a checksum and a name"),
+        (b"0" * 64 + b"  x\0", "line 2: not a checksum and a name"),
+        (b"\\" + b"0" * 64 + b"  a\\tb", "line 2: not a checksum and a name"),
     ],
 )
 def test_manifest_that_is_not_to_be_trusted_is_refused(tree, line, message):
@@ -190,42 +282,58 @@ def test_manifest_that_is_not_to_be_trusted_is_refused(tree, line, message):
     assert message in err
 
 
+def test_empty_manifest_verifies_nothing(tree):
+    """
+    It is no success.
+    """
+    (tree / "manifest").touch()
+
+    code, _, err = checksums(tree, "--check", tree / "manifest")
+
+    assert code == 2
+    assert "no checksums in it" in err
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="nothing that cannot be read")
 def test_unreadable_file_stops_everything(tree, tmp_path):
     """
     A file that cannot be read is named; nothing is printed, nothing is written.
     """
     (tree / "plain").unlink()
-    (tree / "plain").symlink_to("nowhere")
+    (tree / "plain").symlink_to("/proc/self/mem")
 
     printed = checksums(tree)
     written = checksums(tree, "-o", tmp_path / "manifest")
 
     assert printed[:2] == written[:2] == (2, b"")
-    assert "plain': No such file or directory" in printed[2]
+    assert "plain': Input/output error" in printed[2]
     assert os.listdir(tmp_path) == ["tree"]
 
 
 def test_what_is_no_file_is_left_out_with_a_note(tree):
     """
-    A named pipe is never opened, and a link to a folder not followed.
+    A named pipe is never opened, a link to a folder not followed, and a broken one passed over.
     """
     os.mkfifo(tree / "pipe")
+    (tree / "broken").symlink_to("nowhere")
     (tree / "loop").symlink_to(tree, target_is_directory=True)
 
     code, out, err = checksums(tree)
 
     assert code == 0
     assert len(out.splitlines()) == 8
-    assert "left out" in err
+    assert err.count("left out") == 2
     assert "pipe" in err
+    assert "broken" in err
 
 
 def test_wrong_arguments_are_refused(tree):
     """
-    A folder that is none, and a number of workers that is none.
+    A folder that is none, a number of workers that is none, two jobs at once.
     """
     assert checksums(tree / "none")[0] == 2
     assert "--workers must be 1 or more" in checksums(tree, "--workers", "0")[2]
+    assert "leave out --output" in checksums(tree, "--check", "m", "--output", "n")[2]
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")

@@ -1613,6 +1613,14 @@ def test_as_completed_yields_what_failed_or_was_cancelled(workers):
     assert rest == tasks[:2]
 
 
+def test_as_completed_of_what_is_no_task_is_refused():
+    """
+    At the call, by what it is.
+    """
+    with pytest.raises(TypeError, match=r"as_completed\(\) wants tasks, not 404"):
+        fastpool.as_completed([404])
+
+
 def test_as_completed_ends_when_the_group_is_cancelled(watched, workers):
     """
     For a reader outside, what never starts has ended.

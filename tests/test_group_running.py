@@ -1259,6 +1259,18 @@ def bad_input(error):
     raise error
 
 
+@pytest.mark.parametrize("item", [404, "ab", b"ab"])
+def test_starmap_over_single_arguments_is_refused(item):
+    """
+    A string is one argument, and not as many as it has letters; the error names `map`.
+    """
+    with pytest.raises(TypeError, match=r"starmap\(\) wants a tuple.*map\(resize"):  # noqa: SIM117
+        with TaskGroup() as group:
+            group.starmap(resize, [item])
+
+    assert [failure.task for failure in group.failures] == [None]
+
+
 @pytest.mark.parametrize("handled", [False, True])
 @pytest.mark.parametrize("make", [bad_input, BadIter])
 @pytest.mark.parametrize("call", ["map", "starmap", "map with_options"])
