@@ -11,7 +11,7 @@ from fastpool._gate import Gate
 from fastpool._lane import Lane, here
 from fastpool._task import CANCELLED, ERROR, Task
 from fastpool._token import CancelToken
-from fastpool._waiting import circle_error, find_circle, help_along, wait_for, waiting
+from fastpool._waiting import AnyOf, circle_error, find_circle, help_along, wait_for, waiting
 
 if TYPE_CHECKING:
     from fastpool._run import Run
@@ -252,7 +252,7 @@ def _next_ended(
                 at_work = [task for run in runs for task in run.in_hand() if task in left]
                 if help_along(lane, *queued[-1:], *at_work, last_resort=True):
                     continue
-                with waiting(lane, list(left), for_any=True):
+                with waiting(lane, AnyOf(left)):
                     _refuse_circle_of_all(lane, lane.waits)
                     inbox.gate.wait()
             else:

@@ -84,7 +84,7 @@ class _Clock:
         self.thread: threading.Thread | None = None
         self.arrivals: deque[Deadline] = deque()
         self.gate = Gate()
-        self.asked: Gate | None = None  # `shutdown` asks it to end, and waits here for the answer
+        self.asked: deque[Gate] = deque()  # `shutdown` asks it to end, and waits for the answer
         self._wakes_at = -math.inf  # -inf while the thread is awake, and looks by itself
         self._heap: list[Deadline] = []
         self._sweep_at = 64
@@ -102,19 +102,18 @@ class _Clock:
             while self.arrivals:
                 heapq.heappush(heap, self.arrivals.popleft())
             self._fire()
-            asked, self.asked = self.asked, None
-            if asked is not None:
+            if self.asked:
                 self._sweep()
                 if not heap:
-                    self._end(asked)
+                    self._end()
                     return
-                asked.open()
+                self._answer()
             self._wakes_at = heap[0][0] if heap else math.inf
             if self.arrivals:
                 continue
             woken = self.gate.wait(heap[0][0] - time.monotonic() if heap else IDLE)
             if not woken and not heap:
-                self._end(self.asked)
+                self._end()
                 return
 
     def _fire(self) -> None:
@@ -135,15 +134,17 @@ class _Clock:
         self._heap[:] = [entry for entry in self._heap if _alive(entry)]
         heapq.heapify(self._heap)
 
-    def _end(self, asked: Gate | None) -> None:
+    def _answer(self) -> None:
+        while self.asked:
+            self.asked.popleft().open()
+
+    def _end(self) -> None:
         """Give up the post; what arrived for it meanwhile goes to its successor."""
         _clocks.pop("clock", None)
         while self.arrivals:
             _arrive(self.arrivals.popleft())
         # Looked at after the post was given up, as `shutdown` looks at the post after asking.
-        asked = asked or self.asked
-        if asked is not None:
-            asked.open()
+        self._answer()
 
     def pending(self) -> list[Deadline]:
         return [*self._heap, *self.arrivals]
@@ -258,7 +259,8 @@ def shutdown() -> None:
     clock = _clocks.get("clock")
     if clock is None or clock.thread is None:
         return
-    clock.asked = answer = Gate()
+    answer = Gate()
+    clock.asked.append(answer)
     clock.gate.open()
     if _clocks.get("clock") is clock:
         answer.wait()

@@ -38,7 +38,6 @@ class Lane:
         "task",
         "thread",
         "waits",
-        "waits_for_any",
     )
 
     def __init__(self, pool: object, number: int = 0) -> None:
@@ -50,7 +49,6 @@ class Lane:
         self.task: Task[Any] | None = None  # what it runs now
         self.since = 0.0  # when that began, where somebody observes
         self.waits: Sequence[Task[Any]] = ()  # what that task waits for
-        self.waits_for_any = False  # one of these is enough
         self.leaves: Run | None = None  # the group that it waits for as a whole
         self.below: Lane | None = None  # the lane whose waiting task helps out here
         self.above: Lane | None = None  # the lane in which the waiting task helps out

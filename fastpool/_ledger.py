@@ -144,15 +144,18 @@ class Ledger:
 
     def admit(self, task: Task[Any], lane: Lane) -> bool:
         """Whether a lane that took a task off the queue may run it."""
-        if self.stopping():
+        stopping = self.stopping()
+        if stopping:
             self.catch_up()
-            verdict = self.claim(task).decide(_Withdrawn(self.why()))
-        else:
-            claim = self.claims.get(task)
-            verdict = lane if claim is None else claim.decide(lane)
-        # Its lane is looked at after the claim, which stays until the task has ended: somebody
-        # who waited for it may have run it, and it is still in the queue.
-        if verdict is lane and task._lane is None:
+        claim = self.claim(task) if stopping else self.claims.get(task)
+        # Looked at after the claim, which stays until the task has ended: somebody may have run
+        # it or withdrawn it, and it is still in the queue.
+        verdict: object = None
+        if task._lane is None and not task._state:
+            verdict = lane
+            if claim is not None:
+                verdict = claim.decide(_Withdrawn(self.why()) if stopping else lane)
+        if verdict is lane:
             task._lane = lane
             return True
         if isinstance(verdict, _Withdrawn):
@@ -164,8 +167,9 @@ class Ledger:
         """Keep a queued task from ever running. False if it is too late."""
         claim = self.claim(task)
         withdrawn = _Withdrawn(reason)
-        # A waiter that ran it took its claim away with it, but has left its lane.
-        if task._taken or task._lane is not None or claim.decide(withdrawn) is not withdrawn:
+        # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a state.
+        decided = task._taken or task._lane is not None or bool(task._state)
+        if decided or claim.decide(withdrawn) is not withdrawn:
             if task._state:
                 self.claims.pop(task, None)
             return False
@@ -325,7 +329,7 @@ class Ledger:
             failure = self.failures[order]
             if failure.exception is error and (failure.task is task or failure.task is None):
                 return order
-        return 0
+        return len(self.failures)  # a stray that is just being noted
 
     def consult(self, task: Task[Any], error: BaseException | None) -> bool:
         """Tell the judge of an outcome; whether to cancel the rest. With `judging` held."""
@@ -399,12 +403,12 @@ class Ledger:
             with contextlib.suppress(ValueError):
                 watchers.remove(watcher)
             # An empty list stays until the task ends: somebody may be about to add to it.
-            if task._state:
+            if task._state and not watchers:
                 self.watchers.pop(task, None)
 
     def notify(self, task: Task[Any]) -> None:
         """Wake who waits for a task."""
-        for watcher in self.watchers.pop(task, ()):
+        for watcher in tuple(self.watchers.pop(task, ())):  # others may take theirs off it now
             watcher.notify(task)
 
     def emit(

@@ -347,8 +347,11 @@ class Run(Ledger):
         with self.slot_for(lane) as inner:
             if inner is None:
                 return False
+            if self.stopping():
+                return False
             claim = self.claim(task)
-            if task._taken or task._lane is not None or claim.decide(inner) is not inner:
+            decided = task._taken or task._lane is not None or bool(task._state)
+            if decided or claim.decide(inner) is not inner:
                 if task._state:
                     self.claims.pop(task, None)
                 return False
@@ -381,7 +384,8 @@ class Run(Ledger):
         lane.above = inner
         inner.serve_here()
         try:
-            yield inner
+            # As in `call`: said that we are at it, and looked then whether the group ends.
+            yield inner if self.goes_on() else None
         finally:
             lane.above = None
             stand_in(lane)
@@ -402,13 +406,14 @@ class Run(Ledger):
         queued = self.queue.copy()
         # What lanes have in hand now was submitted before, too. Some have taken a task and not
         # yet said so; they pass as soon as they are done with it.
-        pending = self.lanes.copy()
+        pending: dict[Lane, None] = {}
         self.fences[gate] = pending
         self.disturbed = True  # so that lanes look for fences
+        pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
             for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
-            tasks = [busy.task for busy in pending.copy() if busy.task is not None]
+            tasks = [task for busy in pending.copy() if (task := busy.task) is not None]
             left = None if deadline is None else deadline - time.monotonic()
             if not wait_for([*tasks, *queued], left):
                 return False
@@ -429,7 +434,7 @@ class Run(Ledger):
 
     def in_hand(self) -> list[Task[Any]]:
         """The tasks that lanes are at."""
-        return [lane.task for lane in self.lanes.copy() if lane.task is not None]
+        return [task for lane in self.lanes.copy() if (task := lane.task) is not None]
 
     def come_to_rest(self, lane: Lane | None) -> bool:
         """
@@ -484,7 +489,7 @@ class Run(Ledger):
             The failures, by time.
         """
         if self.observers:
-            for task in self.queue:  # nobody else does anything with it any more
+            for task in self.queue.copy():  # nobody else does anything with it any more
                 self.withdraw(task, self.why())
         self.over = True
         if self.backend is not None:

@@ -235,7 +235,18 @@ class TaskGroup(Submitter):
         # in it that is no cycle, and a failed task's locals die with the caller's names.
         leaving: BaseException | None = None
         try:
-            leaving = self._leave(error)
+            if not self._finished:
+                self._refuse_leaving()
+            while True:
+                try:
+                    leaving = self._leave(error)
+                    break
+                except BaseException as interrupt:
+                    # A signal handler's, from between our lines: it counts as the body's, and the
+                    # group is left all the same.
+                    if self._run.over:
+                        raise
+                    error = interrupt
             if leaving is None:
                 return True
             release(leaving)
@@ -245,15 +256,18 @@ class TaskGroup(Submitter):
         finally:
             del self, error, traceback, leaving
 
+    def _refuse_leaving(self) -> None:
+        run = self._run
+        if self._entered is None or run.over:
+            raise RuntimeError(f"group {run.name!r} cannot be left: it is not open")
+        refuse_own_group(run, here())
+
     def _leave(self, error: BaseException | None) -> BaseException | None:
         """Wait for everything, and say what leaves the block."""
         run = self._run
         if self._finished:
             return error
-        if self._entered is None or run.over:
-            raise RuntimeError(f"group {run.name!r} cannot be left: it is not open")
-        lane = here()
-        refuse_own_group(run, lane)
+        assert self._entered is not None
         around, scope = self._entered
         _scope.leave(scope)
         if error is not None:

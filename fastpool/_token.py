@@ -136,7 +136,7 @@ class CancelToken:
         """
         if not self._parents:
             return self._deadline
-        found = [token._deadline for token in self._lineage() if token._deadline is not None]
+        found = [due for token in self._lineage() if (due := token._deadline) is not None]
         return min(found, default=None)
 
     def remaining(self) -> float | None:

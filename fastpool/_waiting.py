@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fastpool._task import Task
 
 __all__ = [
+    "AnyOf",
     "circle_error",
     "find_circle",
     "help_along",
@@ -57,19 +58,21 @@ def wait_for(tasks: Sequence[Task[Any]], timeout: float | None) -> bool:
         return _sleep_until_done(left, timeout, lane)
 
 
+class AnyOf(tuple["Task[Any]", ...]):
+    """Tasks for one of which something waits."""
+
+    __slots__ = ()
+
+
 @contextlib.contextmanager
-def waiting(
-    lane: Lane, tasks: Sequence[Task[Any]], *, for_any: bool = False
-) -> Generator[None, None, None]:
-    """Say that the task of a lane waits for some others, all of them or any one."""
-    lane.waits_for_any = for_any
+def waiting(lane: Lane, tasks: Sequence[Task[Any]]) -> Generator[None, None, None]:
+    """Say that the task of a lane waits for some others: for all, or for one of an `AnyOf`."""
     lane.waits = tasks
     tell_waiting(lane)
     try:
         yield
     finally:
         lane.waits = ()
-        lane.waits_for_any = False
 
 
 def _sleep_until_done(tasks: list[Task[Any]], timeout: float | None, lane: Lane | None) -> bool:
@@ -177,16 +180,15 @@ def _tell(runs: list[Run | None], but: Lane | None) -> None:
                     runs.extend(below.run for below in helper.stack() if below.run not in runs)
 
 
-def _waited_for(serving: Lane) -> list[Task[Any]]:
+def _waited_for(serving: Lane) -> Sequence[Task[Any]]:
     """What the task of a lane must wait for before it can go on; nothing if it runs."""
     above = serving.above
     if above is not None:
         # Its thread helps out with another task, which must end before this one goes on.
-        return [] if above.task is None else [above.task]
-    found = list(serving.waits)
-    if serving.leaves is not None:
-        found.extend(serving.leaves.in_hand())
-    return found
+        helped = above.task
+        return () if helped is None else (helped,)
+    leaves = serving.leaves
+    return serving.waits if leaves is None else leaves.in_hand()
 
 
 def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task[Any]] | None:
@@ -226,16 +228,15 @@ def _can_end(task: Task[Any], mine: set[Lane]) -> bool:
     with the first that ends. So, of all tasks in these chains: which run, or wait for nothing
     but those that can go on?
     """
-    waits: dict[Task[Any], tuple[list[Task[Any]], bool]] = {}
+    waits: dict[Task[Any], Sequence[Task[Any]]] = {}
     links = [task]
     while links:
         link = links.pop()
         serving = link._lane
         if link in waits or serving is None or link._state or serving in mine:
             continue
-        waited = _waited_for(serving)
-        waits[link] = waited, serving.waits_for_any and serving.above is None
-        links.extend(waited)
+        waits[link] = _waited_for(serving)
+        links.extend(waits[link])
 
     def goes_on(link: Task[Any]) -> bool:
         if link._state or link._lane is None:
@@ -245,8 +246,8 @@ def _can_end(task: Task[Any], mine: set[Lane]) -> bool:
     before = -1
     while len(waits) != before:
         before = len(waits)
-        for link, (waited, for_any) in list(waits.items()):
-            enough = any if for_any else all
+        for link, waited in list(waits.items()):
+            enough = any if isinstance(waited, AnyOf) else all
             if not waited or enough(goes_on(other) for other in waited):
                 del waits[link]
     return goes_on(task)

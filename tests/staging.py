@@ -3,6 +3,7 @@ How a test brings threads into the order that it is about: it waits for what the
 looks whether they sleep, and acts at a given line of the library's.
 """
 
+import contextvars
 import itertools
 import sys
 import threading
@@ -79,7 +80,7 @@ def start(fn, *args):
             outcome.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
-    thread.start()
+    contextvars.Context().run(thread.start)  # a free-threaded build would hand it ours
     return thread, outcome
 
 

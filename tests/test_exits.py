@@ -138,3 +138,45 @@ enter()
     )
 
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "012", "")
+
+
+def test_ctrl_c_while_threads_are_started_hangs_nothing():
+    """
+    An interrupt that arrives as the main thread starts a thread leaves no pool half made.
+    """
+    ended = run_script(
+        """
+import signal, threading, time
+import fastpool
+from fastpool import TaskGroup, sleep
+
+start, hits = threading.Thread.start, []
+
+def interrupted_start(thread):
+    start(thread)
+    if not hits:
+        hits.append(threading.current_thread())
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+threading.Thread.start = interrupted_start
+fastpool.shutdown()
+for delay in range(200):
+    hits.clear()
+    try:
+        with TaskGroup(4) as group:
+            for _ in range(4):
+                group.submit(sleep, 60)
+            time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+    else:
+        raise SystemExit("the interrupt was lost")
+    fastpool.shutdown()
+deadline = time.monotonic() + 20
+while threading.active_count() > 1 and time.monotonic() < deadline:
+    fastpool.shutdown()  # a helper may not have been idle yet
+print(len(hits), threading.active_count())
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("1 1\n", "")

@@ -1340,6 +1340,7 @@ def test_locals_of_a_failed_task_die_without_the_collector(run):
             run(witnesses)
         except ValueError as error:
             clear_frames(error)
+        fastpool.shutdown()  # without a GIL, what a parked thread made is freed when it wakes
         alive = [witness() for witness in witnesses if witness() is not None]
     finally:
         gc.enable()
@@ -1372,6 +1373,7 @@ def test_arguments_and_results_are_freed_with_the_handle():
         del given, returned
         kept = [witness() is not None for witness in watched]
         del task
+        until(lambda: not any(witness() for witness in watched), within=5)
         gone = [witness() is None for witness in watched]
 
     assert kept == [False, True]

@@ -1880,6 +1880,7 @@ def test_task_is_run_once_by_its_worker_or_its_waiter(watched, workers):
 
         def parent():
             threads.append(threading.current_thread())
+            submitted.wait(timeout=10)
             until(lambda: reached.is_set() or child.done())
             return child.result()
 
@@ -2155,6 +2156,7 @@ def test_circle_is_found_whoever_looks_first(watched, workers):
 
         def pong():
             threads["pong"] = threading.current_thread()
+            ready.wait(timeout=10)
             # The line in question may come only after the first one has slept.
             until(lambda: reached.is_set() or is_asleep(threads["ping"]))
             tasks[0].result()

@@ -11,7 +11,8 @@ from multiprocessing.dummy import DummyProcess
 from multiprocessing.pool import ThreadPool
 from typing import TYPE_CHECKING, Any
 
-from fastpool._clock import IDLE
+from fastpool._clock import IDLE, run_in_helper
+from fastpool._gate import Gate
 from fastpool._lane import Lane, stand_in
 from fastpool._task import VALUE, call
 from fastpool._waiting import tell_helpers
@@ -111,6 +112,9 @@ class _Pool:
         Args:
             lane_ready: Called with the lane before it can begin.
         """
+        _out_of_reach(lambda: self._start(lane_ready))
+
+    def _start(self, lane_ready: Callable[[Lane], None]) -> None:
         with self.growing:
             threads = self.threads
             if threads is None:
@@ -150,6 +154,51 @@ class _Pool:
             return self.ended
         self.end()
         return True
+
+
+def _out_of_reach(fn: Callable[[], None]) -> None:
+    """
+    Call something where no signal handler can interrupt it halfway: not in the main thread.
+
+    What a handler raises meanwhile is raised afterwards. Interrupted while it starts a thread, a
+    `ThreadPool` loses count of them, and waits for ever when it ends.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        fn()
+        return
+    outcome: list[BaseException | None] = []
+    claims: dict[None, bool] = {}  # whether it is called; `setdefault` decides
+    gate = Gate()
+
+    def call() -> None:
+        if not claims.setdefault(None, True):
+            return
+        try:
+            fn()
+        except BaseException as error:
+            outcome.append(error)
+        else:
+            outcome.append(None)
+        gate.open()
+
+    interrupt: BaseException | None = None
+    try:
+        run_in_helper(call)
+    except BaseException as error:
+        if not claims.setdefault(None, False):
+            raise
+        interrupt = error  # the helper is at it all the same
+    while not outcome:
+        try:
+            gate.wait()
+        except BaseException as error:
+            interrupt = error
+    leaving = interrupt or outcome.pop()
+    try:
+        if leaving is not None:
+            raise leaving
+    finally:
+        del leaving, interrupt
 
 
 # All that have not ended.
