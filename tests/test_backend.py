@@ -10,8 +10,9 @@ import threading
 import pytest
 
 import fastpool
-from fastpool import CancelToken, GroupClosedError, TaskGroup
+from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGroup
 from fastpool._lane import Lane
+from fastpool._run import Run
 from fastpool.backends import Backend
 
 
@@ -133,7 +134,9 @@ def test_storm_of_failures(hasty):
     for number in range(400):
         bad = chance.randrange(20)
         with pytest.raises(ValueError, match="root"), TaskGroup(4) as group:
-            tasks = [group.submit(fail if at == bad else int) for at in range(20)]
+            tasks = []
+            for at in range(20):  # it may fail before all are queued
+                tasks.append(group.submit(fail if at == bad else int))
             if number % 3 == 0:
                 for task in tasks:
                     task.wait(timeout=20)
@@ -174,6 +177,171 @@ def test_storm_of_tasks_that_wait_for_their_own(hasty, workers):
             task = group.submit(grow, group, 5)
 
         assert task.result() == 32
+
+
+@pytest.mark.parametrize("act", ["cancel", "wait"])
+def test_storm_of_threads_around_one_task(hasty, act):
+    """
+    Of several that cancel it one is told that it did; of several that wait each is woken.
+    """
+    for _ in range(300):
+        release, together = threading.Event(), threading.Barrier(4)
+        told = []
+
+        def meet(task, together=together, told=told):
+            together.wait(timeout=20)
+            told.append(task.cancel() if act == "cancel" else task.wait(timeout=20))
+
+        with TaskGroup(1) as group:
+            first = group.submit(release.wait, 20)
+            queued = group.submit(pow, 2, 3)
+            threads = [
+                threading.Thread(target=meet, args=(queued if act == "cancel" else first,))
+                for _ in range(3)
+            ]
+            for thread in threads:
+                thread.start()
+            together.wait(timeout=20)
+            release.set()
+            for thread in threads:
+                thread.join(timeout=30)
+
+        if act == "wait":
+            assert told == [True] * 3
+        else:
+            # One that has started is told by its token, and may have its value all the same.
+            assert sum(told) == 1 if queued.cancelled() else sum(told) <= 1
+
+
+def test_storm_of_waits_for_a_group_on_a_pool_of_yours(hasty, make_pool):
+    """
+    A wait returns though the threads that it waits for leave the group at that moment.
+    """
+    with TaskGroup(pool=make_pool(2)) as group:
+        for _ in range(500):
+            group.submit(pow, 2, 3)
+            group.wait(timeout=20)
+
+
+def test_storm_of_shutdowns(hasty):
+    """
+    Each of several threads that shut down at once is answered.
+    """
+    far = CancelToken(timeout=3600)
+    for _ in range(200):
+        together = threading.Barrier(3)
+
+        def shut(together=together):
+            together.wait(timeout=20)
+            CancelToken(timeout=0.0001)
+            fastpool.shutdown()
+
+        threads = [threading.Thread(target=shut, daemon=True) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=20)
+
+        assert not any(thread.is_alive() for thread in threads)
+    assert far.deadline is not None
+
+
+def test_task_that_its_waiter_ran_stays_what_it_is():
+    """
+    A failure that comes later does not make a cancelled one of it.
+    """
+    handles = []
+
+    def parent():
+        handles.append(group.submit(pow, 2, 3))
+        assert handles[0].result() == 8
+        raise ValueError("root")
+
+    with pytest.raises(ValueError, match="root"), TaskGroup(1) as group:
+        group.submit(parent)
+
+    assert handles[0].result() == 8
+    assert not handles[0].cancelled()
+
+
+def test_submit_that_comes_as_an_observed_group_ends_changes_nothing():
+    """
+    The end tells observers of what was queued, while another thread queues more.
+    """
+    late, go = threading.Event(), threading.Event()
+
+    def observe(event):
+        here = threading.current_thread()
+        if event.name == "task_submitted" and here is thread:
+            late.set()  # past its checks, and not yet in the queue
+            go.wait(timeout=10)
+        if event.name == "task_cancelled" and here is threading.main_thread():
+            go.set()  # the end goes through the queue now
+            thread.join(timeout=10)
+
+    def submit():
+        with pytest.raises(GroupClosedError):
+            group.submit(pow, 2, 3)
+
+    def fail():
+        release.wait(timeout=10)
+        raise ValueError("root")
+
+    release = threading.Event()
+    thread = threading.Thread(target=submit)
+    with pytest.raises(ValueError, match="root"), TaskGroup(1, observers=[observe]) as group:
+        group.submit(fail)
+        for _ in range(5):
+            group.submit(pow, 2, 3)
+        thread.start()
+        late.wait(timeout=10)
+        release.set()
+
+    assert not thread.is_alive()
+
+
+def test_helper_that_comes_as_the_group_ends_begins_nothing(make_pool, monkeypatch):
+    """
+    A worker has seen a queued task that it could run, and the block is left before it does.
+    """
+    inside, ended, release = (threading.Event() for _ in range(3))
+    ran = []
+    slot_for = Run.slot_for
+
+    def slowly(run, lane):
+        if run.name == "inner":
+            inside.set()
+            ended.wait(timeout=10)
+        return slot_for(run, lane)
+
+    def fail():
+        started.wait(timeout=10)
+        release.wait(timeout=10)
+        raise ValueError("root")
+
+    def read(task):
+        with pytest.raises(TaskCancelledError):
+            task.result()
+
+    monkeypatch.setattr(Run, "slot_for", slowly)
+    started = threading.Barrier(2)
+    pool = make_pool(3)
+    with TaskGroup(pool=pool) as outer:
+        with (
+            pytest.raises(ValueError, match="root"),
+            TaskGroup(1, pool=pool, name="inner") as inner,
+        ):
+            inner.submit(fail)
+            started.wait(timeout=10)
+            queued = inner.submit(ran.append, 1)
+            reader = outer.submit(read, queued)
+            inside.wait(timeout=10)
+            release.set()
+        ended.set()
+        reader.result(timeout=20)
+
+    assert ran == []
+    assert queued.cancelled()
 
 
 # --- Forks ----------------------------------------------------------------------------------------

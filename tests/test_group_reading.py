@@ -1667,7 +1667,10 @@ def test_as_completed_in_the_body_hears_the_failure(workers):
     seen = []
 
     with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
-        tasks = [group.submit(fails), group.submit(lambda: current_token().sleep(60))]
+        queued = threading.Event()
+        failing = group.submit(lambda: queued.wait(timeout=10) and fails())
+        tasks = [failing, group.submit(lambda: current_token().sleep(60))]
+        queued.set()
         seen.extend(fastpool.as_completed(tasks))
 
     assert set(seen) <= set(tasks)
