@@ -182,13 +182,16 @@ def _tell(runs: list[Run | None], but: Lane | None) -> None:
 
 def _waited_for(serving: Lane) -> Sequence[Task[Any]]:
     """What the task of a lane must wait for before it can go on; nothing if it runs."""
-    above = serving.above
-    if above is not None:
-        # Its thread helps out with another task, which must end before this one goes on.
-        helped = above.task
-        return () if helped is None else (helped,)
     leaves = serving.leaves
-    return serving.waits if leaves is None else leaves.in_hand()
+    waits = serving.waits if leaves is None else leaves.in_hand()
+    above = serving.above
+    helped = None if above is None else above.task
+    if helped is None:
+        return waits
+    # Its thread helps out with another task meanwhile, which must end as well.
+    if isinstance(waits, AnyOf):
+        return (helped,)  # who waits for any looks again before every sleep
+    return (*waits, helped)
 
 
 def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task[Any]] | None:

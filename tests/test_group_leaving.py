@@ -11,7 +11,7 @@ import warnings
 import weakref
 
 import pytest
-from staging import until
+from staging import is_asleep, until
 
 import fastpool
 from fastpool import (
@@ -190,19 +190,18 @@ def test_no_queued_task_starts_after_the_first_failure():
     assert sum(task.cancelled() for task in batch.tasks) == 1007
 
 
-def test_failure_is_told_in_order():
+def test_failure_is_told_in_order(watched):
     """
     Recorded, task done, token set, waiters woken, callbacks run.
     """
     seen = []
-    waiting = threading.Event()
+    failing = threading.Event()
 
     def fails():
-        waiting.wait(timeout=10)
+        failing.wait(timeout=10)
         raise ValueError("root")
 
     def waits(task):
-        waiting.set()
         task.wait(timeout=10)
         seen.append(("waiter", len(group.failures), task.done(), group.token.cancelled()))
 
@@ -213,6 +212,8 @@ def test_failure_is_told_in_order():
         task = group.submit(fails)
         waiter = threading.Thread(target=waits, args=(task,))
         waiter.start()
+        until(lambda: is_asleep(waiter))
+        failing.set()
     waiter.join(timeout=10)
 
     assert sorted(seen) == [("callback", 1, True, True), ("waiter", 1, True, True)]

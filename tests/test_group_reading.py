@@ -836,7 +836,7 @@ def test_task_cancelled_by_a_failure_names_it_as_the_cause(workers, kind):
     The first failure of the group is reason and cause of what it cancelled.
     """
     failure = ValueError("bad header")
-    together = threading.Barrier(2)
+    together = threading.Barrier(3)
 
     def fails():
         together.wait(timeout=10)
@@ -849,6 +849,7 @@ def test_task_cancelled_by_a_failure_names_it_as_the_cause(workers, kind):
     with suppress(ValueError), TaskGroup(**workers(2)) as group:
         group.submit(fails)
         running, queued = group.submit(sleeps), group.submit(resize, 404)
+        together.wait(timeout=10)
     errors = read_twice({"running": running, "queued": queued}[kind])
 
     assert [type(error) for error in errors] == [TaskCancelledError] * 3
@@ -1421,15 +1422,15 @@ def test_batch_never_raises_a_cancelled_tasks_error_while_one_failed(workers, re
     """
 
     def run(number):
+        together.wait(timeout=10)
         if number == 1:
-            running.wait(timeout=10)
             raise ValueError("bad header")
-        running.set()
         current_token().sleep(60)
 
-    running = threading.Event()
+    together = threading.Barrier(3)
     with suppress(ValueError), TaskGroup(**workers(2)) as group:
         batch = group.map(run, range(4))
+        together.wait(timeout=10)
 
     assert [task.cancelled() for task in batch.tasks] == [True, False, True, True]
     with pytest.raises(ValueError, match="bad header") as caught:

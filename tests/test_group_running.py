@@ -13,7 +13,7 @@ import time
 import tracemalloc
 import unittest.mock
 from contextlib import suppress
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import Pool, ThreadPool
 
 import pytest
 from staging import act_at, in_thread, is_asleep, resize, trace_this_thread, until
@@ -946,7 +946,7 @@ def test_open_group_is_closed_in_a_forked_child(pool):
     done = run_script(
         f"""
 import os, signal, sys, threading, warnings
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import Pool, ThreadPool
 import fastpool
 from fastpool import GroupClosedError, TaskGroup
 
@@ -2178,6 +2178,86 @@ def test_circle_is_found_whoever_looks_first(watched, workers):
     assert len(races) > 10
 
 
+def test_circle_is_found_while_one_looks_whether_to_help(watched, workers):
+    """
+    As above, where the other one is still queued when the first begins to wait.
+    """
+
+    def race(step):
+        reached, release = threading.Event(), threading.Event()
+
+        def pause():
+            reached.set()
+            release.set()
+            # The first one has taken it, or is about to; or else it begins to wait now.
+            until(lambda: threads and (threads[0] is here() or is_stuck()), within=0.2)
+
+        def is_stuck():
+            return tasks[2].done() or is_asleep(threads[0])
+
+        def ping():
+            sys.settrace(act_at(step, pause))
+            try:
+                tasks[2].result()
+            finally:
+                sys.settrace(None)
+                release.set()
+
+        def pong():
+            threads.append(threading.current_thread())
+            tasks[0].result()
+
+        here = threading.current_thread
+        threads = []
+        submitted = threading.Event()
+        with (
+            pytest.raises(RuntimeError, match="wait"),
+            TaskGroup(timeout=10, **arguments) as group,
+        ):
+            tasks = [
+                group.submit(lambda: submitted.wait(timeout=10) and ping()),
+                group.submit(release.wait, 10),
+                group.submit(pong),
+            ]
+            submitted.set()
+        return reached.is_set()
+
+    arguments = workers(2)
+    races = list(itertools.takewhile(bool, map(race, itertools.count())))
+
+    assert len(races) > 10
+
+
+def test_circle_is_found_while_one_helps_out(watched, workers):
+    """
+    A task that runs another one in place of waiting goes on waiting for the rest.
+    """
+    ready, helping = threading.Event(), threading.Event()
+    threads = []
+
+    def ping():
+        ready.wait(timeout=10)
+        batch.wait()
+
+    def pong():
+        threads.append(threading.current_thread())
+        helping.wait(timeout=10)
+        first.result()
+
+    def helped():
+        helping.set()
+        until(lambda: is_asleep(threads[0]) or batch.tasks[0].done())
+
+    with (
+        pytest.raises(RuntimeError, match="wait"),
+        TaskGroup(timeout=10, **workers(2)) as group,
+    ):
+        first = group.submit(ping)
+        batch = group.starmap(lambda fn: fn(), [(pong,), (helped,)])
+        until(lambda: threads)
+        ready.set()
+
+
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_three_tasks_in_a_ring_are_told(workers, count):
     """
@@ -2752,6 +2832,27 @@ def test_group_goes_on_with_the_threads_it_could_start(monkeypatch, count, most,
         assert most < 8
         assert refused is error
         assert ran == []
+
+
+def test_pool_that_could_not_start_replaces_no_worker_as_it_ends(monkeypatch):
+    """
+    The handler of a `ThreadPool` that was given up may look at a worker that has just ended.
+    """
+    fastpool.shutdown()
+    maintain = ThreadPool._maintain_pool
+
+    def late(ctx, process, processes, pool, *rest):
+        until(lambda: not any(worker.is_alive() for worker in pool), within=0.5)
+        maintain(ctx, process, processes, pool, *rest)
+
+    monkeypatch.setattr(Pool, "_maintain_pool", staticmethod(late))
+
+    with TaskGroup(8) as group:
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, 3, MemoryError())
+            with pytest.raises(MemoryError):
+                group.submit(resize, 404)
+        assert group.submit(resize, 404).result() == 404
 
 
 def test_map_that_gets_no_thread_queues_nothing(monkeypatch):

@@ -78,12 +78,14 @@ class _GrowingPool(ThreadPool):
     def _give_up(self) -> None:
         """The constructor could not start all its threads: end those that it did start."""
         self._state = "CLOSE"  # so that its finalizer has nothing to say
-        for _ in self._pool:
-            self._inqueue.put(None)
         handler = getattr(self, "_worker_handler", None)
         if handler is not None:
             handler._state = "TERMINATE"
             self._change_notifier.put(None)
+            if handler.is_alive():
+                handler.join()  # or it would replace the workers that end now
+        for _ in self._pool:
+            self._inqueue.put(None)
 
 
 class _Pool:
