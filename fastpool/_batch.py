@@ -252,8 +252,9 @@ def _next_ended(
                 at_work = [task for run in runs for task in run.in_hand() if task in left]
                 if help_along(lane, *queued[-1:], *at_work, last_resort=True):
                     continue
-                with waiting(lane, AnyOf(left)):
-                    _refuse_circle_of_all(lane, lane.waits)
+                first = AnyOf(left)
+                with waiting(lane, first):
+                    _refuse_circle_of_all(lane, first)
                     inbox.gate.wait()
             else:
                 inbox.gate.wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from fastpool._gate import Gate
@@ -48,7 +48,7 @@ class Lane:
         self.run: Run | None = None
         self.task: Task[Any] | None = None  # what it runs now
         self.since = 0.0  # when that began, where somebody observes
-        self.waits: Sequence[Task[Any]] = ()  # what that task waits for
+        self.waits: Iterable[Task[Any]] = ()  # what that task waits for
         self.leaves: Run | None = None  # the group that it waits for as a whole
         self.below: Lane | None = None  # the lane whose waiting task helps out here
         self.above: Lane | None = None  # the lane in which the waiting task helps out

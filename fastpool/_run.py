@@ -18,7 +18,7 @@ from fastpool._gate import Gate
 from fastpool._lane import Lane, here, stand_in
 from fastpool._ledger import Ledger
 from fastpool._task import CANCELLED, PLAIN, Failure, Options, Task, call, label
-from fastpool._waiting import refuse_own_group, wait_for
+from fastpool._waiting import InHand, refuse_own_group, wait_for, waiting
 from fastpool.events import Observer
 from fastpool.exceptions import GroupClosedError, describe
 from fastpool.policies import FirstFailure, Judge
@@ -413,28 +413,43 @@ class Run(Ledger):
         try:
             for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
-            tasks = [task for busy in pending.copy() if (task := busy.task) is not None]
+            tasks = list(InHand(pending))
             left = None if deadline is None else deadline - time.monotonic()
-            if not wait_for([*tasks, *queued], left):
-                return False
-            token = _scope.current_token()
-            key = token._add_sleeper(gate)
-            try:
-                while pending:
-                    token.check()
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        return False
-                    gate.wait(left)
-            finally:
-                token._remove(key)
-            return True
+            return wait_for([*tasks, *queued], left) and self._see_pass(pending, gate, deadline)
         finally:
             self.fences.pop(gate, None)
 
+    def _see_pass(self, pending: dict[Lane, None], gate: Gate, deadline: float | None) -> bool:
+        """Wait until lanes have finished what they had in hand, which they may not say yet."""
+        token = _scope.current_token()
+        lane = here()
+        key = token._add_sleeper(gate)
+        if lane is not None:
+            self.helpers[gate] = lane
+        try:
+            while pending:
+                token.check()
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                if lane is None:
+                    gate.wait(left)
+                    continue
+                in_hand = InHand(pending)
+                with waiting(lane, in_hand):
+                    at_work = [task for task in in_hand if not task.done()]
+                    if not at_work:
+                        gate.wait(left)
+                if not wait_for(at_work, left):
+                    return False
+            return True
+        finally:
+            token._remove(key)
+            self.helpers.pop(gate, None)
+
     def in_hand(self) -> list[Task[Any]]:
         """The tasks that lanes are at."""
-        return [task for lane in self.lanes.copy() if (task := lane.task) is not None]
+        return list(InHand(self.lanes))
 
     def come_to_rest(self, lane: Lane | None) -> bool:
         """

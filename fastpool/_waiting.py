@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _scope
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AnyOf",
+    "InHand",
     "circle_error",
     "find_circle",
     "help_along",
@@ -64,8 +65,20 @@ class AnyOf(tuple["Task[Any]", ...]):
     __slots__ = ()
 
 
+class InHand:
+    """The tasks that some lanes are at, whenever somebody looks."""
+
+    __slots__ = ("_lanes",)
+
+    def __init__(self, lanes: dict[Lane, None]) -> None:
+        self._lanes = lanes
+
+    def __iter__(self) -> Iterator[Task[Any]]:
+        return iter([task for lane in self._lanes.copy() if (task := lane.task) is not None])
+
+
 @contextlib.contextmanager
-def waiting(lane: Lane, tasks: Sequence[Task[Any]]) -> Generator[None, None, None]:
+def waiting(lane: Lane, tasks: Iterable[Task[Any]]) -> Generator[None, None, None]:
     """Say that the task of a lane waits for some others: for all, or for one of an `AnyOf`."""
     lane.waits = tasks
     tell_waiting(lane)
@@ -186,12 +199,11 @@ def _waited_for(serving: Lane) -> Sequence[Task[Any]]:
     waits = serving.waits if leaves is None else leaves.in_hand()
     above = serving.above
     helped = None if above is None else above.task
+    if helped is not None and isinstance(waits, AnyOf):
+        return (helped,)  # this comes first, and who waits for any looks again before every sleep
     if helped is None:
-        return waits
-    # Its thread helps out with another task meanwhile, which must end as well.
-    if isinstance(waits, AnyOf):
-        return (helped,)  # who waits for any looks again before every sleep
-    return (*waits, helped)
+        return waits if isinstance(waits, tuple) else tuple(waits)
+    return (*waits, helped)  # its thread helps out with that meanwhile, which must end as well
 
 
 def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task[Any]] | None:

@@ -33,6 +33,7 @@ from fastpool import (
     shield,
     use_token,
 )
+from fastpool._run import Run
 
 variable = contextvars.ContextVar("variable", default="nothing")
 
@@ -2462,6 +2463,40 @@ def test_circle_through_a_nested_group_is_told(
 
     assert "leaf" in str(left.value)
     assert "branch" in str(left.value) or "outer" in str(left.value)
+
+
+def test_circle_is_found_through_a_task_that_was_just_taken(monkeypatch, watched, make_pool):
+    """
+    Who waits for a group waits for what its workers have taken and not yet begun.
+    """
+    perform = Run.perform
+    pool = make_pool(2)
+    taken = threading.Event()
+    threads = []
+
+    def late(run, task, lane):
+        if task.name == "leaf":
+            taken.set()
+            until(lambda: is_asleep(threads[0]))
+        perform(run, task, lane)
+
+    def leaf():
+        outer.wait()
+
+    def branch():
+        threads.append(threading.current_thread())
+        with TaskGroup(pool=pool) as inner:
+            inner.submit(leaf)
+            taken.wait(timeout=10)
+            inner.wait()
+
+    monkeypatch.setattr(Run, "perform", late)
+
+    with (
+        pytest.raises(RuntimeError, match="cannot wait for task '(leaf|branch)', which"),
+        TaskGroup(timeout=5, pool=pool) as outer,
+    ):
+        outer.submit(branch)
 
 
 def test_circle_is_found_after_the_waiter_has_run_another(workers):
