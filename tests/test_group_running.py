@@ -2493,7 +2493,7 @@ def test_circle_is_found_through_a_task_that_was_just_taken(monkeypatch, watched
     monkeypatch.setattr(Run, "perform", late)
 
     with (
-        pytest.raises(RuntimeError, match="cannot wait for task '(leaf|branch)', which"),
+        pytest.raises(RuntimeError, match=r"cannot wait for task '(leaf|branch)', which"),
         TaskGroup(timeout=5, pool=pool) as outer,
     ):
         outer.submit(branch)
