@@ -2,6 +2,7 @@
 What every test file may ask for.
 """
 
+import signal
 import sys
 import threading
 from contextlib import ExitStack
@@ -11,6 +12,9 @@ import pytest
 from staging import note_sleep, sleeping
 
 import fastpool
+
+# A shell that was told to run us in the background has us, and our children, ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
