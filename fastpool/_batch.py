@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastpool import _clock, _scope
 from fastpool._gate import Gate
+from fastpool._items import Items
 from fastpool._lane import Lane, here
-from fastpool._task import CANCELLED, ERROR, Task
+from fastpool._task import CANCELLED, ERROR, VALUE, Task
 from fastpool._token import CancelToken
-from fastpool._waiting import AnyOf, circle_error, find_circle, help_along, wait_for, waiting
+from fastpool._waiting import (
+    AnyOf,
+    circle_error,
+    find_circle,
+    help_along,
+    wait_for,
+    wait_for_all,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from fastpool._run import Run
@@ -30,22 +40,26 @@ class Batch(Generic[R_co]):
         Safe from any thread.
     """
 
-    __slots__ = ("__weakref__", "_tasks")
+    __slots__ = ("__weakref__", "_items", "_tasks")
 
-    def __init__(self, tasks: tuple[Task[R_co], ...]) -> None:
-        self._tasks = tasks
+    def __init__(self, items: Items) -> None:
+        self._items = items
+        self._tasks: tuple[Task[R_co], ...] | None = None
 
     @property
     def tasks(self) -> tuple[Task[R_co], ...]:
         """The tasks, in the order of the items."""
-        return self._tasks
+        tasks = self._tasks
+        if tasks is None:
+            tasks = self._tasks = tuple(map(self._items.task, range(len(self))))
+        return tasks
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self._items)
 
     def __repr__(self) -> str:
-        done = sum(task.done() for task in self._tasks)
-        return f"<Batch of {len(self._tasks)} tasks, {done} done>"
+        done = sum(map(self._items.done, range(len(self))))
+        return f"<Batch of {len(self)} tasks, {done} done>"
 
     def results(self, timeout: float | None = None) -> list[R_co]:
         """
@@ -72,14 +86,12 @@ class Batch(Generic[R_co]):
             The order follows `concurrent.futures.Executor.map`.
         """
         span = _clock.seconds(timeout)
-        if not wait_for(self._tasks, span):
-            running = sum(not task.done() for task in self._tasks)
-            raise TimeoutError(
-                f"{running} of {len(self._tasks)} tasks have not ended after {span:g} s"
-            )
+        if not self._wait(span):
+            running = sum(not self._items.done(index) for index in range(len(self)))
+            raise TimeoutError(f"{running} of {len(self)} tasks have not ended after {span:g} s")
         error = self._first_error()
         if error is None:
-            return [task._value for task in self._tasks]
+            return self._items.values.copy()
         try:
             raise error
         finally:
@@ -93,13 +105,19 @@ class Batch(Generic[R_co]):
             BaseException: The failure of a task that failed. At a cancelled one: waits for all,
                 then as `results`.
         """
-        task = None
+        items = self._items
+        task = value = None
         try:
-            for task in self._tasks:
-                self._meet(task)
-                yield task.result()
+            for index in range(len(items)):
+                if items.states[index] == VALUE:
+                    value = items.values[index]
+                else:
+                    task = items.task(index)
+                    self._meet(task)
+                    value = task.result()
+                yield value
         finally:
-            del self, task  # what is raised holds this frame in its traceback
+            del self, items, task, value  # what is raised holds this frame in its traceback
 
     def as_completed(self) -> Iterator[tuple[int, R_co]]:
         """
@@ -111,14 +129,14 @@ class Batch(Generic[R_co]):
         Raises:
             BaseException: As iteration.
         """
-        positions = {task: index for index, task in enumerate(self._tasks)}
         task = None
         try:
-            for task in as_completed(self._tasks):
+            for task in as_completed(self.tasks):
                 self._meet(task)
-                yield positions[task], task.result()
+                assert task._index is not None
+                yield task._index, task.result()
         finally:
-            del self, task, positions  # what is raised holds this frame in its traceback
+            del self, task  # what is raised holds this frame in its traceback
 
     def wait(self, timeout: float | None = None) -> bool:
         """
@@ -134,11 +152,18 @@ class Batch(Generic[R_co]):
             Cancelled: If the caller's own current token is set before all have ended.
             RuntimeError: If tasks would wait for each other in a circle.
         """
-        return wait_for(self._tasks, _clock.seconds(timeout))
+        return self._wait(_clock.seconds(timeout))
+
+    def _wait(self, timeout: float | None) -> bool:
+        items = self._items
+        if items.succeeded():
+            return True
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return wait_for_all(items.unfinished(0, len(items)), deadline)
 
     def done(self) -> bool:
         """Whether every task has ended, or will never start."""
-        return all(task.done() for task in self._tasks)
+        return all(map(self._items.done, range(len(self))))
 
     def cancel(self, reason: object = None) -> bool:
         """
@@ -147,7 +172,7 @@ class Batch(Generic[R_co]):
         Returns:
             True if this call stopped any.
         """
-        stopped = [task for task in self._tasks if task.cancel(reason)]
+        stopped = [task for task in self.tasks if task.cancel(reason)]
         return bool(stopped)
 
     def _meet(self, task: Task[Any]) -> None:
@@ -155,7 +180,7 @@ class Batch(Generic[R_co]):
         wait_for((task,), None)
         if task._state != CANCELLED:
             return
-        wait_for(self._tasks, None)
+        self._wait(None)
         error = self._first_error()
         try:
             if error is not None:
@@ -164,13 +189,14 @@ class Batch(Generic[R_co]):
             del self, error, task
 
     def _first_error(self) -> BaseException | None:
-        failed = [task for task in self._tasks if task._state == ERROR]
+        """What `results` raises, once all have ended."""
+        items = self._items
+        if items.succeeded():
+            return None
+        failed = [index for index, state in enumerate(items.states) if state == ERROR]
         if failed:
-            return min(failed, key=lambda task: task._value[2])._error()
-        for task in self._tasks:
-            if task._state == CANCELLED:
-                return task._error()
-        return None
+            return items.task(min(failed, key=lambda index: items.values[index][2]))._error()
+        return items.task(items.states.index(CANCELLED))._error()
 
 
 def as_completed(tasks: Iterable[Task[R]]) -> Iterator[Task[R]]:

@@ -34,7 +34,7 @@ from fastpool._errors import strip
 from fastpool._scope import current_token, enter, is_own, leave
 from fastpool._token import CancelToken
 
-__all__ = ["Cancellable", "cancellable", "refuse"]
+__all__ = ["UNRUNNABLE", "Cancellable", "cancellable", "refuse"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -442,7 +442,8 @@ def _means_token(annotation: Any, names: dict[str, Any]) -> bool:
     return annotation is CancelToken
 
 
-_UNRUNNABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
+# Functions whose body does not run when they are called.
+UNRUNNABLE = inspect.CO_COROUTINE | inspect.CO_GENERATOR | inspect.CO_ASYNC_GENERATOR
 
 
 def refuse(fn: object, caller: str = "submit") -> None:
@@ -457,7 +458,7 @@ def refuse(fn: object, caller: str = "submit") -> None:
         TypeError: If it can't be called, is `async def`, or a generator function.
     """
     if type(fn) is FunctionType:
-        if not fn.__code__.co_flags & _UNRUNNABLE:
+        if not fn.__code__.co_flags & UNRUNNABLE:
             return
     elif isinstance(fn, _Injecting):
         return  # looked at when it was decorated
@@ -471,7 +472,7 @@ def refuse(fn: object, caller: str = "submit") -> None:
 
 def _refuse_unrunnable(fn: Any) -> None:
     code = getattr(_innermost(fn), "__code__", None)
-    flags = code.co_flags & _UNRUNNABLE if isinstance(code, CodeType) else 0
+    flags = code.co_flags & UNRUNNABLE if isinstance(code, CodeType) else 0
     if flags & inspect.CO_COROUTINE:
         raise TypeError(
             f"{_name(fn)}() is async def, and fastpool runs blocking functions; make it a plain "

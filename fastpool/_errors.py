@@ -17,6 +17,7 @@ E = TypeVar("E", bound=BaseException)
 _CALLERS = frozenset(
     {
         "fastpool._cancellable",
+        "fastpool._items",
         "fastpool._ledger",
         "fastpool._run",
         "fastpool._task",

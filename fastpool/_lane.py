@@ -10,6 +10,7 @@ from fastpool._gate import Gate
 from fastpool._scope import this_thread
 
 if TYPE_CHECKING:
+    from fastpool._items import Stretch
     from fastpool._run import Run
     from fastpool._task import Task
 
@@ -27,6 +28,7 @@ class Lane:
     __slots__ = (
         "_thread",
         "above",
+        "at",
         "below",
         "gate",
         "leaves",
@@ -35,7 +37,6 @@ class Lane:
         "run",
         "since",
         "stays",
-        "task",
         "thread",
         "waits",
     )
@@ -46,7 +47,8 @@ class Lane:
         self.number = number
         self.gate = Gate()
         self.run: Run | None = None
-        self.task: Task[Any] | None = None  # what it runs now
+        # What it runs now: a task, or a place among those of a `map`.
+        self.at: Task[Any] | tuple[int, Stretch] | None = None
         self.since = 0.0  # when that began, where somebody observes
         self.waits: Iterable[Task[Any]] = ()  # what that task waits for
         self.leaves: Run | None = None  # the group that it waits for as a whole
@@ -60,6 +62,12 @@ class Lane:
         self.thread = this_thread()
         self._thread = threading.current_thread()
         _local.lane = self
+
+    @property
+    def task(self) -> Task[Any] | None:
+        """What it runs now."""
+        at = self.at
+        return at[1].task(at[0]) if type(at) is tuple else at  # type: ignore[return-value]
 
     @property
     def worker(self) -> str:

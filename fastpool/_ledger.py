@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastpool._errors import is_a, strip
 from fastpool._lane import Lane
-from fastpool._task import CANCELLED, ERROR, VALUE, Failure, Task, label
+from fastpool._task import CANCELLED, ERROR, NOTHING, VALUE, Failure, Task, label
 from fastpool._token import CancelToken
 from fastpool._unraisable import unraisable
 from fastpool.events import Event, Observer
@@ -18,11 +18,10 @@ from fastpool.exceptions import Cancelled
 from fastpool.policies import FirstFailure, Judge
 
 if TYPE_CHECKING:
+    from fastpool._items import Items
     from fastpool._taskgroup import TaskGroup
 
-__all__ = ["NOTHING", "Ledger"]
-
-NOTHING: dict[str, Any] = {}  # the keyword arguments that a task keeps when it is done
+__all__ = ["Ledger"]
 
 
 class Watcher(Protocol):
@@ -305,6 +304,15 @@ class Ledger:
             self.close_token(task)
         if self.claims:
             self.claims.pop(task, None)
+
+    def item_ended(self, items: Items, index: int) -> None:
+        """A call of a `map` has returned: as `ended`, if somebody has its handle."""
+        task = items.known(index)
+        if task is not None:
+            task._context = None
+            self.close_token(task)
+            self.claims.pop(task, None)
+            self.notify(task)
 
     def broken(self, lane: Lane, error: BaseException) -> None:
         """A lane has failed, not its task: out of memory, say. It ends, and nothing is lost."""

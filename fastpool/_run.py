@@ -8,17 +8,28 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastpool import _scope
 from fastpool._gate import Gate
+from fastpool._items import Stretch
 from fastpool._lane import Lane, here, stand_in
 from fastpool._ledger import Ledger
-from fastpool._task import CANCELLED, PLAIN, Failure, Options, Task, call, label
-from fastpool._waiting import InHand, refuse_own_group, wait_for, waiting
+from fastpool._task import (
+    CANCELLED,
+    NOTHING,
+    PLAIN,
+    Call,
+    Failure,
+    Options,
+    Task,
+    call,
+    label,
+)
+from fastpool._waiting import InHand, refuse_own_group, wait_for, wait_for_all, waiting
 from fastpool.events import Observer
 from fastpool.exceptions import GroupClosedError, describe
 from fastpool.policies import FirstFailure, Judge
@@ -58,7 +69,7 @@ class Run(Ledger):
         self.closing: dict[str, bool] | None = None
         self.backend: Backend | None = None
         self.pool: object = None  # what its lanes' threads belong to
-        self.queue: deque[Task[Any]] = deque()
+        self.queue: deque[Task[Any] | Stretch] = deque()  # a stretch once for each of its calls
         # Lanes: all that have a slot; those that wait for work; those on their way.
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
@@ -106,33 +117,59 @@ class Run(Ledger):
         kwargs: dict[str, Any],
         frame: FrameType,
         options: Options = PLAIN,
-        index: int | None = None,
     ) -> Task[Any]:
         """Queue a call, see to it that a lane comes, and return its handle."""
         if self.closed is not None:
             self.refuse_closed(fn)
-        if (self.disturbed or self.token.cancelled()) and self.stopping():
+        if (self.disturbed or self.token._reason is not None) and self.stopping():
             self.refuse(fn)
-        task = Task(self, fn, args, kwargs, copy_context(), frame, options, index)
-        if options.timeout is not None:
+        task = Call(self, fn, args, kwargs or NOTHING, copy_context(), frame, options)
+        if options is not PLAIN and options.timeout is not None:
             self.disturbed = True
         if self.observers:
             self.emit("task_submitted", task)
         self.queue.append(task)
         # Whoever leaves says that it is closing first and looks at the queue then. So it has
         # seen the task there, or we see that it is closing, and one of us decides.
-        if not self.goes_on():
+        if self.closing is not None and not self.goes_on():
             self.withdraw(task, ENDED)
             raise self.closed_error(fn, ENDED)
         if not self.called and (self.idle or not self.full or self.recalled):
-            try:
-                self.call()
-            except NO_LANE as error:
-                if not self.lanes and self.withdraw(task, error):
-                    with contextlib.suppress(ValueError):
-                        self.queue.remove(task)
-                    raise  # else it goes on with the lanes that it has
+            self.call_for([task], task)
         return task
+
+    def submit_more(self, stretch: Stretch, arguments: Sequence[Any]) -> None:
+        """Queue some calls of a `map`, which has looked whether the group takes them."""
+        items = stretch.items
+        start = len(items)
+        items.add(stretch, arguments)
+        if items.options.timeout is not None:
+            self.disturbed = True
+        stop = len(items)
+        if self.observers:
+            for index in range(start, stop):
+                self.emit("task_submitted", items.task(index))
+        self.queue.extend(itertools.repeat(stretch, stop - start))
+        if self.closing is not None and not self.goes_on():  # as in `submit`
+            for index in range(start, stop):
+                self.withdraw(items.task(index), ENDED)
+            raise self.closed_error(stretch.fn, ENDED)
+        if not self.called and (self.idle or not self.full or self.recalled):
+            self.call_for((items.task(index) for index in range(start, stop)), stretch)
+
+    def call_for(self, tasks: Iterable[Task[Any]], entry: Task[Any] | Stretch) -> None:
+        """Have a lane come for what was just queued, under that entry for each of the tasks."""
+        try:
+            self.call()
+        except NO_LANE as error:
+            if self.lanes:
+                return  # it goes on with those that it has
+            withdrawn = [self.withdraw(task, error) for task in tasks]
+            for _ in filter(None, withdrawn):
+                with contextlib.suppress(ValueError, IndexError):
+                    self.queue.remove(entry)
+            if any(withdrawn):
+                raise
 
     def check_open(self, fn: object) -> None:
         """Raise what `submit` would, before anything is taken from an input."""
@@ -291,9 +328,10 @@ class Run(Ledger):
         tasks: list[Task[Any]] = []
         while len(tasks) < most and not self.stopping():
             try:
-                task = self.queue.popleft()
+                entry = self.queue.popleft()
             except IndexError:
                 break
+            task = entry.take() if type(entry) is Stretch else entry
             task._taken = True
             if self.admit(task, lane):
                 tasks.append(task)
@@ -311,7 +349,7 @@ class Run(Ledger):
 
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""
-        lane.task = task
+        lane.at = task
         if self.observers:
             lane.since = time.monotonic()
             self.emit("task_started", task)
@@ -319,12 +357,13 @@ class Run(Ledger):
             if task._options.timeout is not None:
                 self.token_for(task)._limit(task._options.timeout)
             assert task._context is not None
-            value = task._context.run(call, task)
+            fn, args = task._fn, task._args
+            value = task._context.run(call, task, fn, args)  # type: ignore[arg-type] # not its name
         except BaseException as error:
             self.failed(task, lane, error)
         else:
             self.succeeded(task, lane, value)
-        lane.task = None
+        lane.at = None
         if self.fences:
             self.passed(lane)
         del self, task, lane  # what failed refers to the frame that called it: see `strip`
@@ -403,19 +442,20 @@ class Run(Ledger):
         refuse_own_group(self, here())
         deadline = None if timeout is None else time.monotonic() + timeout
         gate = Gate()
-        queued = self.queue.copy()
+        queued = [
+            entry.unfinished() if type(entry) is Stretch else (entry,)
+            for entry in dict.fromkeys(self.queue.copy())
+        ]
         # What lanes have in hand now was submitted before, too. Some have taken a task and not
         # yet said so; they pass as soon as they are done with it.
         pending: dict[Lane, None] = {}
         self.fences[gate] = pending
-        self.disturbed = True  # so that lanes look for fences
         pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
             for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
-            tasks = list(InHand(pending))
-            left = None if deadline is None else deadline - time.monotonic()
-            return wait_for([*tasks, *queued], left) and self._see_pass(pending, gate, deadline)
+            tasks = itertools.chain(*reversed(queued), InHand(pending))
+            return wait_for_all(tasks, deadline) and self._see_pass(pending, gate, deadline)
         finally:
             self.fences.pop(gate, None)
 
@@ -446,6 +486,14 @@ class Run(Ledger):
         finally:
             token._remove(key)
             self.helpers.pop(gate, None)
+
+    def queued(self) -> Iterator[Task[Any]]:
+        """What is queued now, the first one first."""
+        for entry in dict.fromkeys(self.queue.copy()):
+            if type(entry) is Stretch:
+                yield from entry.queued()
+            else:
+                yield entry
 
     def in_hand(self) -> list[Task[Any]]:
         """The tasks that lanes are at."""
@@ -504,7 +552,7 @@ class Run(Ledger):
             The failures, by time.
         """
         if self.observers:
-            for task in self.queue.copy():  # nobody else does anything with it any more
+            for task in self.queued():  # nobody else does anything with them any more
                 self.withdraw(task, self.why())
         self.over = True
         if self.backend is not None:

@@ -61,7 +61,15 @@ class Scope:
         self.before = before  # the place around it
 
 
-current: ContextVar[Place] = ContextVar(
+class Places(Protocol):
+    """Many places at once, each made only when somebody asks for it."""
+
+    def task(self, index: int) -> Place:
+        """The one with that number."""
+        ...
+
+
+current: ContextVar[Place | tuple[int, Places]] = ContextVar(
     "fastpool",
     default=Scope(CancelToken.NEVER, None, None, None),  # noqa: B039 - nobody writes it
 )
@@ -79,7 +87,11 @@ def this_thread() -> object:
 
 def current_place() -> Place:
     """Where the calling code is."""
-    return current.get()
+    place = current.get()
+    if type(place) is tuple:
+        place = place[1].task(place[0])
+        current.set(place)
+    return place  # type: ignore[return-value] # no checker knows that a Place is no tuple
 
 
 def current_token() -> CancelToken:
@@ -89,7 +101,7 @@ def current_token() -> CancelToken:
     It belongs to the context, as a context variable does, so a thread that you start has it
     only if you give it the context (`contextvars.copy_context().run`).
     """
-    return current.get()._token
+    return current_place()._token
 
 
 def checkpoint() -> None:
@@ -99,7 +111,7 @@ def checkpoint() -> None:
     Raises:
         Cancelled: If it is set.
     """
-    current.get()._token.check()
+    current_place()._token.check()
 
 
 def sleep(seconds: float) -> None:
@@ -114,18 +126,18 @@ def sleep(seconds: float) -> None:
         TypeError: If `seconds` is no number.
         ValueError: If it is NaN.
     """
-    current.get()._token.sleep(seconds)
+    current_place()._token.sleep(seconds)
 
 
 def is_own(token: CancelToken) -> bool:
     """Whether a token is current because this very thread made it so, not by inheritance."""
-    place = current.get()
+    place = current_place()
     return place._token is token and place._thread is this_thread()
 
 
 def enter(token: CancelToken, group: object = None) -> Scope:
     """Make a token current; `leave` takes the scope back."""
-    before = current.get()
+    before = current_place()
     scope = Scope(token, before._group if group is None else group, this_thread(), before)
     current.set(scope)
     return scope
@@ -138,7 +150,7 @@ def leave(scope: Scope) -> None:
     Left out of order (by a generator, say), it is taken from under those that are on top of it,
     so that they do not come back to it.
     """
-    place = current.get()
+    place = current_place()
     if place is scope:
         current.set(scope.before)  # type: ignore[arg-type] # the default alone has none
         return

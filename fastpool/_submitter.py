@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from contextvars import copy_context
+from types import FrameType, FunctionType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, overload
 
 from fastpool._batch import Batch
-from fastpool._cancellable import refuse
-from fastpool._ledger import NOTHING
+from fastpool._cancellable import UNRUNNABLE, refuse
+from fastpool._items import Items, Stretch
 from fastpool._run import Run
 from fastpool._task import Options, Task, label
 
@@ -62,7 +65,8 @@ class Submitter:
             TypeError: If `fn` cannot be called, or is a coroutine or generator function.
             RuntimeError: If the group has no thread and the system gives it none.
         """
-        refuse(fn)
+        if type(fn) is not FunctionType or fn.__code__.co_flags & UNRUNNABLE:
+            refuse(fn)
         return self._run.submit(fn, args, kwargs, sys._getframe(1), self._options)
 
     @overload
@@ -142,7 +146,12 @@ class Submitter:
             raise TypeError(f"map() wants an iterable for each argument of {label(fn)}()")
         for items in iterables:
             _refuse_no_iterable("map", items)
-        return self._submit_all(fn, lambda: zip(*iterables, strict=False), frame)
+        prompt = all(type(items) in _PROMPT for items in iterables)
+        if len(iterables) == 1:
+            return self._submit_all(fn, lambda: iter(iterables[0]), prompt, frame)
+        return self._submit_all(
+            fn, lambda: zip(*iterables, strict=False), prompt, frame, unpack=True
+        )
 
     def starmap(self, fn: Callable[[*Ts], R], items: Iterable[tuple[*Ts]], /) -> Batch[R]:
         """
@@ -163,38 +172,78 @@ class Submitter:
         """
         refuse(fn, "starmap")
         _refuse_no_iterable("starmap", items)
-        return self._submit_all(fn, lambda: iter(items), sys._getframe(1))
+        prompt = type(items) in _PROMPT
+        return self._submit_all(
+            fn, lambda: map(_arguments(fn), items), prompt, sys._getframe(1), unpack=True
+        )
 
     def _submit_all(
         self,
         fn: Callable[..., R],
-        begin: Callable[[], Iterator[Iterable[Any]]],
+        begin: Callable[[], Iterator[Any]],
+        prompt: bool,
         frame: FrameType,
+        *,
+        unpack: bool = False,
     ) -> Batch[R]:
+        """
+        Submit a call for each item.
+
+        Args:
+            fn: The function.
+            begin: Begins to iterate.
+            prompt: Whether that runs nobody's code and waits for nothing, so that many items
+                can be taken at once.
+            frame: Where the call stands that the handles name.
+            unpack: Whether an item is a tuple of arguments.
+        """
         run = self._run
         run.check_open(fn)
-        options = self._options
-        tasks: list[Task[R]] = []
-        items: Iterator[Iterable[Any]] | None = None
+        items = Items(run, fn, self._options, frame)
+        stretch: Stretch | None = None
+        iterator: Iterator[Any] | None = None
+        size = 1  # so that the first one begins at once
         while True:
             try:
-                if items is None:
-                    items = begin()
-                item = next(items)
-                if not isinstance(item, tuple) and (
-                    isinstance(item, (str, bytes)) or not isinstance(item, Iterable)
-                ):
-                    raise TypeError(
-                        f"starmap() wants a tuple of arguments for each call, not {item!r}; "
-                        f"for one argument each, write map({label(fn)}, ...)"
-                    )
-                arguments = tuple(item)
-            except StopIteration:
-                return Batch(tuple(tasks))
+                if iterator is None:
+                    iterator = begin()
+                arguments = list(itertools.islice(iterator, size))
             except BaseException as error:
                 run.token._report(error)
                 raise
-            tasks.append(run.submit(fn, arguments, NOTHING, frame, options, len(tasks)))
+            if not arguments:
+                return Batch(items)
+            if (run.disturbed or run.token.cancelled()) and run.stopping():
+                run.refuse(fn)
+            if not prompt or stretch is None:
+                context = copy_context()
+                if stretch is None or not stretch.fits(context):
+                    stretch = Stretch(items, fn, context, unpack=unpack)
+            run.submit_more(stretch, arguments)
+            if prompt:
+                size = min(2 * size, MOST_AT_ONCE)
+
+
+# What can be read to its end without running anybody's code, and without waiting.
+_PROMPT = frozenset({list, tuple, range, str, bytes, set, frozenset, dict, deque})
+
+MOST_AT_ONCE = 1024  # items that are queued in one go; from here on more at once gains nothing
+
+
+def _arguments(fn: object) -> Callable[[Iterable[Any]], tuple[Any, ...]]:
+    """What makes the arguments of a call of an item of `starmap`."""
+
+    def arguments(item: Iterable[Any]) -> tuple[Any, ...]:
+        if not isinstance(item, tuple) and (
+            isinstance(item, (str, bytes)) or not isinstance(item, Iterable)
+        ):
+            raise TypeError(
+                f"starmap() wants a tuple of arguments for each call, not {item!r}; "
+                f"for one argument each, write map({label(fn)}, ...)"
+            )
+        return tuple(item)
+
+    return arguments
 
 
 def _refuse_no_iterable(caller: str, items: object) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from fastpool import _clock, _scope
 from fastpool._lane import Lane
+from fastpool._scope import current
 from fastpool._token import CancelToken
 from fastpool._waiting import wait_for
 from fastpool.exceptions import TaskCancelledError, describe
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
 __all__ = [
     "CANCELLED",
     "ERROR",
+    "NOTHING",
     "PENDING",
     "PLAIN",
     "VALUE",
+    "Call",
     "Failure",
     "Options",
     "Task",
@@ -61,6 +64,7 @@ class Options(NamedTuple):
 
 
 PLAIN = Options()
+NOTHING: dict[str, Any] = {}  # the keyword arguments of a call that has none
 
 
 def label(fn: object) -> str:
@@ -91,49 +95,23 @@ class Task(Generic[R_co]):
     # itself, disturbs the run and lays a claim first (`Run.claim`), and looks at `_taken` then.
     # Where both see each other, the claim decides, by an atomic `setdefault`.
     # `_state` is written once, after `_value`, by the one that decided.
-    __slots__ = (
-        "__weakref__",
-        "_args",
-        "_code",
-        "_context",
-        "_fn",
-        "_index",
-        "_kwargs",
-        "_lane",
-        "_lasti",
-        "_options",
-        "_own",
-        "_run",
-        "_state",
-        "_taken",
-        "_value",
-    )
+    if not TYPE_CHECKING:  # to checkers the attributes below are kept here
+        __slots__ = ("__weakref__",)
 
-    def __init__(
-        self,
-        run: Run,
-        fn: Callable[..., R_co],
-        args: tuple[object, ...],
-        kwargs: dict[str, Any],
-        context: Context,
-        frame: FrameType,
-        options: Options,
-        index: int | None,
-    ) -> None:
-        self._run = run
-        self._fn: Callable[..., R_co] | str = fn  # only its name once the task is done
-        self._args = args
-        self._kwargs = kwargs
-        self._context: Context | None = context
-        self._code: CodeType = frame.f_code
-        self._lasti = frame.f_lasti
-        self._options = options
-        self._index = index
-        self._taken = False
-        self._lane: Lane | None = None
-        self._state = PENDING
-        self._value: Any = None
-        self._own: CancelToken | None = None
+    _run: Run
+    _fn: Callable[..., R_co] | str  # only its name once the task is done
+    _args: tuple[object, ...]
+    _kwargs: dict[str, Any]
+    _context: Context | None
+    _code: CodeType
+    _lasti: int
+    _options: Options
+    _index: int | None  # among the items of a `map`
+    _taken: bool
+    _lane: Lane | None
+    _state: int
+    _value: Any
+    _own: CancelToken | None
 
     # --- What it is -----------------------------------------------------------------------
 
@@ -341,7 +319,53 @@ class Task(Generic[R_co]):
         return cancelled
 
 
-def call(task: Task[R]) -> R:
-    """Run a task's function, in the task's context. The only place where that happens."""
-    _scope.current.set(task)
-    return task._fn(*task._args, **task._kwargs)  # type: ignore[operator]
+class Call(Task[R_co]):
+    """The handle of a call that was submitted by itself."""
+
+    __slots__ = (
+        "_args",
+        "_code",
+        "_context",
+        "_fn",
+        "_kwargs",
+        "_lane",
+        "_lasti",
+        "_options",
+        "_own",
+        "_run",
+        "_state",
+        "_taken",
+        "_value",
+    )
+
+    _index = None
+
+    def __init__(
+        self,
+        run: Run,
+        fn: Callable[..., R_co],
+        args: tuple[object, ...],
+        kwargs: dict[str, Any],
+        context: Context,
+        frame: FrameType,
+        options: Options,
+    ) -> None:
+        self._run = run
+        self._fn = fn
+        self._args = args
+        self._kwargs = kwargs
+        self._context = context
+        self._code = frame.f_code
+        self._lasti = frame.f_lasti
+        self._options = options
+        self._taken = False
+        self._lane = None
+        self._state = PENDING
+        self._own = None
+
+
+def call(task: Task[R], fn: Callable[..., R], args: tuple[object, ...]) -> R:
+    """Run a task's function, in the task's context."""
+    current.set(task)
+    kwargs = task._kwargs
+    return fn(*args, **kwargs) if kwargs else fn(*args)

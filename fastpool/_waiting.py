@@ -27,6 +27,7 @@ __all__ = [
     "tell_helpers",
     "tell_waiting",
     "wait_for",
+    "wait_for_all",
     "waiting",
 ]
 
@@ -57,6 +58,26 @@ def wait_for(tasks: Sequence[Task[Any]], timeout: float | None) -> bool:
         if circle is not None:
             raise circle_error(*circle)
         return _sleep_until_done(left, timeout, lane)
+
+
+def wait_for_all(tasks: Iterable[Task[Any]], deadline: float | None) -> bool:
+    """
+    Wait for tasks that are only looked at when it is their turn, by the rules of `Task.result`.
+
+    Args:
+        tasks: The last one first: it will mostly be the last to end, and wait for the others.
+        deadline: On `time.monotonic()`; `None` waits without limit.
+
+    Returns:
+        True if all have ended, False if the time ran out first.
+    """
+
+    def left() -> float | None:
+        return None if deadline is None else deadline - time.monotonic()
+
+    if here() is not None:  # a worker says what it waits for, and helps out with the first one
+        return wait_for(list(tasks)[::-1], left())
+    return all(wait_for((task,), left()) for task in tasks)
 
 
 class AnyOf(tuple["Task[Any]", ...]):

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Callable
 from multiprocessing.dummy import DummyProcess
 from multiprocessing.pool import ThreadPool
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from fastpool._clock import IDLE, run_in_helper
 from fastpool._gate import Gate
+from fastpool._items import Stretch
 from fastpool._lane import Lane, stand_in
-from fastpool._task import VALUE, call
+from fastpool._task import NOTHING, VALUE, Task, call, label
 from fastpool._waiting import tell_helpers
 
 if TYPE_CHECKING:
@@ -245,41 +247,112 @@ def serve(run: Run, lane: Lane) -> None:
     This is `Run.take` and `Run.perform` written out for the plain case, where nothing
     disturbs: it is what a task costs.
     """
-    queue = run.queue
-    popleft = queue.popleft
+    popleft = run.queue.popleft
     token = run.token
+    entry: Task[Any] | Stretch | None = None
     while True:
-        try:
-            task = popleft()
-        except IndexError:
-            if run.rest(lane):
-                break
+        if entry is None:
+            try:
+                entry = popleft()
+            except IndexError:
+                if run.rest(lane):
+                    break
+                continue
+        if type(entry) is Stretch:
+            entry = _serve_stretch(run, lane, entry)
             continue
-        task._taken = True
+        entry._taken = True
         if run.disturbed or token._reason is not None:
-            admitted = run.admit(task, lane)
-            if admitted:
-                run.perform(task, lane)
-            del task
-            if not admitted and run.stopping() and run.rest(lane):
+            if not _serve_disturbed(run, lane, entry) and run.rest(lane):
                 break
-            continue
-        task._lane = lane
-        lane.task = task
-        try:
-            value = task._context.run(call, task)  # type: ignore[union-attr] # it has one yet
-        except BaseException as error:
-            run.failed(task, lane, error)
         else:
-            run.ended(task, VALUE, value)
-            if run.watchers:
-                run.notify(task)
+            entry._lane = lane
+            lane.at = entry
+            fn, context = entry._fn, entry._context
+            try:
+                value = context.run(call, entry, fn, entry._args)  # type: ignore[union-attr, arg-type] # it has both yet
+            except BaseException as error:
+                run.failed(entry, lane, error)
+            else:
+                # `Ledger.ended` written out.
+                entry._fn = fn.__name__ if type(fn) is FunctionType else label(fn)
+                entry._args = ()
+                entry._kwargs = NOTHING
+                entry._context = None
+                entry._value = value
+                entry._state = VALUE
+                del value
+                if run.tokens:
+                    run.close_token(entry)
+                if run.claims:
+                    run.claims.pop(entry, None)
+                if run.watchers:
+                    run.notify(entry)
+            del fn, context
+            lane.at = None
+            if run.fences:
+                run.passed(lane)
+        entry = None
+    del run, lane, popleft, token  # what failed refers to this frame: see `strip`
+
+
+def _serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch | None:
+    """
+    Run calls of a `map`, as long as nothing else comes up.
+
+    Returns:
+        What comes up: it was taken off the queue and is still to be run, if it is not None.
+    """
+    popleft = run.queue.popleft
+    token = run.token
+    entry: Task[Any] | Stretch | None = stretch
+    place = (0, stretch)
+    fn, act, copy, following, items = (
+        stretch.fn,
+        stretch.act,
+        stretch.copy,
+        stretch.following,
+        stretch.items,
+    )
+    handles, taken, states, values = items.handles, items.taken, items.states, items.values
+    while entry is stretch:
+        index = following()
+        taken[index] = True
+        if run.disturbed or token._reason is not None:
+            entry = items.task(index)
+            break
+        states[index] = lane
+        lane.at = place = (index, stretch)
+        try:
+            value = copy().run(act, fn, values[index], place)
+        except BaseException as error:
+            run.failed(items.task(index), lane, error)
+        else:
+            values[index] = value
+            states[index] = VALUE
             del value
-        lane.task = None
+            if index in handles:
+                run.item_ended(items, index)
+        lane.at = None
         if run.fences:
             run.passed(lane)
-        del task
-    del run, lane, queue, popleft, token  # what failed refers to this frame: see `strip`
+        try:
+            entry = popleft()
+        except IndexError:
+            entry = None
+    # What failed refers to this frame: see `strip`.
+    del run, lane, stretch, popleft, token, fn, act, copy, following, items
+    del handles, taken, states, values, place
+    return entry
+
+
+def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> bool:
+    """Run what was just taken off the queue, if it may; False if nothing of it may any more."""
+    admitted = run.admit(task, lane)
+    if admitted:
+        run.perform(task, lane)
+    del task, lane
+    return admitted or not run.stopping()
 
 
 class Leased:

@@ -1,0 +1,310 @@
+"""The calls of one `map`: kept in lists, each with a handle only once somebody asks for it."""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import operator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import Context
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar, final
+
+from fastpool._lane import Lane
+from fastpool._scope import current
+from fastpool._task import NOTHING, PENDING, VALUE, Options, Task, label
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
+
+__all__ = ["Items", "Stretch"]
+
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+
+
+class Items:
+    """
+    What the calls of one `map` have come to, by position.
+
+    A call costs its place in three lists. Whoever asks for a task gets a handle, which looks
+    into the lists, and the same one as everybody else who has it. Handles lead here, so they
+    are known here by weak references only, and nothing is a cycle.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_starts",
+        "_stretches",
+        "code",
+        "handles",
+        "lasti",
+        "name",
+        "options",
+        "run",
+        "states",
+        "taken",
+        "values",
+    )
+
+    def __init__(self, run: Run, fn: object, options: Options, frame: FrameType) -> None:
+        self.run = run
+        self.name = label(fn)  # of the function itself nothing is kept when all are done
+        self.options = options
+        self.code = frame.f_code
+        self.lasti = frame.f_lasti
+        # An argument (with `unpack` a tuple of them) until the call has ended, its value then.
+        self.values: list[Any] = []
+        # `PENDING`, the lane that runs it, or what it has come to.
+        self.states: list[int | Lane] = []
+        self.taken: list[bool] = []  # see `Task`
+        self.handles: dict[object, weakref.ref[_Item[Any]]] = {}
+        self._stretches: list[weakref.ref[Stretch]] = []
+        self._starts: list[int] = []  # the first position in each
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def task(self, index: int) -> Task[Any]:
+        """The handle of a call."""
+        fresh: _Item[Any] | None = None
+        for key in _generations(index):
+            reference = self.handles.get(key)
+            if reference is None:
+                if fresh is None:
+                    fresh = _Item(self, index, self._stretch(index))
+                reference = self.handles.setdefault(key, weakref.ref(fresh))
+            task = reference()
+            if task is not None:
+                if task is fresh and self._ended(index):
+                    # Looked at after it can be found: whoever ends the call does the reverse.
+                    task._context = None
+                return task
+        raise AssertionError("there is always another generation")
+
+    def known(self, index: int) -> Task[Any] | None:
+        """The handle of a call, if somebody has it."""
+        for key in _generations(index):
+            reference = self.handles.get(key)
+            task = None if reference is None else reference()
+            if reference is None or task is not None:
+                return task
+        return None
+
+    def done(self, index: int) -> bool:
+        """Whether a call has ended, or will never start."""
+        if self._ended(index):
+            return True
+        run = self.run
+        return (run.disturbed or run.token.cancelled()) and self.task(index).done()
+
+    def _ended(self, index: int) -> bool:
+        state = self.states[index]
+        return type(state) is int and state != PENDING
+
+    def succeeded(self) -> bool:
+        """Whether all have returned."""
+        return self.states.count(VALUE) == len(self.states)
+
+    def unfinished(self, start: int, stop: int) -> Iterator[Task[Any]]:
+        """Of some the tasks that have not ended, the last one first, looked at when asked for."""
+        yielded = 0
+        for index in range(stop - 1, start - 1, -1):
+            if self.states[index] != VALUE and not self.done(index):
+                yield self.task(index)
+                yielded += 1
+                # Mostly all have ended with the last one. Looked at now and then: it takes time.
+                if not yielded & (yielded - 1) and self.succeeded():
+                    return
+
+    def _stretch(self, index: int) -> Stretch | None:
+        """The stretch in which a call is queued or runs; None if that is over."""
+        return self._stretches[bisect.bisect(self._starts, index) - 1]()
+
+    def add(self, stretch: Stretch, arguments: Sequence[Any]) -> None:
+        """Have some calls more, in a stretch that is still the last one."""
+        more = len(arguments)
+        stretch.stop += more
+        self.values.extend(arguments)
+        self.taken.extend(itertools.repeat(False, more))
+        self.states.extend(itertools.repeat(PENDING, more))
+
+
+def _generations(index: int) -> Iterator[object]:
+    """The keys under which the handle of a call may stand: each next one, once one was dropped."""
+    yield index
+    for generation in itertools.count(1):
+        yield index, generation
+
+
+@final
+class Stretch:
+    """
+    Calls of one `map` that stand in the queue one after another, submitted in one context.
+
+    In the queue it stands as often as it has calls. Which one a worker has taken with it, the
+    cursor tells.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_keys",
+        "_values",
+        "act",
+        "copy",
+        "fn",
+        "following",
+        "items",
+        "start",
+        "stop",
+    )
+
+    def __init__(
+        self, items: Items, fn: Callable[..., Any], context: Context, *, unpack: bool
+    ) -> None:
+        self.items = items
+        self.fn = fn
+        self.act = _call_with_all if unpack else _call_with
+        self.copy = context.copy
+        self._keys = list(context)
+        self._values = list(context.values())
+        self.start = self.stop = start = len(items)
+        self.following = itertools.count(start).__next__
+        items._starts.append(start)
+        items._stretches.append(weakref.ref(self))
+
+    def fits(self, context: Context) -> bool:
+        """Whether the context is still as it was; by identity, since `==` calls anybody's code."""
+        return (
+            len(context) == len(self._keys)
+            and all(map(operator.is_, context.values(), self._values))
+            and all(map(operator.is_, context, self._keys))
+        )
+
+    def task(self, index: int) -> Task[Any]:
+        """The handle of a call."""
+        return self.items.task(index)
+
+    def queued(self) -> Iterator[Task[Any]]:
+        """The tasks that nobody has taken yet, in their order."""
+        for index in range(self.start, self.stop):
+            if not self.items.taken[index]:
+                yield self.items.task(index)
+
+    def unfinished(self) -> Iterator[Task[Any]]:
+        """As `Items.unfinished`, of all that are in the stretch now."""
+        return self.items.unfinished(self.start, self.stop)
+
+    def take(self) -> Task[Any]:
+        """The task that a worker has taken with this."""
+        return self.items.task(self.following())
+
+
+def _call_with(fn: Callable[..., R], argument: Any, place: tuple[int, Stretch]) -> R:
+    current.set(place)
+    return fn(argument)
+
+
+def _call_with_all(fn: Callable[..., R], argument: Any, place: tuple[int, Stretch]) -> R:
+    current.set(place)
+    return fn(*argument)
+
+
+class _Item(Task[R_co]):
+    """The handle of one call of a `map`."""
+
+    __slots__ = ("_index", "_items", "_own", "_stretch")
+
+    def __init__(self, items: Items, index: int, stretch: Stretch | None) -> None:
+        self._items = items
+        self._index = index
+        self._own = None
+        self._stretch = stretch  # until the call has ended
+
+    if not TYPE_CHECKING:  # to checkers they are what `Task` says
+
+        @property
+        def _run(self):
+            return self._items.run
+
+        @property
+        def _options(self):
+            return self._items.options
+
+        @property
+        def _code(self):
+            return self._items.code
+
+        @property
+        def _lasti(self):
+            return self._items.lasti
+
+        @property
+        def _fn(self):
+            stretch = self._stretch
+            return self._items.name if stretch is None else stretch.fn
+
+        @_fn.setter
+        def _fn(self, fn):
+            """It goes with the stretch."""
+
+        @property
+        def _args(self):
+            arguments = self._items.values[self._index]
+            return arguments if self._stretch.act is _call_with_all else (arguments,)
+
+        @_args.setter
+        def _args(self, args):
+            """The value takes their place."""
+
+        @property
+        def _kwargs(self):
+            return NOTHING
+
+        @_kwargs.setter
+        def _kwargs(self, kwargs):
+            """There are none."""
+
+        @property
+        def _context(self):
+            stretch = self._stretch
+            return None if stretch is None else stretch.copy()
+
+        @_context.setter
+        def _context(self, context):
+            self._stretch = None
+
+        @property
+        def _taken(self):
+            return self._items.taken[self._index]
+
+        @_taken.setter
+        def _taken(self, taken):
+            self._items.taken[self._index] = taken
+
+        @property
+        def _lane(self):
+            state = self._items.states[self._index]
+            return None if type(state) is int else state
+
+        @_lane.setter
+        def _lane(self, lane):
+            self._items.states[self._index] = PENDING if lane is None else lane
+
+        @property
+        def _state(self):
+            state = self._items.states[self._index]
+            return state if type(state) is int else PENDING
+
+        @_state.setter
+        def _state(self, state):
+            self._items.states[self._index] = state
+
+        @property
+        def _value(self):
+            return self._items.values[self._index]
+
+        @_value.setter
+        def _value(self, value):
+            self._items.values[self._index] = value
