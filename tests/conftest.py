@@ -69,3 +69,12 @@ def unraised(monkeypatch):
     seen = []
     monkeypatch.setattr(sys, "unraisablehook", lambda broken: seen.append(broken.exc_value))
     return seen
+
+
+@pytest.fixture
+def hasty():
+    """Threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)

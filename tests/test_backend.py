@@ -4,7 +4,6 @@ The seam where tasks get to workers: a backend of somebody else's, and what thre
 
 import os
 import random
-import sys
 import threading
 
 import pytest
@@ -86,15 +85,6 @@ def test_group_runs_on_any_backend():
 
 
 # --- Storms ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def hasty():
-    """Threads take turns as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def test_storm_of_submits_at_the_end(hasty):
