@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextvars
 import itertools
-import threading
+import sys
 import weakref
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from fastpool import _clock
@@ -41,67 +41,78 @@ class Callback:
     )
 
     def __init__(self, function: Callable[[], object], *, slow: bool) -> None:
-        self.function = function
+        self.function: Callable[[], object] | None = function
         self.key = next(keys)
         self.slow = slow
         self.registration: weakref.ref[Registration] | None = None
         self.finished = False
-        self._context = contextvars.copy_context()
-        self._claims = [self.key]  # `pop` is atomic: one alone gets it
+        self._context: contextvars.Context | None = contextvars.copy_context()
+        self._claims: dict[None, object] = {}  # `setdefault` is atomic: one alone gets it
         self._waiters: list[Gate] = []
 
-    def claim(self) -> bool:
-        """Whether the caller may decide what becomes of it. True once."""
-        try:
-            self._claims.pop()
-        except IndexError:
-            return False
-        return True
+    def claim(self, mine: object) -> bool:
+        """Whether it is the caller who decides what becomes of it."""
+        return self._claims.setdefault(None, mine) is mine
 
     def run_in(self, token: CancelToken) -> None:
         """Run it, if nobody has, and take it off its token."""
-        if not self.claim():
-            return
-        if self.slow:
-            _clock.run_in_helper(lambda: self._run(token))
-        else:
-            self._run(token)
+        mine = object()
+        if not self.slow:
+            self._run(token, mine)
+        elif self.claim(mine):
+            _clock.run_in_helper(lambda: self._run(token, mine))
 
-    def _run(self, token: CancelToken) -> None:
-        thread = threading.get_ident()
-        _calling[thread] = _calling.get(thread, 0) + 1
+    def _run(self, token: CancelToken, mine: object) -> None:
         try:
-            self._context.run(self.function)
-        except BaseException as error:  # even an exit: it must not pass for the canceller's
-            unraisable(error, self.function)
+            if self.claim(mine):
+                self._call()
         finally:
-            _calling[thread] -= 1
-            if not _calling[thread]:
-                del _calling[thread]
-            self.finish(token)
+            if self._claims.get(None) is mine:
+                self.finish(token)
+
+    def _call(self) -> None:
+        context, function = self._context, self.function
+        assert context is not None
+        assert function is not None
+        try:
+            context.run(function)
+        except BaseException as error:  # even an exit: it must not pass for the canceller's
+            unraisable(error, function)
 
     def finish(self, token: CancelToken) -> None:
         """It has run, or never will."""
-        token._remove(self.key)
-        registration = None if self.registration is None else self.registration()
-        if registration is not None:
-            registration.let_go()
-        self.finished = True
-        for gate in self._waiters:
-            gate.open()
+        try:
+            token._remove(self.key)
+            registration = None if self.registration is None else self.registration()
+            if registration is not None:
+                registration.let_go()
+            self.function = self._context = None
+        finally:  # whatever a signal handler raises here: somebody may be waiting
+            self.finished = True
+            for gate in self._waiters:
+                gate.open()
 
     def join(self) -> None:
-        """Wait until it has finished; not from inside a callback, which could be this one."""
-        if threading.get_ident() in _calling:
-            return
+        """
+        Wait until it has finished.
+
+        Not from inside a callback, which could be this one, nor from a signal handler that
+        interrupted what runs them.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code in _RUNNING:
+                return
+            frame = frame.f_back
         gate = Gate()
         self._waiters.append(gate)  # and look then: `finish` sets first and opens then
         while not self.finished:
             gate.wait()
 
 
-# The threads that are inside a callback now, and how deep. Each writes its own entry only.
-_calling: dict[int, int] = {}
+# What is on a thread's stack while it decides on a callback, or runs it. Asked of the stack and
+# not noted in a variable, which an interrupt between two lines would leave wrong.
+_RUNNING = frozenset({Callback._run.__code__, Callback.run_in.__code__, Callback.finish.__code__})
 
 
 def run_callbacks(pending: list[tuple[Callback, CancelToken]]) -> None:
@@ -134,7 +145,7 @@ class Registration:
         Threads:
             Any; takes no lock, so signal handlers and finalizers may call it.
         """
-        if not self._entry.claim():
+        if not self._entry.claim(object()):
             return False
         token = self._token
         if token is not None:
@@ -170,13 +181,13 @@ class Registration:
 class Interrupts:
     """What `CancelToken.interrupts` returns."""
 
-    __slots__ = ("_interrupt", "_registration", "_slow", "_token")
+    __slots__ = ("_interrupt", "_registrations", "_slow", "_token")
 
     def __init__(self, token: CancelToken, interrupt: Callable[[], object], slow: bool) -> None:
         self._token = token
         self._interrupt = interrupt
         self._slow = slow
-        self._registration: Registration | None = None
+        self._registrations: list[Registration] = []  # one for each block that is in it
 
     def __enter__(self) -> None:
         token = self._token
@@ -186,7 +197,7 @@ class Interrupts:
             # Set since the check: the interruption has come too early to wake anything.
             registration.close()
             token.check()
-        self._registration = registration
+        self._registrations.append(registration)
 
     def __exit__(
         self,
@@ -194,8 +205,6 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        registration, self._registration = self._registration, None
-        if registration is not None:
-            registration.close()
+        self._registrations.pop().close()
         if not is_a(error, Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit):
             self._token.check()

@@ -123,8 +123,13 @@ class _Injecting:
         if index is None and param in kwargs:
             # To checkers a keyword-only token is an optional argument like any other.
             token = kwargs.pop(param)
-            if token is not None:
+            if isinstance(token, CancelToken):
                 return self.with_token(token, *args, **kwargs)
+            if token is not None:
+                raise TypeError(
+                    f"{_name(self.__wrapped__)}() wants a CancelToken as {param!r}, not "
+                    f"{reprlib.repr(token)}; without one it takes the current token"
+                )
         return self._self_inject(current_token(), args, kwargs)
 
     def _self_inject(
@@ -275,6 +280,11 @@ else:
             super().__init__(fn, None)  # None: what wrapt's own `__call__` would call
             self._self_place = param, index
 
+        def __get__(self, instance, owner=None):
+            if instance is None and type(self.__wrapped__) is FunctionType:
+                return self  # as a function does
+            return super().__get__(instance, owner)
+
         # The short way, for a token that comes first: wrapt's own `__call__` takes three times
         # as long, and every attribute that is read of a proxy costs as much as a call.
         def __call__(self, /, *args, **kwargs):
@@ -312,9 +322,7 @@ class _Decorator(Protocol):
     def __call__(
         self, fn: Callable[Concatenate[type[T], CancelToken, P], R], /
     ) -> Callable[Concatenate[type[T], P], R]: ...
-
-
-class _ParamDecorator(Protocol):
+    @overload  # the token stands among the keywords, or is of another kind to checkers
     def __call__(self, fn: Callable[P, R], /) -> Callable[P, R]: ...
 
 
@@ -329,9 +337,9 @@ def cancellable(
     fn: Callable[Concatenate[type[T], CancelToken, P], R], /
 ) -> Callable[Concatenate[type[T], P], R]: ...
 @overload
-def cancellable() -> _Decorator: ...
+def cancellable(fn: Callable[P, R], /) -> Callable[P, R]: ...
 @overload
-def cancellable(*, param: str) -> _ParamDecorator: ...
+def cancellable(*, param: str | None = None) -> _Decorator: ...
 def cancellable(fn: Any = None, /, *, param: str | None = None) -> Any:
     """
     Give a function a cancel token, and take the token's parameter out of its signature.

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fastpool._gate import Gate
+from fastpool._unraisable import unraisable
 
 __all__ = [
     "IDLE",
@@ -54,7 +55,10 @@ def seconds(value: float | None, what: str = "timeout") -> float | None:
     if isinstance(value, (str, bytes, bool)) or not hasattr(value, "__float__"):
         advice = "; give its total_seconds()" if hasattr(value, "total_seconds") else ""
         raise TypeError(f"{what} must be a number of seconds, not {value!r}{advice}")
-    span = float(value)
+    try:
+        span = float(value)
+    except OverflowError:  # a whole number that is larger than any float
+        span = math.inf if value > 0 else -math.inf
     if math.isnan(span):
         raise ValueError(f"{what} must be a number of seconds, not {value!r}")
     return None if span == math.inf else span
@@ -123,7 +127,10 @@ class _Clock:
             when, _, reference = heapq.heappop(heap)
             target = reference()
             if target is not None and target._due() == when:
-                target._expire()
+                try:
+                    target._expire()
+                except BaseException as error:  # out of memory, say: the others still expire
+                    unraisable(error, target)
         # A deadline that was lifted stays in the heap until its time comes, so sweep them out
         # whenever they may be half of it: a constant cost for each deadline added.
         if len(heap) > self._sweep_at:

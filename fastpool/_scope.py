@@ -44,21 +44,29 @@ class Place(Protocol):
 
     @property
     def _thread(self) -> object:
-        """The thread that made the token current, as `this_thread()` names it."""
+        """
+        The thread that made the token current, as `this_thread()` names it; None once that is over.
+        """
 
 
 class Scope:
     """A place made by a `with` statement or a call."""
 
-    __slots__ = ("_group", "_thread", "_token", "before")
+    __slots__ = ("_group", "_thread", "_token", "before", "maker")
 
     def __init__(
-        self, token: CancelToken, group: object, thread: object, before: Place | None
+        self,
+        token: CancelToken,
+        group: object,
+        thread: object,
+        before: Place | None,
+        maker: object = None,
     ) -> None:
         self._token = token
         self._group = group
         self._thread = thread
         self.before = before  # the place around it
+        self.maker = maker  # the `with` statement's object, which may have made others
 
 
 class Places(Protocol):
@@ -135,10 +143,10 @@ def is_own(token: CancelToken) -> bool:
     return place._token is token and place._thread is this_thread()
 
 
-def enter(token: CancelToken, group: object = None) -> Scope:
+def enter(token: CancelToken, group: object = None, maker: object = None) -> Scope:
     """Make a token current; `leave` takes the scope back."""
     before = current_place()
-    scope = Scope(token, before._group if group is None else group, this_thread(), before)
+    scope = Scope(token, before._group if group is None else group, this_thread(), before, maker)
     current.set(scope)
     return scope
 
@@ -150,6 +158,7 @@ def leave(scope: Scope) -> None:
     Left out of order (by a generator, say), it is taken from under those that are on top of it,
     so that they do not come back to it.
     """
+    scope._thread = None
     place = current_place()
     if place is scope:
         current.set(scope.before)  # type: ignore[arg-type] # the default alone has none
@@ -170,11 +179,17 @@ class _Scopes:
         self._entered: list[Scope] = []
 
     def _enter(self, token: CancelToken) -> CancelToken:
-        self._entered.append(enter(token))
+        self._entered.append(enter(token, maker=self))
         return token
 
     def _leave(self) -> CancelToken:
-        scope = self._entered.pop()
+        # The innermost of this context's, since other threads may have entered it as well. A
+        # generator that is closed in another context than it began in finds none of its own.
+        place: Place | None = current_place()
+        while isinstance(place, Scope) and place.maker is not self:
+            place = place.before
+        scope = place if isinstance(place, Scope) else self._entered[-1]
+        self._entered.remove(scope)
         leave(scope)
         return scope._token
 

@@ -162,7 +162,7 @@ class Task(Generic[R_co]):
     def _thread(self) -> object:
         """The thread that runs it, as `_scope.this_thread()` names it."""
         lane = self._lane
-        return None if lane is None else lane.thread
+        return None if lane is None or self._state else lane.thread
 
     # --- How it stands ----------------------------------------------------------------------
 

@@ -200,26 +200,40 @@ class CancelToken:
         Returns:
             The callbacks that are left to run, the last registered first.
         """
-        turned = [self]
-        for token in turned:  # grows as it goes; no recursion, so no chain is too long
-            # A copy, since others go on registering; of the dict, since making tuples of its
-            # items could start a garbage collection that changes it.
-            for key, entry in token._entries.copy().items():
-                if key == _CAUSE:
-                    continue
-                child = entry() if type(entry) is _ChildRef else entry
-                if isinstance(child, CancelToken) and child._reason is None and child._claim(cause):
-                    turned.append(child)
+        reached = [self]
+        seen = {self._key}
+        for token in reached:  # grows as it goes; no recursion, so no chain is too long
+            # One that somebody else has just turned hands on what turned it: that call may not
+            # have come to its descendants yet.
+            reason = token._cause or cause
+            for child in token._children():
+                if child._key not in seen:
+                    seen.add(child._key)
+                    if child._claim(reason) or child._cause is not None:
+                        reached.append(child)  # else it has ended, and hears nobody any more
         pending: list[tuple[Callback, CancelToken]] = []
-        for token in turned:
-            for key, entry in token._entries.copy().items():
+        for token in reached:
+            # Callbacks are left to the call that turned their token.
+            ours = token._cause is cause
+            for key in list(token._entries):
+                entry = token._entries.get(key)
                 if type(entry) is Gate:
                     if token._entries.pop(key, None) is not None:
                         entry.open()
-                elif type(entry) is Callback:
+                elif ours and type(entry) is Callback:
                     pending.append((entry, token))
         pending.sort(key=lambda pair: pair[0].key, reverse=True)
         return pending
+
+    def _children(self) -> list[CancelToken]:
+        found: list[CancelToken] = []
+        # Not `items()`, nor a copy: both can start a garbage collection that changes the dict.
+        for key in list(self._entries):
+            entry = self._entries.get(key)
+            child = entry() if type(entry) is _ChildRef else entry
+            if isinstance(child, CancelToken):
+                found.append(child)
+        return found
 
     def _due(self) -> float | None:
         """The token's own deadline, without its ancestors'."""
@@ -446,7 +460,8 @@ class CancelToken:
 
     def _callbacks(self) -> list[Callback]:
         """Those that have not run yet, or are running."""
-        return [entry for entry in self._entries.copy().values() if type(entry) is Callback]
+        entries = (self._entries.get(key) for key in list(self._entries))
+        return [entry for entry in entries if type(entry) is Callback]
 
     # --- Family ---------------------------------------------------------------------------
 

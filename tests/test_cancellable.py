@@ -6,6 +6,7 @@ import abc
 import asyncio
 import contextlib
 import copy
+import dataclasses
 import doctest
 import functools
 import inspect
@@ -936,6 +937,29 @@ def test_functions_compare_and_hash_by_identity():
     assert bare != fetch
     assert fetch != other
     assert len({fetch, fetch, other, bare}) == 3
+
+
+class Holder:
+    decorated = fetch
+
+
+@dataclasses.dataclass
+class Job:
+    url: str
+    run: typing.Any = fetch
+
+
+def test_function_that_a_class_has_as_well_is_still_itself():
+    """
+    Read from a class it is the very function, as any function is, and pickles as that.
+    """
+    job = pickle.loads(pickle.dumps(Job("u")))
+
+    assert Holder.decorated is fetch
+    assert Crawler.method is Crawler.__dict__["method"]
+    assert pickle.loads(pickle.dumps(Holder.decorated)) is fetch
+    assert pickle.loads(pickle.dumps(Crawler.method)) is Crawler.method
+    assert job.run is fetch
 
 
 def test_methods_compare_and_hash_as_methods_do():

@@ -451,3 +451,17 @@ def test_failure_is_recorded_before_the_token_is_set():
             assert outcome(token.check).__cause__ is error
             assert echoes == [error, error]
             echoes.clear()
+
+
+def test_context_of_a_scope_that_was_left_brings_its_token():
+    """
+    The thread that made a token current is free of that once it has left the scope.
+    """
+    token = CancelToken()
+    with use_token(token):
+        context = contextvars.copy_context()
+
+    with pytest.raises(ValueError, match="bad header"):
+        context.run(fails.with_token, token, ValueError("bad header"))
+
+    assert isinstance(token.reason, ValueError)

@@ -6,6 +6,7 @@ import contextvars
 import threading
 
 import pytest
+from staging import in_thread, start
 
 from fastpool import (
     Cancelled,
@@ -18,16 +19,6 @@ from fastpool import (
     timeout,
     use_token,
 )
-
-
-def in_thread(fn):
-    """What a function returns in a thread of its own."""
-    found = []
-    thread = threading.Thread(target=lambda: found.append(fn()))
-    thread.start()
-    thread.join(timeout=20)
-    return found[0]
-
 
 # --- Whose it is ----------------------------------------------------------------------------------
 
@@ -169,6 +160,63 @@ def test_what_is_no_token_is_refused(wrong):
     """
     with pytest.raises(TypeError, match=r"use_token\(token or current_token\(\)\)"):
         use_token(wrong)
+
+
+@pytest.mark.parametrize("make", [lambda: timeout(60), shield, lambda: use_token(CancelToken())])
+def test_scope_may_be_shared_by_threads(make):
+    """
+    Each leaves what it has entered itself, in whatever order they do.
+    """
+    scope = make()
+    order = threading.Barrier(2)
+
+    def first():
+        with scope as token:
+            order.wait(timeout=10)  # both are in
+            inside = current_token() is token
+            order.wait(timeout=10)
+        after = current_token()
+        order.wait(timeout=10)  # the first one has left
+        return inside, after
+
+    def second():
+        with scope as token:
+            order.wait(timeout=10)
+            order.wait(timeout=10)
+            order.wait(timeout=10)
+            inside = current_token() is token
+            deadline = token.deadline is not None
+        return inside, current_token(), deadline
+
+    threads = [start(first), start(second)]
+    for thread, _ in threads:
+        thread.join(timeout=20)
+    (one,), (two,) = (outcome for _, outcome in threads)
+
+    assert one == (True, CancelToken.NEVER)
+    assert two == (True, CancelToken.NEVER, isinstance(scope, timeout))
+
+
+def test_scope_that_is_held_by_a_generator_stays_apart():
+    """
+    A block beside it leaves its own scope, not the generator's.
+    """
+    scope = timeout(60)
+
+    def generate():
+        with scope:
+            yield current_token()
+
+    generator = generate()
+    held = next(generator)
+    with scope as token:
+        inside = current_token() is token
+    beside = current_token() is held
+    generator.close()
+
+    assert inside
+    assert beside
+    assert current_token() is CancelToken.NEVER
 
 
 # --- timeout --------------------------------------------------------------------------------------

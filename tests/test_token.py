@@ -2,9 +2,12 @@
 The token: polling, waiting, callbacks, deadlines, children.
 """
 
+import contextlib
 import copy
 import datetime
+import functools
 import gc
+import itertools
 import math
 import pickle
 import signal
@@ -15,6 +18,7 @@ import weakref
 from decimal import Decimal
 
 import pytest
+from staging import act_at
 
 import fastpool
 from fastpool import Cancelled, CancelToken, TaskCancelledError, _wakers
@@ -244,7 +248,7 @@ def test_what_is_no_number_of_seconds_is_refused(timeout, error):
 # --- Deadlines ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("timeout", [0, -1, -math.inf])
+@pytest.mark.parametrize("timeout", [0, -1, -math.inf, -(10**400)])
 def test_token_without_time_is_born_set(timeout):
     """
     Its reason is a `TimeoutError`.
@@ -255,7 +259,7 @@ def test_token_without_time_is_born_set(timeout):
     assert token.remaining() == 0
 
 
-@pytest.mark.parametrize("timeout", [None, math.inf, 1e18, Decimal(10**6), 10**6])
+@pytest.mark.parametrize("timeout", [None, math.inf, 1e18, Decimal(10**6), 10**6, 10**400])
 def test_token_with_all_the_time_is_not_set(timeout):
     """
     Infinity is none; what is beyond any clock is as good.
@@ -263,7 +267,7 @@ def test_token_with_all_the_time_is_not_set(timeout):
     token = CancelToken(timeout=timeout)
 
     assert token.wait(0.01) is False
-    assert (token.deadline is None) == (timeout is None or timeout == math.inf)
+    assert (token.deadline is None) is (timeout in (None, math.inf, 10**400))
 
 
 def test_deadline_passes_though_nobody_looks():
@@ -309,6 +313,24 @@ def test_slow_callback_holds_up_no_other_deadline():
     quick.on_cancel(second.set)
 
     assert first.wait(timeout=30)
+
+
+def test_deadline_that_cannot_be_kept_stops_no_other(monkeypatch, unraised):
+    """
+    An error on the way, as when memory is short, goes to `sys.unraisablehook`.
+    """
+    expire = CancelToken._expire
+
+    def failing(token):
+        if token is first:
+            raise MemoryError
+        expire(token)
+
+    monkeypatch.setattr(CancelToken, "_expire", failing)
+    first, second = CancelToken(timeout=0.01), CancelToken(timeout=0.05)
+
+    assert second.wait(20)
+    assert [type(error) for error in unraised] == [MemoryError]
 
 
 def test_nearest_deadline_of_all_ancestors_counts():
@@ -404,6 +426,45 @@ def test_chain_of_ten_thousand_is_set_and_dies():
     del token, last, root
 
     assert reason == "from the top"
+
+
+@pytest.mark.parametrize("who", ["thread", "handler"])
+def test_cancel_returns_once_every_descendant_is_set(who):
+    """
+    Also those of a child that somebody else has turned and not yet come past.
+    """
+    parent = CancelToken()
+    child = parent.child()
+    grandchild = child.child()
+    seen = []
+    parent.on_cancel(lambda: seen.append(("callback", grandchild.cancelled())))
+    there, go_on = threading.Event(), threading.Event()
+
+    def at_spread(frame, event, argument):
+        # The child is set now, its own descendants are not.
+        if frame.f_code.co_name == "_spread":
+            sys.settrace(None)
+            if who == "handler":
+                cancel_parent()
+            there.set()
+            go_on.wait(timeout=10)
+
+    def cancel_parent():
+        seen.append(parent.cancel("parent"))
+        seen.append((child.reason, grandchild.cancelled(), grandchild.reason))
+
+    def cancel_child():
+        sys.settrace(at_spread)
+        child.cancel("child")
+
+    thread = in_thread(cancel_child)
+    there.wait(timeout=10)
+    if who == "thread":
+        cancel_parent()
+    go_on.set()
+    thread.join(timeout=10)
+
+    assert seen == [("callback", True), True, ("child", True, "child")]
 
 
 # --- Callbacks ------------------------------------------------------------------------------------
@@ -553,6 +614,101 @@ def test_callbacks_may_take_each_other_back():
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_callback_in_the_middle_of_another_ones_end_harms_none():
+    """
+    At whatever line a signal handler runs a callback of its own: all of the others run.
+    """
+
+    def interrupted_at(step):
+        ran = []
+        token = CancelToken()
+        registrations = [token.on_cancel(functools.partial(ran.append, n)) for n in range(2)]
+
+        def handler():
+            other = CancelToken()
+            other.on_cancel(functools.partial(ran.append, "handler"))
+            other.cancel()
+
+        sys.settrace(act_at(step, handler))
+        try:
+            token.cancel()
+        finally:
+            sys.settrace(None)
+        for registration in registrations:
+            registration.close()
+        return ran
+
+    races = list(
+        itertools.takewhile(lambda ran: "handler" in ran, map(interrupted_at, itertools.count()))
+    )
+
+    assert len(races) > 30
+    assert all(sorted(map(str, ran)) == ["0", "1", "handler"] for ran in races)
+    assert all(ran.index(1) < ran.index(0) for ran in races)
+
+
+def test_interrupted_callback_is_over_for_who_waits_for_it(unraised):
+    """
+    Ctrl-C at whatever line of the cancel leaves nobody waiting for a callback.
+    """
+
+    def interrupted_at(step):
+        reached = []
+        token = CancelToken()
+        registration = token.on_cancel(lambda: None)
+
+        def interrupt():
+            reached.append(step)
+            raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            sys.settrace(act_at(step, interrupt))
+            try:
+                token.cancel()
+            finally:
+                sys.settrace(None)
+        closing = in_thread(registration.close)
+        closing.join(timeout=1)
+        hangs = closing.is_alive()
+        if hangs:
+            registration._entry.finish(token)
+            closing.join(timeout=10)
+        return reached, hangs
+
+    races = list(itertools.takewhile(lambda race: race[0], map(interrupted_at, itertools.count())))
+    hanging = [step for reached, hangs in races if hangs for step in reached]
+
+    assert len(races) > 30
+    # The last lines of the end itself cannot be guarded by any others.
+    assert len(hanging) <= 5
+
+
+def test_handler_that_closes_a_running_callback_does_not_wait():
+    """
+    It interrupted the very thread that it would wait for.
+    """
+
+    def closed_at(step):
+        reached = []
+        token = CancelToken()
+        registration = token.on_cancel(lambda: None)
+
+        def close():
+            reached.append(step)
+            registration.close()
+
+        sys.settrace(act_at(step, close))
+        try:
+            token.cancel()
+        finally:
+            sys.settrace(None)
+        return reached
+
+    races = list(itertools.takewhile(bool, map(closed_at, itertools.count())))
+
+    assert len(races) > 30
+
+
 def test_registration_holds_its_token_until_it_has_run():
     """
     Dropped together, the callback never runs; kept, it does, and lets go.
@@ -663,6 +819,21 @@ def test_set_token_does_not_let_the_call_begin():
         ran.append("body")
 
     assert "body" not in ran
+
+
+def test_interruption_that_is_entered_twice_is_over_after_both():
+    """
+    The object of the `with` statement can be used inside its own block.
+    """
+    ran = []
+    token = CancelToken()
+    interrupts = token.interrupts(lambda: ran.append("late"))
+
+    with interrupts, interrupts:
+        pass
+    token.cancel()
+
+    assert ran == []
 
 
 def test_interruption_never_comes_after_the_block():

@@ -123,6 +123,15 @@ def by_keyword(url: str, *, token: CancelToken = CancelToken.NEVER) -> bytes:
     return url.encode()
 
 
+@cancellable
+def by_keyword_plainly(url: str, *, token: CancelToken = CancelToken.NEVER) -> bytes:
+    return url.encode()
+
+
+assert_type(by_keyword_plainly("u"), bytes)
+assert_type(by_keyword_plainly("u", token=token), bytes)
+by_keyword_plainly(1)  # type: ignore[arg-type]
+
 assert_type(by_keyword("u"), bytes)
 assert_type(by_keyword("u", token=token), bytes)
 by_keyword(1)  # type: ignore[arg-type]
@@ -226,12 +235,20 @@ run(fetch, "u", retry=5)  # type: ignore[call-arg]
 run(fetch, token, "u")  # type: ignore[arg-type]
 
 
-# --- No token -----------------------------------------------------------------------------
+# --- A token of another name --------------------------------------------------------------
 
 
-def without(url: str) -> bytes:
+@cancellable(param="event")
+def by_name(event: CancelToken, url: str) -> bytes:
     return url.encode()
 
 
-cancellable(without)  # type: ignore[arg-type]
+assert_type(by_name("u"), bytes)
+assert_type(by_name.with_token(token, "u"), bytes)
+by_name(1)  # type: ignore[arg-type]
+by_name(token, "u")  # type: ignore[call-arg, arg-type]
+
+
+# --- No function --------------------------------------------------------------------------
+
 cancellable(404)  # type: ignore[call-overload]
