@@ -347,6 +347,10 @@ def cancellable(fn: Any = None, /, *, param: str | None = None) -> Any:
     A direct call, `fetch(url)`, fills it with the current token, and checks nothing by itself.
     `fetch.with_token(token, url)` names one.
 
+    The token is gone for type checkers too; one among the keywords stays, as optional. They know
+    `with_token` of functions, not of methods, and before `**kwargs: T` they want the token to be
+    positional-only (`token: CancelToken, /`).
+
     Args:
         fn: A function, a method (above or below `@classmethod` and `@staticmethod`), a
             `functools.partial`, or an object with a `__call__`.

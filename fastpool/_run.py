@@ -81,6 +81,9 @@ class Run(Ledger):
         self.sharing = False  # lanes may have to wait for what others do on the same pool
         self._fresh = itertools.count()
         self._freed: deque[None] = deque()
+        # Whether the thread that leaves is looking on, and calls more lanes if they are needed:
+        # few short tasks are done by one before a second one has come.
+        self.attended = False
         # Who is to be told of what lanes do, by the gate they sleep at.
         self.leavers: dict[Gate, None] = {}  # that a lane has come to rest
         self.helpers: dict[Gate, Lane] = {}  # that a waiting worker could run something
@@ -284,7 +287,7 @@ class Run(Ledger):
         """A lane that was called has come. False if nobody needs it any more."""
         if self.called.pop(lane, lane) is not None:
             return False
-        if len(self.queue) > 1 and self.want_lane():
+        if len(self.queue) > 1 and not self.attended and self.want_lane():
             with contextlib.suppress(*NO_LANE):
                 self.call()  # if there is no lane to be had, go on with those there are
         return True

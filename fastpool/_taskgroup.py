@@ -35,6 +35,7 @@ __all__ = ["TaskGroup", "map", "shutdown"]
 R = TypeVar("R")
 
 GRACE = 5.0  # seconds a cancelled task may take before we say so; chosen by feel
+ATTENTION = 1e-4  # seconds, about what it takes to wake a thread and have its answer
 NOTED = 5  # failures that a note names beside the one that leaves; the rest are counted
 
 _numbers = itertools.count(1)
@@ -303,6 +304,7 @@ class TaskGroup(Submitter):
         run.leavers[gate] = None
         key = run.token._add_sleeper(gate)
         interrupted = False
+        attends = lane is None
         try:
             if lane is not None:
                 # Said first and looked at then, as by every worker that waits.
@@ -318,11 +320,18 @@ class TaskGroup(Submitter):
                         return
                     if lane is not None and help_along(lane, *run.in_hand()):
                         continue
-                    gate.wait(vigil.patience())
-                    vigil.look()
+                    if attends:
+                        attends = False
+                        run.attended = True
+                        gate.wait(ATTENTION)
+                        run.attended = False
+                    else:
+                        gate.wait(vigil.patience())
+                        vigil.look()
                 except BaseException as error:
                     # What a signal handler raises here counts as the body's. Ctrl-C a second
                     # time means: now.
+                    run.attended = False
                     strip(error)
                     run._report(error)
                     if is_a(error, KeyboardInterrupt) and interrupted:
