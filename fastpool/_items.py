@@ -219,7 +219,6 @@ class _Item(Task[R_co]):
     def __init__(self, items: Items, index: int, stretch: Stretch | None) -> None:
         self._items = items
         self._index = index
-        self._own = None
         self._stretch = stretch  # until the call has ended
 
     if not TYPE_CHECKING:  # to checkers they are what `Task` says
@@ -261,10 +260,6 @@ class _Item(Task[R_co]):
         @property
         def _kwargs(self):
             return NOTHING
-
-        @_kwargs.setter
-        def _kwargs(self, kwargs):
-            """There are none."""
 
         @property
         def _context(self):

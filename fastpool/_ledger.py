@@ -201,7 +201,8 @@ class Ledger:
     def let_go(self, task: Task[Any], reason: object) -> None:
         """Make it final that a task never runs, and keep nothing of the call but its function."""
         task._args = ()
-        task._kwargs = NOTHING
+        if task._kwargs:
+            task._kwargs = NOTHING
         task._context = None  # it may lead back to the task, through the one that submitted it
         task._value = reason
         task._state = CANCELLED
@@ -296,7 +297,8 @@ class Ledger:
         fn = task._fn
         task._fn = fn if isinstance(fn, str) else label(fn)
         task._args = ()
-        task._kwargs = NOTHING
+        if task._kwargs:
+            task._kwargs = NOTHING
         task._context = None
         task._value = value
         task._state = state

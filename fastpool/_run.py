@@ -8,9 +8,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from contextvars import copy_context
-from types import FrameType
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastpool import _scope
@@ -20,16 +18,19 @@ from fastpool._lane import Lane, here, stand_in
 from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
-    NOTHING,
-    PLAIN,
-    Call,
     Failure,
-    Options,
     Task,
     call,
     label,
 )
-from fastpool._waiting import InHand, refuse_own_group, wait_for, wait_for_all, waiting
+from fastpool._waiting import (
+    InHand,
+    refuse_own_group,
+    tell_helpers,
+    wait_for,
+    wait_for_all,
+    waiting,
+)
 from fastpool.events import Observer
 from fastpool.exceptions import GroupClosedError, describe
 from fastpool.policies import FirstFailure, Judge
@@ -113,34 +114,6 @@ class Run(Ledger):
 
     # --- Submitting -----------------------------------------------------------------------
 
-    def submit(
-        self,
-        fn: Callable[..., Any],
-        args: tuple[object, ...],
-        kwargs: dict[str, Any],
-        frame: FrameType,
-        options: Options = PLAIN,
-    ) -> Task[Any]:
-        """Queue a call, see to it that a lane comes, and return its handle."""
-        if self.closed is not None:
-            self.refuse_closed(fn)
-        if (self.disturbed or self.token._reason is not None) and self.stopping():
-            self.refuse(fn)
-        task = Call(self, fn, args, kwargs or NOTHING, copy_context(), frame, options)
-        if options is not PLAIN and options.timeout is not None:
-            self.disturbed = True
-        if self.observers:
-            self.emit("task_submitted", task)
-        self.queue.append(task)
-        # Whoever leaves says that it is closing first and looks at the queue then. So it has
-        # seen the task there, or we see that it is closing, and one of us decides.
-        if self.closing is not None and not self.goes_on():
-            self.withdraw(task, ENDED)
-            raise self.closed_error(fn, ENDED)
-        if not self.called and (self.idle or not self.full or self.recalled):
-            self.call_for([task], task)
-        return task
-
     def submit_more(self, stretch: Stretch, arguments: Sequence[Any]) -> None:
         """Queue some calls of a `map`, which has looked whether the group takes them."""
         items = stretch.items
@@ -153,12 +126,23 @@ class Run(Ledger):
             for index in range(start, stop):
                 self.emit("task_submitted", items.task(index))
         self.queue.extend(itertools.repeat(stretch, stop - start))
-        if self.closing is not None and not self.goes_on():  # as in `submit`
-            for index in range(start, stop):
-                self.withdraw(items.task(index), ENDED)
-            raise self.closed_error(stretch.fn, ENDED)
+        tasks = map(items.task, range(start, stop))
+        if self.closing is not None:
+            self.refuse_late(tasks, stretch.fn)
         if not self.called and (self.idle or not self.full or self.recalled):
-            self.call_for((items.task(index) for index in range(start, stop)), stretch)
+            self.call_for(tasks, stretch)
+
+    def refuse_late(self, tasks: Iterable[Task[Any]], fn: object) -> None:
+        """
+        Withdraw what was just queued, and raise, if the group has ended meanwhile.
+
+        Whoever leaves says that it is closing first and looks at the queue then. So it has seen
+        the tasks there, or who has queued them sees that it is closing, and one of them decides.
+        """
+        if not self.goes_on():
+            for task in tasks:
+                self.withdraw(task, ENDED)
+            raise self.closed_error(fn, ENDED)
 
     def call_for(self, tasks: Iterable[Task[Any]], entry: Task[Any] | Stretch) -> None:
         """Have a lane come for what was just queued, under that entry for each of the tasks."""
@@ -175,7 +159,7 @@ class Run(Ledger):
                 raise
 
     def check_open(self, fn: object) -> None:
-        """Raise what `submit` would, before anything is taken from an input."""
+        """Raise if nothing can be submitted."""
         if self.closed is not None:
             self.refuse_closed(fn)
         if self.stopping():
@@ -242,6 +226,7 @@ class Run(Ledger):
 
     def take_slot(self) -> bool:
         """Whether one more task may run at once."""
+        known = self.full
         for _ in range(2):
             try:
                 self._freed.pop()
@@ -253,6 +238,8 @@ class Run(Ledger):
             # Say so first, and look once more then: a slot that is freed from here on is seen
             # either here or by the submitter that finds `full` taken back.
             self.full = True
+        if not known:
+            tell_helpers(self)  # what one of them waits for may get no other worker now
         return False
 
     def free_slot(self) -> None:

@@ -14,7 +14,7 @@ from fastpool._batch import Batch
 from fastpool._cancellable import UNRUNNABLE, refuse
 from fastpool._items import Items, Stretch
 from fastpool._run import Run
-from fastpool._task import Options, Task, label
+from fastpool._task import PLAIN, Call, CallWith, Options, Task, label
 
 __all__ = ["Submitter"]
 
@@ -67,7 +67,26 @@ class Submitter:
         """
         if type(fn) is not FunctionType or fn.__code__.co_flags & UNRUNNABLE:
             refuse(fn)
-        return self._run.submit(fn, args, kwargs, sys._getframe(1), self._options)
+        run = self._run
+        if run.closed is not None or run.disturbed or run.token._reason is not None:
+            run.check_open(fn)
+        options = self._options
+        frame = sys._getframe(1)
+        task: Call[R]
+        if kwargs or options is not PLAIN:
+            task = CallWith(run, fn, args, copy_context(), frame, kwargs, options)
+            if options.timeout is not None:
+                run.disturbed = True
+        else:
+            task = Call(run, fn, args, copy_context(), frame)
+        if run.observers:
+            run.emit("task_submitted", task)
+        run.queue.append(task)
+        if run.closing is not None:
+            run.refuse_late((task,), fn)
+        if not run.called and (run.idle or not run.full or run.recalled):  # `Run.want_lane`
+            run.call_for((task,), task)
+        return task
 
     @overload
     def map(self, fn: Callable[[T1], R], a: Iterable[T1], /) -> Batch[R]: ...
@@ -213,8 +232,8 @@ class Submitter:
                 raise
             if not arguments:
                 return Batch(items)
-            if (run.disturbed or run.token.cancelled()) and run.stopping():
-                run.refuse(fn)
+            if run.closed is not None or run.disturbed or run.token._reason is not None:
+                run.check_open(fn)
             if not prompt or stretch is None:
                 context = copy_context()
                 if stretch is None or not stretch.fits(context):

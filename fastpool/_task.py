@@ -27,6 +27,7 @@ __all__ = [
     "PLAIN",
     "VALUE",
     "Call",
+    "CallWith",
     "Failure",
     "Options",
     "Task",
@@ -111,7 +112,7 @@ class Task(Generic[R_co]):
     _lane: Lane | None
     _state: int
     _value: Any
-    _own: CancelToken | None
+    _own: CancelToken  # unset until somebody asks for it
 
     # --- What it is -----------------------------------------------------------------------
 
@@ -150,7 +151,7 @@ class Task(Generic[R_co]):
     @property
     def _token(self) -> CancelToken:
         """The task's own token, a child of its group's; made when somebody first asks."""
-        token = self._own
+        token: CancelToken | None = getattr(self, "_own", None)
         return self._run.token_for(self) if token is None else token
 
     @property
@@ -322,15 +323,14 @@ class Task(Generic[R_co]):
 class Call(Task[R_co]):
     """The handle of a call that was submitted by itself."""
 
+    # `_own` and `_value` come when they are needed.
     __slots__ = (
         "_args",
         "_code",
         "_context",
         "_fn",
-        "_kwargs",
         "_lane",
         "_lasti",
-        "_options",
         "_own",
         "_run",
         "_state",
@@ -339,29 +339,46 @@ class Call(Task[R_co]):
     )
 
     _index = None
+    _kwargs = NOTHING
+    _options = PLAIN
 
     def __init__(
         self,
         run: Run,
         fn: Callable[..., R_co],
         args: tuple[object, ...],
-        kwargs: dict[str, Any],
         context: Context,
         frame: FrameType,
-        options: Options,
     ) -> None:
         self._run = run
         self._fn = fn
         self._args = args
-        self._kwargs = kwargs
         self._context = context
         self._code = frame.f_code
         self._lasti = frame.f_lasti
-        self._options = options
         self._taken = False
         self._lane = None
         self._state = PENDING
-        self._own = None
+
+
+class CallWith(Call[R_co]):
+    """One that has keyword arguments, or options."""
+
+    __slots__ = ("_kwargs", "_options")
+
+    def __init__(
+        self,
+        run: Run,
+        fn: Callable[..., R_co],
+        args: tuple[object, ...],
+        context: Context,
+        frame: FrameType,
+        kwargs: dict[str, Any],
+        options: Options,
+    ) -> None:
+        super().__init__(run, fn, args, context, frame)
+        self._kwargs = kwargs
+        self._options = options
 
 
 def call(task: Task[R], fn: Callable[..., R], args: tuple[object, ...]) -> R:

@@ -200,7 +200,7 @@ class CancelToken:
         Returns:
             The callbacks that are left to run, the last registered first.
         """
-        reached = [self]
+        reached: list[CancelToken] = [self]
         seen = {self._key}
         for token in reached:  # grows as it goes; no recursion, so no chain is too long
             # One that somebody else has just turned hands on what turned it: that call may not

@@ -2499,6 +2499,39 @@ def test_circle_is_found_through_a_task_that_was_just_taken(monkeypatch, watched
         outer.submit(branch)
 
 
+def test_waiter_hears_that_no_other_worker_will_come(monkeypatch, watched):
+    """
+    One that leaves a task to others runs it after all, once the last place is taken.
+    """
+    begin = Run.begin
+    ready, done = threading.Event(), threading.Event()
+    threads = []
+
+    def late(run, lane):
+        until(lambda: not threads or is_asleep(threads[0]))
+        return begin(run, lane)
+
+    def waits():
+        ready.wait(timeout=10)
+        return [task.result() for task in fastpool.as_completed(tasks)]
+
+    def first():
+        threads.append(threading.current_thread())
+        return waits()
+
+    monkeypatch.setattr(Run, "begin", late)
+
+    with TaskGroup(2, timeout=10) as group:
+        waiting = group.submit(first)
+        until(lambda: threads)
+        holding = group.submit(done.wait, 10)  # takes the last place, once the other one sleeps
+        tasks = [group.submit(done.set)]
+        ready.set()
+
+    assert waiting.result() == [None]
+    assert holding.result()
+
+
 def test_circle_is_found_after_the_waiter_has_run_another(workers):
     """
     A task that ran another while it waited is still itself when it waits again.

@@ -277,7 +277,8 @@ def serve(run: Run, lane: Lane) -> None:
                 # `Ledger.ended` written out.
                 entry._fn = fn.__name__ if type(fn) is FunctionType else label(fn)
                 entry._args = ()
-                entry._kwargs = NOTHING
+                if entry._kwargs:
+                    entry._kwargs = NOTHING
                 entry._context = None
                 entry._value = value
                 entry._state = VALUE
