@@ -1,1 +1,1 @@
-"""Speed, measured as ratios against peers in one run: `python -m benchmarks`."""
+"""How fastpool compares, measured in one run on one machine: `python -m benchmarks`."""

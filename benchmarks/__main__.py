@@ -1,113 +1,86 @@
-"""
-Print how fastpool compares with the standard library's pools, in one run on one machine.
+"""Print the table: every row's figure beside its target."""
 
-Each row is the median of interleaved rounds; a ratio says how many times longer the peer takes
-for the same job. Quote ratios, not times: machines differ, and this one may be busy.
-"""
+from __future__ import annotations
 
-import statistics
+import argparse
+import json
+import platform
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing.pool import ThreadPool
+from dataclasses import asdict
 
-from fastpool import TaskGroup
+from benchmarks.jobs import clock
+from benchmarks.measure import calibration
+from benchmarks.rows import FULL, QUICK, ROWS, Result
 
-TASKS = 10_000
-WORKERS = 8
-ROUNDS = 5
+HOPELESS = 0.5  # of a target: what noise cannot explain
 
 
-def nothing(*arguments: object) -> None:
-    """The task that costs nothing by itself."""
+def main() -> int:
+    """Measure, print, and say whether what must hold holds."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Compare fastpool with its peers, in one run on this machine.",
+    )
+    parser.add_argument("--only", metavar="ROW", choices=list(ROWS), help=", ".join(ROWS))
+    parser.add_argument("--json", metavar="FILE", help="write the figures to a file as well")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="less of everything, the standard library only; exit code 1 if a ratio is at less "
+        "than half its target",
+    )
+    options = parser.parse_args()
+    size = QUICK if options.quick else FULL
+
+    start = clock()
+    print(f"{platform.python_implementation()} {platform.python_version()}, {platform.machine()}")
+    print("A ratio says how many times better fastpool is than the peer in the same run.\n")
+    print(f"{'row':15} {'fastpool':>10} {'peer':>10}  unit   ratio  target  peer")
+    results: list[Result] = []
+    for name, row in ROWS.items():
+        if options.only in (None, name):
+            for result in row(size):
+                results.append(result)
+                print(line(result), flush=True)
+    doubt = calibration.doubt()
+    print(f"\n{clock() - start:.0f} s, medians of {size.rounds} interleaved rounds")
+    print(f"Not to be trusted: {doubt}." if doubt else "The machine was quiet.")
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(
+                {
+                    "python": platform.python_version(),
+                    "machine": platform.machine(),
+                    "doubt": doubt,
+                    "results": [asdict(result) for result in results],
+                },
+                file,
+                indent=1,
+            )
+    if options.quick:
+        bad = [result for result in results if result.target and not possible(result)]
+        for result in bad:
+            print(f"{result.row} against {result.peer}: {result.ratio:.2f}", file=sys.stderr)
+        return bool(bad)
+    return 0
 
 
-def fastpool_submit() -> Iterator[None]:
-    with TaskGroup(WORKERS) as group:
-        yield
-        tasks = [group.submit(nothing) for _ in range(TASKS)]
-        for task in tasks:
-            task.result()
-        yield
+def line(result: Result) -> str:
+    ratio = "" if result.ratio is None else f"{result.ratio:.2f}"
+    target = "" if result.target is None else f"{result.target:.2f}"
+    theirs = "" if result.theirs is None else f"{result.theirs:.2f}"
+    miss = "" if result.met else "  <- missed"
+    return (
+        f"{result.row:15} {result.ours:10.2f} {theirs:>10}  {result.unit:6}"
+        f" {ratio:>5} {target:>7}  {result.peer}{miss}"
+    )
 
 
-def executor_submit() -> Iterator[None]:
-    with ThreadPoolExecutor(WORKERS) as executor:
-        yield
-        futures = [executor.submit(nothing) for _ in range(TASKS)]
-        for future in futures:
-            future.result()
-        yield
-
-
-def pool_apply_async() -> Iterator[None]:
-    with ThreadPool(WORKERS) as pool:
-        yield
-        results = [pool.apply_async(nothing) for _ in range(TASKS)]
-        for result in results:
-            result.get()
-        yield
-
-
-def fastpool_three() -> Iterator[None]:
-    yield
-    for _ in range(50):
-        with TaskGroup() as group:
-            for _ in range(3):
-                group.submit(nothing)
-    yield
-
-
-def executor_three() -> Iterator[None]:
-    yield
-    for _ in range(50):
-        with ThreadPoolExecutor() as executor:
-            for _ in range(3):
-                executor.submit(nothing)
-    yield
-
-
-def pool_three() -> Iterator[None]:
-    yield
-    for _ in range(50):
-        with ThreadPool(3) as pool:
-            for result in [pool.apply_async(nothing) for _ in range(3)]:
-                result.get()
-    yield
-
-
-ROWS: list[tuple[str, Callable[[], Iterator[None]], list[Callable[[], Iterator[None]]]]] = [
-    ("submit, then result", fastpool_submit, [executor_submit, pool_apply_async]),
-    ("group of three, warm", fastpool_three, [executor_three, pool_three]),
-]
-
-
-def seconds(job: Callable[[], Iterator[None]]) -> float:
-    """How long a job takes from its first `yield` to its second."""
-    steps = job()
-    next(steps)
-    start = time.perf_counter()
-    next(steps)
-    taken = time.perf_counter() - start
-    for _ in steps:
-        pass
-    return taken
-
-
-def main() -> None:
-    """Run the rows and print the table."""
-    print(f"Python {sys.version.split()[0]}, medians of {ROUNDS} interleaved rounds")
-    for name, ours, peers in ROWS:
-        taken: dict[str, list[float]] = {}
-        for _ in range(ROUNDS):
-            for job in (ours, *peers):
-                taken.setdefault(job.__name__, []).append(seconds(job))
-        mine = statistics.median(taken[ours.__name__])
-        for peer in peers:
-            ratio = statistics.median(taken[peer.__name__]) / mine
-            print(f"{name:24} {ratio:6.1f} x faster than {peer.__name__}")
+def possible(result: Result) -> bool:
+    """Whether noise may explain the figure, where it misses its target."""
+    assert result.target is not None
+    return result.ratio is None or result.ratio >= result.target * HOPELESS
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,7 +12,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from fastpool._lane import Lane
-from fastpool._scope import current
 from fastpool._task import NOTHING, PENDING, VALUE, Options, Task, label
 
 if TYPE_CHECKING:
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Items", "Stretch"]
 
-R = TypeVar("R")
 R_co = TypeVar("R_co", covariant=True)
 
 
@@ -151,13 +149,13 @@ class Stretch:
         "__weakref__",
         "_keys",
         "_values",
-        "act",
         "copy",
         "fn",
         "following",
         "items",
         "start",
         "stop",
+        "unpack",
     )
 
     def __init__(
@@ -165,7 +163,7 @@ class Stretch:
     ) -> None:
         self.items = items
         self.fn = fn
-        self.act = _call_with_all if unpack else _call_with
+        self.unpack = unpack  # whether an item is a tuple of arguments
         self.copy = context.copy
         self._keys = list(context)
         self._values = list(context.values())
@@ -199,16 +197,6 @@ class Stretch:
     def take(self) -> Task[Any]:
         """The task that a worker has taken with this."""
         return self.items.task(self.following())
-
-
-def _call_with(fn: Callable[..., R], argument: Any, place: tuple[int, Stretch]) -> R:
-    current.set(place)
-    return fn(argument)
-
-
-def _call_with_all(fn: Callable[..., R], argument: Any, place: tuple[int, Stretch]) -> R:
-    current.set(place)
-    return fn(*argument)
 
 
 class _Item(Task[R_co]):
@@ -251,7 +239,7 @@ class _Item(Task[R_co]):
         @property
         def _args(self):
             arguments = self._items.values[self._index]
-            return arguments if self._stretch.act is _call_with_all else (arguments,)
+            return arguments if self._stretch.unpack else (arguments,)
 
         @_args.setter
         def _args(self, args):

@@ -16,6 +16,7 @@ from fastpool._clock import IDLE, run_in_helper
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import Lane, stand_in
+from fastpool._scope import current
 from fastpool._task import NOTHING, VALUE, Task, call, label
 from fastpool._waiting import tell_helpers
 
@@ -306,16 +307,14 @@ def _serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretc
     """
     popleft = run.queue.popleft
     token = run.token
+    fn, unpack, following, items = stretch.fn, stretch.unpack, stretch.following, stretch.items
+    handles, taken, states, values = items.handles, items.taken, items.states, items.values
+    # Each call has a copy of the context, in which its place is noted. To note it here and copy
+    # then is quicker than the other way round, with a function of ours below the user's.
+    context = stretch.copy()
+    enter, copy, become = context.run, context.copy, current.set
     entry: Task[Any] | Stretch | None = stretch
     place = (0, stretch)
-    fn, act, copy, following, items = (
-        stretch.fn,
-        stretch.act,
-        stretch.copy,
-        stretch.following,
-        stretch.items,
-    )
-    handles, taken, states, values = items.handles, items.taken, items.states, items.values
     while entry is stretch:
         index = following()
         taken[index] = True
@@ -324,8 +323,9 @@ def _serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretc
             break
         states[index] = lane
         lane.at = place = (index, stretch)
+        enter(become, place)
         try:
-            value = copy().run(act, fn, values[index], place)
+            value = copy().run(fn, *values[index]) if unpack else copy().run(fn, values[index])
         except BaseException as error:
             run.failed(items.task(index), lane, error)
         else:
@@ -342,8 +342,8 @@ def _serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretc
         except IndexError:
             entry = None
     # What failed refers to this frame: see `strip`.
-    del run, lane, stretch, popleft, token, fn, act, copy, following, items
-    del handles, taken, states, values, place
+    del run, lane, stretch, popleft, token, fn, following, items
+    del handles, taken, states, values, context, enter, copy, place
     return entry
 
 

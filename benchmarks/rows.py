@@ -1,0 +1,333 @@
+"""The rows of the table: what is measured, against whom, and what it should come to."""
+
+from __future__ import annotations
+
+import contextvars
+import functools
+import importlib
+import sys
+import threading
+import timeit
+import tracemalloc
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from types import ModuleType
+
+from benchmarks.jobs import Failing, nothing
+from benchmarks.measure import in_process, medians
+from fastpool import CancelToken, TaskGroup, cancellable, current_token
+
+PEERS = [
+    "ours",
+    "executor",
+    "threadpool",
+    "with_asyncio",
+    "with_anyio",
+    "with_trio",
+    "with_joblib",
+    "with_mpire",
+]
+STANDARD = ["ours", "executor", "threadpool"]
+
+WORKERS = 8
+
+# Without a GIL the standard pools are quicker and ours no longer has the queue for itself.
+FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is done of everything."""
+
+    rounds: int
+    tasks: int
+    slow_tasks: int  # for contestants that take a tenth of a millisecond for each
+    groups: int
+    queued: tuple[int, ...]
+    processes: int
+
+
+FULL = Size(9, 20_000, 1_000, 200, (100_000, 1_000_000), 15)
+QUICK = Size(5, 5_000, 200, 50, (100_000,), 5)
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    One line of the table.
+
+    Attributes:
+        row: The name of the row.
+        peer: Who or what ours is compared with.
+        ours: Our figure.
+        theirs: The peer's; None where there is nothing to compare.
+        unit: Of both.
+        ratio: How many times better ours is; None without a target and a peer.
+        target: What the ratio should be at least.
+    """
+
+    row: str
+    peer: str
+    ours: float
+    theirs: float | None
+    unit: str
+    ratio: float | None = None
+    target: float | None = None
+
+    @property
+    def met(self) -> bool:
+        """Whether the target is reached; also where there is none."""
+        return self.target is None or self.ratio is None or self.ratio >= self.target
+
+
+def contestants(size: Size) -> list[ModuleType]:
+    """Those that are installed; for the quick form the standard library's."""
+    found = []
+    for name in STANDARD if size is QUICK else PEERS:
+        try:
+            found.append(importlib.import_module(f"benchmarks.peers.{name}"))
+        except ModuleNotFoundError as error:
+            print(f"{name.removeprefix('with_')} is not installed ({error.name})", file=sys.stderr)
+    return found
+
+
+def against(
+    row: str, job: str, size: Size, targets: dict[str, float], unit: str = "us", scale: float = 1e6
+) -> list[Result]:
+    """One job, done by everybody who can."""
+    able = {
+        peer.NAME: functools.partial(
+            getattr(peer, job),
+            size.slow_tasks if peer.__name__.rpartition(".")[2].startswith("with_") else size.tasks,
+            WORKERS,
+        )
+        for peer in contestants(size)
+        if hasattr(peer, job)
+    }
+    return compared(row, medians(able, size.rounds), targets, unit, scale)
+
+
+def compared(
+    row: str, taken: dict[str, float], targets: dict[str, float], unit: str, scale: float
+) -> list[Result]:
+    ours = taken.pop("fastpool")
+    return [
+        Result(row, peer, ours * scale, theirs * scale, unit, theirs / ours, targets.get(peer))
+        for peer, theirs in taken.items()
+    ]
+
+
+# --- The rows -------------------------------------------------------------------------------------
+
+
+def submit(size: Size) -> list[Result]:
+    """No-op tasks: `submit` in a loop, then `result`."""
+    targets = {"ThreadPoolExecutor": 5.0, "ThreadPool": 4.0}
+    if FREE_THREADED:
+        targets = {"ThreadPoolExecutor": 3.0, "ThreadPool": 2.0}
+    return against("submit", "submit", size, targets)
+
+
+def map_(size: Size) -> list[Result]:
+    """No-op tasks: `map`, all the results."""
+    results = against("map", "map_all", size, {"ThreadPool": 2.0})
+    from benchmarks.peers import ours
+
+    taken = medians(
+        {
+            "fastpool": lambda: ours.map_all(size.tasks, WORKERS),
+            "our own submit": lambda: ours.submit(size.tasks, WORKERS),
+        },
+        size.rounds,
+    )
+    return results + compared("map", taken, {"our own submit": 3.0}, "us", 1e6)
+
+
+def three(size: Size) -> list[Result]:
+    """A group of three no-op tasks, from enter to exit, warm, against pools that are fresh."""
+    able = {
+        peer.NAME: functools.partial(peer.three, size.groups)
+        for peer in contestants(size)
+        if hasattr(peer, "three")
+    }
+    targets = {"ThreadPoolExecutor": 2.0, "ThreadPool": 20.0}
+    return compared("three", medians(able, size.rounds), targets, "us", 1e6)
+
+
+def first(size: Size) -> list[Result]:
+    """The first group of a process: three tasks, what it imports not counted."""
+    code = "from benchmarks.peers import {0}; print({0}.three(1))"
+    able = {
+        name: functools.partial(lambda peer: float(in_process(code.format(peer))), peer)
+        for name, peer in {"fastpool": "ours", "ThreadPool": "threadpool"}.items()
+    }
+    return compared("first", medians(able, size.processes), {"ThreadPool": 1.0}, "us", 1e6)
+
+
+def there_and_back(size: Size) -> list[Result]:
+    """One task there and back in an open group: `submit(...).result()`."""
+    able = {
+        peer.NAME: functools.partial(peer.there_and_back, size.slow_tasks, WORKERS)
+        for peer in contestants(size)
+        if hasattr(peer, "there_and_back")
+    }
+    targets = {"ThreadPoolExecutor": 1.0}
+    return compared("there and back", medians(able, size.rounds), targets, "us", 1e6)
+
+
+def failure(size: Size) -> list[Result]:
+    """From the failure to the caller's `except`: eight run, asleep on the token, others wait."""
+    from benchmarks.peers import ours
+
+    def delay(queued: int) -> float:
+        run = Failing(queued, nap=60.0)
+        ours.failing(run)
+        return run.delay
+
+    def measure(queued: int) -> Callable[[], float]:
+        return lambda: delay(queued)
+
+    taken = medians({f"{queued} queued": measure(queued) for queued in size.queued}, 5)
+    results = [
+        Result("failure", name, seconds * 1e3, 5.0, "ms", 5e-3 / seconds, 1.0)
+        for name, seconds in taken.items()
+    ]
+    if len(taken) == 2:
+        few, many = taken.values()
+        results.append(
+            Result("failure", "ten times as many", many * 1e3, few * 1e3, "ms", few / many, 0.5)
+        )
+    return results
+
+
+def stopping(size: Size) -> list[Result]:
+    """The same of everybody, 500 tasks queued, a sleeper takes a second where nothing wakes it."""
+    results = []
+    figures = {}
+    for peer in contestants(size):
+        run = Failing(500)
+        peer.failing(run)
+        figures[peer.NAME] = run
+    ours = figures.pop("fastpool")
+    for name, run in figures.items():
+        results += [
+            Result("until except", name, ours.delay * 1e3, run.delay * 1e3, "ms"),
+            Result("late starts", name, ours.late, run.late, "tasks"),
+            Result("still running", name, ours.still_running, run.still_running, "tasks"),
+        ]
+    return results
+
+
+def memory(size: Size) -> list[Result]:
+    """What a queued task takes."""
+    release = threading.Event()
+    count = 10_000
+
+    def traced(queue: Callable[[], object]) -> float:
+        tracemalloc.start()
+        before, _ = tracemalloc.get_traced_memory()
+        kept = queue()
+        after, _ = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        del kept
+        return (after - before) / count
+
+    with TaskGroup(1) as group, ThreadPoolExecutor(1) as executor:
+        group.submit(release.wait)
+        executor.submit(release.wait)
+        theirs = traced(lambda: [executor.submit(nothing) for _ in range(count)])
+        submitted = traced(lambda: [group.submit(nothing) for _ in range(count)])
+        mapped = traced(lambda: group.map(nothing, range(count)))
+        release.set()
+    return [
+        Result("memory", "ThreadPoolExecutor", submitted, theirs, "B", theirs / submitted, 5.0),
+        Result("memory", "ours, by map", mapped, theirs, "B", theirs / mapped),
+    ]
+
+
+def nanoseconds(call: Callable[[], object], size: Size) -> Callable[[], float]:
+    number = size.tasks
+    return lambda: timeit.timeit(call, number=number) / number
+
+
+def check(size: Size) -> list[Result]:
+    """`token.check()` in a task, against `Event.is_set()`."""
+
+    def in_task() -> list[Result]:
+        token, event = current_token(), threading.Event()
+        able = {
+            "fastpool": nanoseconds(token.check, size),
+            "Event.is_set": nanoseconds(event.is_set, size),
+        }
+        return compared("check", medians(able, size.rounds), {"Event.is_set": 0.5}, "ns", 1e9)
+
+    with TaskGroup(1) as group:
+        return group.submit(in_task).result()
+
+
+def register(size: Size) -> list[Result]:
+    """Registering a callback and taking it back, against adding one to a future."""
+    token = CancelToken()
+    able = {
+        "fastpool": nanoseconds(lambda: token.on_cancel(nothing).unregister(), size),
+        "Future.add_done_callback": nanoseconds(lambda: Future().add_done_callback(nothing), size),
+    }
+    return compared("register", medians(able, size.rounds), {}, "ns", 1e9)
+
+
+def direct_call(size: Size) -> list[Result]:
+    """A direct call of a decorated function, against a bare closure around it."""
+
+    def work(token: CancelToken) -> None:
+        """Nothing."""
+
+    def closure(fn: Callable[..., object]) -> Callable[..., object]:
+        variable = contextvars.ContextVar("token", default=CancelToken.NEVER)
+
+        @functools.wraps(fn)
+        def call(*args: object, **kwargs: object) -> object:
+            return fn(variable.get(), *args, **kwargs)
+
+        return call
+
+    able = {
+        "fastpool": nanoseconds(cancellable(work), size),
+        "closure": nanoseconds(closure(work), size),
+    }
+    return compared("direct call", medians(able, size.rounds), {"closure": 1 / 3}, "ns", 1e9)
+
+
+def importing(size: Size) -> list[Result]:
+    """`import fastpool`, against `import concurrent.futures.thread, wrapt`."""
+    code = "import time; start = time.perf_counter(); import {}; print(time.perf_counter() - start)"
+    able = {
+        name: functools.partial(lambda module: float(in_process(code.format(module))), module)
+        for name, module in {
+            "fastpool": "fastpool",
+            "wrapt and ThreadPool": "wrapt, multiprocessing.pool",
+        }.items()
+    }
+    results = compared("import", medians(able, size.processes), {}, "ms", 1e3)
+    unwanted = ["asyncio", "structlog", "rich", "numpy"]
+    listed = in_process(
+        f"import wrapt, sys; before = {{*sys.modules}}; import fastpool;"
+        f"print(len({{*{unwanted}}} & ({{*sys.modules}} - before)))"
+    )
+    return [*results, Result("import", "heavy packages", float(listed), 0.0, "modules")]
+
+
+ROWS: dict[str, Callable[[Size], list[Result]]] = {
+    "submit": submit,
+    "map": map_,
+    "three": three,
+    "first": first,
+    "there-and-back": there_and_back,
+    "failure": failure,
+    "stopping": stopping,
+    "memory": memory,
+    "check": check,
+    "register": register,
+    "direct-call": direct_call,
+    "import": importing,
+}
