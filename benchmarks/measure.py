@@ -51,6 +51,8 @@ def medians(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict
     """
     The median of what each of several contestants measures, in rounds that all take part in.
     """
+    gc.collect()
+    gc.freeze()  # or all would pay for what the peers have imported
     measured: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
         calibration.sample()

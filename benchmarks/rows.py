@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import importlib
+import statistics
 import sys
 import threading
 import timeit
@@ -14,9 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
-from benchmarks.jobs import Failing, nothing
+from benchmarks.jobs import Failing, clock, nothing
 from benchmarks.measure import in_process, medians
 from fastpool import CancelToken, TaskGroup, cancellable, current_token
+from fastpool._task import Call
 
 PEERS = [
     "ours",
@@ -317,6 +319,45 @@ def importing(size: Size) -> list[Result]:
     return [*results, Result("import", "heavy packages", float(listed), 0.0, "modules")]
 
 
+def parts(size: Size) -> list[Result]:
+    """What a submitted task pays for, each thing by itself."""
+    frame = sys._getframe()
+    context = contextvars.copy_context()
+    variable = contextvars.ContextVar[object]("variable")
+
+    def site() -> tuple[object, int]:
+        caller = sys._getframe(1)
+        return caller.f_code, caller.f_lasti
+
+    def in_context() -> None:
+        contextvars.copy_context().run(variable.set, object())
+
+    def own_token() -> list[Result]:
+        # Of a task each: its token is made when it is first asked for.
+        def ask(_: int) -> float:
+            start = clock()
+            current_token()
+            return clock() - start
+
+        with TaskGroup(1) as inner:
+            seconds = inner.map(ask, range(size.tasks)).results()
+        return [
+            Result("parts", "its token, asked for", statistics.median(seconds) * 1e9, None, "ns")
+        ]
+
+    with TaskGroup(1) as group:
+        run = group._run
+        able = {
+            "a call of nothing": nanoseconds(nothing, size),
+            "the handle": nanoseconds(lambda: Call(run, nothing, (), context, frame), size),
+            "the place of the submit": nanoseconds(site, size),
+            "a context of its own": nanoseconds(in_context, size),
+        }
+        taken = medians(able, size.rounds)
+    figures = [Result("parts", name, taken[name] * 1e9, None, "ns") for name in able]
+    return figures + own_token()
+
+
 ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "submit": submit,
     "map": map_,
@@ -330,4 +371,5 @@ ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "register": register,
     "direct-call": direct_call,
     "import": importing,
+    "parts": parts,
 }

@@ -304,7 +304,7 @@ class TaskGroup(Submitter):
         run.leavers[gate] = None
         key = run.token._add_sleeper(gate)
         interrupted = False
-        attends = lane is None
+        attends = True
         try:
             if lane is not None:
                 # Said first and looked at then, as by every worker that waits.

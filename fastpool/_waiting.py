@@ -197,21 +197,47 @@ def tell_helpers(run: Run) -> None:
     Something was queued in a group: have the workers look again that wait for its tasks, or for
     one that does.
     """
-    _tell([run], None)
+    _tell([run], None, {id(run.pool)})
 
 
 def tell_waiting(lane: Lane) -> None:
     """The task of a lane begins to wait: others may be able to run what it waits for."""
-    _tell([below.run for below in lane.stack()], lane)
+    pools = _pools_ahead(lane)
+    if pools:
+        _tell([below.run for below in lane.stack()], lane, pools)
 
 
-def _tell(runs: list[Run | None], but: Lane | None) -> None:
+def _tell(runs: list[Run | None], but: Lane | None, pools: set[int]) -> None:
+    """Have those look again that wait for tasks of some groups, and are threads of those pools."""
     for run in runs:  # grows as it goes
         if run is not None:
             for gate, helper in run.helpers.copy().items():
                 if helper is not but:
-                    gate.open()
+                    if id(helper.pool) in pools:
+                        gate.open()
                     runs.extend(below.run for below in helper.stack() if below.run not in runs)
+
+
+def _pools_ahead(lane: Lane) -> set[int]:
+    """By `id`: where something is queued that the task of a lane has to wait for."""
+    pools: set[int] = set()
+    seen: set[int] = set()
+    lanes = [lane]
+    for serving in lanes:  # grows as it goes
+        if serving.leaves is not None and serving.leaves.queue:
+            pools.add(id(serving.leaves.pool))
+        links = list(_waited_for(serving))
+        for task in links:  # grows as it goes
+            if id(task) in seen or task._state:
+                continue
+            seen.add(id(task))
+            ahead = task._lane
+            if ahead is None:
+                pools.add(id(task._run.pool))
+                links.extend(task._run.in_hand())  # one of these has the place that it waits for
+            else:
+                lanes.append(ahead)
+    return pools
 
 
 def _waited_for(serving: Lane) -> Sequence[Task[Any]]:
