@@ -66,8 +66,10 @@ class Items:
 
     def task(self, index: int) -> Task[Any]:
         """The handle of a call."""
+        key: object = index
+        generation = 0
         fresh: _Item[Any] | None = None
-        for key in _generations(index):
+        while True:
             reference = self.handles.get(key)
             if reference is None:
                 if fresh is None:
@@ -75,19 +77,24 @@ class Items:
                 reference = self.handles.setdefault(key, weakref.ref(fresh))
             task = reference()
             if task is not None:
-                if task is fresh and self._ended(index):
-                    # Looked at after it can be found: whoever ends the call does the reverse.
-                    task._context = None
-                return task
-        raise AssertionError("there is always another generation")
+                break
+            generation += 1  # that one was dropped; the next one stands under another key
+            key = (index, generation)
+        if task is fresh and self._ended(index):
+            # Looked at after it can be found: whoever ends the call does the reverse.
+            task._context = None
+        return task
 
     def known(self, index: int) -> Task[Any] | None:
         """The handle of a call, if somebody has it."""
-        for key in _generations(index):
-            reference = self.handles.get(key)
-            task = None if reference is None else reference()
-            if reference is None or task is not None:
+        key: object = index
+        generation = 0
+        while (reference := self.handles.get(key)) is not None:
+            task = reference()
+            if task is not None:
                 return task
+            generation += 1
+            key = (index, generation)
         return None
 
     def done(self, index: int) -> bool:
@@ -127,13 +134,6 @@ class Items:
         self.values.extend(arguments)
         self.taken.extend(itertools.repeat(False, more))
         self.states.extend(itertools.repeat(PENDING, more))
-
-
-def _generations(index: int) -> Iterator[object]:
-    """The keys under which the handle of a call may stand: each next one, once one was dropped."""
-    yield index
-    for generation in itertools.count(1):
-        yield index, generation
 
 
 @final
@@ -208,6 +208,7 @@ class _Item(Task[R_co]):
         self._items = items
         self._index = index
         self._stretch = stretch  # until the call has ended
+        self._own = None
 
     if not TYPE_CHECKING:  # to checkers they are what `Task` says
 

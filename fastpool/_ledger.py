@@ -219,13 +219,11 @@ class Ledger:
 
     def token_for(self, task: Task[Any]) -> CancelToken:
         """A task's own token, made now if it has none."""
-        token = self.tokens.get(task)
-        if token is None:
-            fresh = CancelToken()
-            fresh._link(self.token, strongly=True)
-            token = self.tokens.setdefault(task, fresh)
-            if token is not fresh:
-                fresh._seal()
+        fresh = CancelToken()
+        fresh._link(self.token, strongly=True)
+        token = self.tokens.setdefault(task, fresh)
+        if token is not fresh:
+            fresh._seal()
         task._own = token
         # It may have ended meanwhile: it says so first and looks for a token then.
         if task._state:
@@ -235,10 +233,8 @@ class Ledger:
     def close_token(self, task: Task[Any]) -> None:
         """A task has ended: nothing sets its token any more."""
         token = self.tokens.pop(task, None)
-        if token is not None:
-            token._seal()
-            if token._cause is not None and token._callbacks():
-                self.loose.append(token)
+        if token is not None and not token._seal() and token._callbacks():
+            self.loose.append(token)
 
     # --- Outcomes -----------------------------------------------------------------------------
 

@@ -109,7 +109,10 @@ def current_token() -> CancelToken:
     It belongs to the context, as a context variable does, so a thread that you start has it
     only if you give it the context (`contextvars.copy_context().run`).
     """
-    return current_place()._token
+    place = current.get()
+    if type(place) is tuple:
+        place = current_place()
+    return place._token  # type: ignore[union-attr] # no checker knows that a Place is no tuple
 
 
 def checkpoint() -> None:

@@ -71,7 +71,9 @@ NOTHING: dict[str, Any] = {}  # the keyword arguments of a call that has none
 def label(fn: object) -> str:
     """What a callable is called, in messages and logs. Raises nothing."""
     inner: Any = fn  # Any: it may be anything that can be called
-    while isinstance(inner, functools.partial):
+    while issubclass(
+        type(inner), functools.partial
+    ):  # `isinstance` asks a proxy what it stands for
         inner = inner.func
     try:
         name: object = inner.__name__
@@ -112,7 +114,7 @@ class Task(Generic[R_co]):
     _lane: Lane | None
     _state: int
     _value: Any
-    _own: CancelToken  # unset until somebody asks for it
+    _own: CancelToken | None
 
     # --- What it is -----------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Task(Generic[R_co]):
     @property
     def _token(self) -> CancelToken:
         """The task's own token, a child of its group's; made when somebody first asks."""
-        token: CancelToken | None = getattr(self, "_own", None)
+        token = self._own
         return self._run.token_for(self) if token is None else token
 
     @property
@@ -323,7 +325,6 @@ class Task(Generic[R_co]):
 class Call(Task[R_co]):
     """The handle of a call that was submitted by itself."""
 
-    # `_own` and `_value` come when they are needed.
     __slots__ = (
         "_args",
         "_code",
@@ -359,6 +360,7 @@ class Call(Task[R_co]):
         self._taken = False
         self._lane = None
         self._state = PENDING
+        self._own = None
 
 
 class CallWith(Call[R_co]):

@@ -501,14 +501,18 @@ class CancelToken:
         """
         Hear a parent. Strongly: the parent holds this token until it is unlinked or sealed.
         """
-        if parent._entries.get(_CAUSE) is _SEALED:
-            return
         self._parents += (parent,)
         parent._entries[self._key] = self if strongly else _ChildRef(self, parent._entries)
-        cause = parent._cause
-        if cause is not None:
-            parent._claim(cause)  # so that no child is ever seen set before its parent
-            self._set_by(cause)
+        held = parent._entries.get(_CAUSE)
+        if held is None:
+            return
+        if held is _SEALED:  # it has ended: nothing sets it any more
+            parent._entries.pop(self._key, None)
+            self._parents = self._parents[:-1]
+            return
+        assert isinstance(held, Cause)
+        parent._claim(held)  # so that no child is ever seen set before its parent
+        self._set_by(held)
 
     def _unlink(self) -> None:
         """Hear no ancestor any more, and have no deadline."""
@@ -517,10 +521,11 @@ class CancelToken:
             parent._entries.pop(self._key, None)
         self._deadline = None
 
-    def _seal(self) -> None:
-        """Make sure that nothing sets the token any more, and unlink it."""
-        self._entries.setdefault(_CAUSE, _SEALED)
+    def _seal(self) -> bool:
+        """Make sure that nothing sets the token any more, and unlink it; whether nothing had."""
+        held = self._entries.setdefault(_CAUSE, _SEALED)
         self._unlink()
+        return held is _SEALED
 
     def _limit(self, timeout: float | None) -> None:
         """Have the token set itself after some seconds, from now."""
