@@ -71,9 +71,8 @@ NOTHING: dict[str, Any] = {}  # the keyword arguments of a call that has none
 def label(fn: object) -> str:
     """What a callable is called, in messages and logs. Raises nothing."""
     inner: Any = fn  # Any: it may be anything that can be called
-    while issubclass(
-        type(inner), functools.partial
-    ):  # `isinstance` asks a proxy what it stands for
+    # Not `isinstance`, which would ask a proxy what it stands for.
+    while issubclass(type(inner), functools.partial):
         inner = inner.func
     try:
         name: object = inner.__name__
