@@ -132,8 +132,8 @@ class Items:
         more = len(arguments)
         stretch.stop += more
         self.values.extend(arguments)
-        self.taken.extend(itertools.repeat(False, more))
-        self.states.extend(itertools.repeat(PENDING, more))
+        self.taken += [False] * more
+        self.states += [PENDING] * more
 
 
 @final

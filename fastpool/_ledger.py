@@ -80,6 +80,31 @@ class Ledger:
     cycle, and a failed task's locals die with the last name for it.
     """
 
+    # Slots, since more attributes than thirty are slow to read from a dictionary.
+    __slots__ = (
+        "__weakref__",
+        "claims",
+        "disturbed",
+        "failures",
+        "first",
+        "group",
+        "halted",
+        "halted_by",
+        "judge",
+        "judge_error",
+        "judging",
+        "loose",
+        "name",
+        "observers",
+        "over",
+        "strays",
+        "token",
+        "tokens",
+        "told",
+        "watchers",
+        "winner",
+    )
+
     def __init__(self, name: str) -> None:
         self.name = name
         self.token = CancelToken()

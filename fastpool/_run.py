@@ -63,6 +63,28 @@ class Run(Ledger):
       another one: each wakes the next, so that a submitter wakes one at the most.
     """
 
+    __slots__ = (
+        "_freed",
+        "_fresh",
+        "attended",
+        "backend",
+        "called",
+        "calling",
+        "closed",
+        "closing",
+        "fences",
+        "full",
+        "helpers",
+        "idle",
+        "lanes",
+        "leavers",
+        "limit",
+        "pool",
+        "queue",
+        "recalled",
+        "sharing",
+    )
+
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.closed: str | None = UNENTERED

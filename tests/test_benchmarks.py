@@ -1,0 +1,96 @@
+"""
+The benchmarks print what they measure, and say what is missed; figures are not looked at here.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+sys.path.insert(0, str(ROOT))
+from benchmarks import __main__ as table  # noqa: E402 - the folder is no package of ours
+from benchmarks.curves import slope  # noqa: E402
+from benchmarks.rows import QUICK, ROWS, Result  # noqa: E402
+
+sys.path.remove(str(ROOT))
+
+
+@pytest.mark.parametrize("row", ["failure", "memory", "check"])
+def test_one_row_is_measured_and_written(row, tmp_path):
+    """
+    The table has it, and the file has it with the very figures.
+    """
+    file = tmp_path / "figures.json"
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick", "--only", row, "--json", file],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    results = [Result(**figures) for figures in json.loads(file.read_text())["results"]]
+
+    assert results
+    assert all(table.line(result) in ended.stdout for result in results)
+    assert {result.row for result in results} == {row}
+    assert all(result.ours > 0 for result in results)
+
+
+def test_unknown_row_is_refused():
+    """
+    The message names those there are.
+    """
+    ended = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--only", "speed"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+    assert ended.returncode == 2
+    assert all(row in ended.stderr for row in ROWS)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "met", "possible"), [(4.0, True, True), (3.9, False, True), (1.9, False, False)]
+)
+def test_miss_is_marked_and_half_a_target_cannot_be_noise(ratio, met, possible):
+    """
+    The table marks what is missed; the quick form fails only below half the target.
+    """
+    result = Result("submit", "ThreadPool", 2.0, 2.0 * ratio, "us", ratio, 4.0)
+
+    assert result.met is met
+    assert ("missed" in table.line(result)) is not met
+    assert table.possible(result) is possible
+
+
+def test_quick_form_fails_on_what_noise_cannot_explain(monkeypatch, capsys):
+    """
+    Its exit code says so, and the row and the ratio are named.
+    """
+    bad = Result("submit", "ThreadPool", 2.0, 2.0, "us", 1.0, 4.0)
+    monkeypatch.setattr(table, "ROWS", {"submit": lambda size: [bad] if size is QUICK else []})
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--quick"])
+    code = table.main()
+    said = capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["benchmarks"])
+
+    assert code == 1
+    assert "submit against ThreadPool: 1.00" in said
+    assert table.main() == 0
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 2.0])
+def test_slope_is_the_power(power):
+    """
+    What grows with the square has the slope 2, with logarithmic axes.
+    """
+    assert slope({n: 3.0 * n**power for n in (1, 10, 1000)}) == pytest.approx(power)
