@@ -7,6 +7,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from benchmarks.jobs import clock
 
 ROOT = Path(__file__).parent.parent
 
+SETTLE = 0.05  # seconds in which the threads of the contestant before come to their end
 BUSY = 1.5  # times as long as the quickest that a fixed piece of work takes in the middle
 
 
@@ -58,6 +60,7 @@ def medians(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict
         calibration.sample()
         for name, measure in contestants.items():
             gc.collect()
+            time.sleep(SETTLE)
             measured[name].append(measure())
     return {name: statistics.median(values) for name, values in measured.items()}
 
