@@ -130,10 +130,10 @@ class Items:
     def add(self, stretch: Stretch, arguments: Sequence[Any]) -> None:
         """Have some calls more, in a stretch that is still the last one."""
         more = len(arguments)
-        stretch.stop += more
         self.values.extend(arguments)
         self.taken += [False] * more
         self.states += [PENDING] * more
+        stretch.stop += more  # the last: others look as far as that
 
 
 @final

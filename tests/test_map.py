@@ -4,12 +4,14 @@
 
 import contextvars
 import gc
+import itertools
+import sys
 import threading
 import tracemalloc
 import weakref
 from contextlib import suppress
 
-from staging import in_thread, resize, until
+from staging import act_at, in_thread, resize, until
 
 from fastpool import TaskGroup, checkpoint, current_token
 from fastpool._items import Items
@@ -221,6 +223,39 @@ def test_function_is_freed_with_its_last_call(workers):
         gc.enable()
 
     assert gone
+
+
+def test_group_can_be_waited_for_at_any_moment_of_a_map():
+    """
+    At whatever line `map` is, another thread sees whole calls only.
+    """
+
+    def race(step):
+        reached = []
+
+        def look():
+            reached.append(in_thread(wait))
+
+        def wait():
+            with suppress(TimeoutError):
+                group.wait(timeout=0)
+
+        release = threading.Event()
+        with TaskGroup(1) as group:
+            group.submit(release.wait, 10)
+            sys.settrace(act_at(step, look))
+            try:
+                batch = group.map(resize, range(5))
+            finally:
+                sys.settrace(None)
+                release.set()
+        assert batch.results() == list(range(5))
+        return reached
+
+    races = list(itertools.takewhile(bool, map(race, itertools.count())))
+
+    assert len(races) > 50
+    assert all(seen == [None] for seen in races)
 
 
 def test_queued_call_takes_little_room():
