@@ -57,7 +57,7 @@ class Items:
         # `PENDING`, the lane that runs it, or what it has come to.
         self.states: list[int | Lane] = []
         self.taken: list[bool] = []  # see `Task`
-        self.handles: dict[object, weakref.ref[_Item[Any]]] = {}
+        self.handles: dict[int, _Reference] = {}
         self._stretches: list[weakref.ref[Stretch]] = []
         self._starts: list[int] = []  # the first position in each
 
@@ -66,20 +66,20 @@ class Items:
 
     def task(self, index: int) -> Task[Any]:
         """The handle of a call."""
-        key: object = index
-        generation = 0
+        handles = self.handles
         fresh: _Item[Any] | None = None
         while True:
-            reference = self.handles.get(key)
+            reference = handles.get(index)
             if reference is None:
                 if fresh is None:
                     fresh = _Item(self, index, self._stretch(index))
-                reference = self.handles.setdefault(key, weakref.ref(fresh))
-            task = reference()
+                reference = handles.setdefault(index, _Reference(fresh))
+            task: _Item[Any] | None = reference()
             if task is not None:
                 break
-            generation += 1  # that one was dropped; the next one stands under another key
-            key = (index, generation)
+            handles = reference.next
+        if handles is not self.handles:
+            self.handles[index] = reference  # those before it were dropped, and can be forgotten
         if task is fresh and self._ended(index):
             # Looked at after it can be found: whoever ends the call does the reverse.
             task._context = None
@@ -87,14 +87,12 @@ class Items:
 
     def known(self, index: int) -> Task[Any] | None:
         """The handle of a call, if somebody has it."""
-        key: object = index
-        generation = 0
-        while (reference := self.handles.get(key)) is not None:
-            task = reference()
+        handles = self.handles
+        while (reference := handles.get(index)) is not None:
+            task: _Item[Any] | None = reference()
             if task is not None:
                 return task
-            generation += 1
-            key = (index, generation)
+            handles = reference.next
         return None
 
     def done(self, index: int) -> bool:
@@ -197,6 +195,19 @@ class Stretch:
     def take(self) -> Task[Any]:
         """The task that a worker has taken with this."""
         return self.items.task(self.following())
+
+
+class _Reference(weakref.ref["_Item[Any]"]):
+    """Where a handle is known by; once that was dropped, `next` has the one that came after it."""
+
+    __slots__ = ("next",)
+
+    next: dict[int, _Reference]  # like `Items.handles`: `setdefault` decides
+
+    def __new__(cls, task: _Item[Any]) -> _Reference:
+        self = super().__new__(cls, task)
+        self.next = {}
+        return self
 
 
 class _Item(Task[R_co]):

@@ -97,6 +97,27 @@ def test_handle_that_was_dropped_is_made_again(workers):
     assert items.task(2).result() == 4
 
 
+def test_asking_again_and_again_keeps_nothing():
+    """
+    A handle that is made only to be asked, and dropped, leaves no trail.
+    """
+    release = threading.Event()
+    with TaskGroup(1, observers=[lambda event: None]) as group:
+        batch = group.map(lambda number: release.wait(timeout=20), range(3))
+        asked = [batch.done() for _ in range(2000)]
+        handles = batch._items.handles
+        trail = 0
+        known = handles
+        while 0 in known:
+            trail += 1
+            known = known[0].next
+        release.set()
+
+    assert not any(asked)
+    assert len(handles) <= 3
+    assert trail <= 2
+
+
 def test_each_call_has_the_context_in_which_its_item_was_read(workers):
     """
     An input that sets a context variable hands it to the call of that item.
