@@ -12,7 +12,8 @@ from benchmarks.jobs import clock
 from benchmarks.measure import calibration
 from benchmarks.rows import FULL, QUICK, ROWS, Result
 
-HOPELESS = 0.5  # of a target: what noise cannot explain
+HOPELESS = 0.5  # of a target: what noise cannot explain...
+TRIES = 3  # ...that many times in a row
 
 
 def main() -> int:
@@ -27,7 +28,7 @@ def main() -> int:
         "--quick",
         action="store_true",
         help="less of everything, the standard library only; exit code 1 if a ratio is at less "
-        "than half its target",
+        f"than half its target, {TRIES} times in a row",
     )
     options = parser.parse_args()
     size = QUICK if options.quick else FULL
@@ -39,7 +40,13 @@ def main() -> int:
     results: list[Result] = []
     for name, row in ROWS.items():
         if options.only in (None, name):
-            for result in row(size):
+            figures = row(size)
+            tries = 1
+            while options.quick and tries < TRIES and not all(map(possible, figures)):
+                print(f"{name}: measured again, at less than half its target", flush=True)
+                figures = row(size)
+                tries += 1
+            for result in figures:
                 results.append(result)
                 print(line(result), flush=True)
     doubt = calibration.doubt()
@@ -58,7 +65,7 @@ def main() -> int:
                 indent=1,
             )
     if options.quick:
-        bad = [result for result in results if result.target and not possible(result)]
+        bad = [result for result in results if not possible(result)]
         for result in bad:
             print(f"{result.row} against {result.peer}: {result.ratio:.2f}", file=sys.stderr)
         return bool(bad)
@@ -78,8 +85,9 @@ def line(result: Result) -> str:
 
 def possible(result: Result) -> bool:
     """Whether noise may explain the figure, where it misses its target."""
-    assert result.target is not None
-    return result.ratio is None or result.ratio >= result.target * HOPELESS
+    if result.target is None or result.ratio is None:
+        return True
+    return result.ratio >= result.target * HOPELESS
 
 
 if __name__ == "__main__":

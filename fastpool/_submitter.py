@@ -14,7 +14,7 @@ from fastpool._batch import Batch
 from fastpool._cancellable import UNRUNNABLE, refuse
 from fastpool._items import Items, Stretch
 from fastpool._run import Run
-from fastpool._task import PLAIN, Call, CallWith, Options, Task, label
+from fastpool._task import PENDING, PLAIN, Call, CallWith, Options, Task, label
 
 __all__ = ["Submitter"]
 
@@ -71,14 +71,26 @@ class Submitter:
         if run.closed is not None or run.disturbed or run.token._reason is not None:
             run.check_open(fn)
         options = self._options
-        frame = sys._getframe(1)
         task: Call[R]
         if kwargs or options is not PLAIN:
-            task = CallWith(run, fn, args, copy_context(), frame, kwargs, options)
+            task = CallWith()
+            task._kwargs = kwargs
+            task._options = options
             if options.timeout is not None:
                 run.disturbed = True
         else:
-            task = Call(run, fn, args, copy_context(), frame)
+            task = Call()
+        task._run = run
+        task._fn = fn
+        task._args = args
+        task._context = copy_context()
+        frame = sys._getframe(1)
+        task._code = frame.f_code
+        task._lasti = frame.f_lasti
+        task._taken = False
+        task._lane = None
+        task._state = PENDING
+        task._own = None
         if run.observers:
             run.emit("task_submitted", task)
         run.queue.append(task)

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from fastpool import _clock, _scope
@@ -322,7 +322,11 @@ class Task(Generic[R_co]):
 
 
 class Call(Task[R_co]):
-    """The handle of a call that was submitted by itself."""
+    """
+    The handle of a call that was submitted by itself.
+
+    `Submitter.submit` fills it in: an `__init__` would make a submit a tenth slower.
+    """
 
     __slots__ = (
         "_args",
@@ -342,44 +346,11 @@ class Call(Task[R_co]):
     _kwargs = NOTHING
     _options = PLAIN
 
-    def __init__(
-        self,
-        run: Run,
-        fn: Callable[..., R_co],
-        args: tuple[object, ...],
-        context: Context,
-        frame: FrameType,
-    ) -> None:
-        self._run = run
-        self._fn = fn
-        self._args = args
-        self._context = context
-        self._code = frame.f_code
-        self._lasti = frame.f_lasti
-        self._taken = False
-        self._lane = None
-        self._state = PENDING
-        self._own = None
-
 
 class CallWith(Call[R_co]):
     """One that has keyword arguments, or options."""
 
     __slots__ = ("_kwargs", "_options")
-
-    def __init__(
-        self,
-        run: Run,
-        fn: Callable[..., R_co],
-        args: tuple[object, ...],
-        context: Context,
-        frame: FrameType,
-        kwargs: dict[str, Any],
-        options: Options,
-    ) -> None:
-        super().__init__(run, fn, args, context, frame)
-        self._kwargs = kwargs
-        self._options = options
 
 
 def call(task: Task[R], fn: Callable[..., R], args: tuple[object, ...]) -> R:
