@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fastpool import _clock, _scope
+from fastpool import _clock, _marks, _scope
 from fastpool._gate import Gate
 from fastpool._items import Items
 from fastpool._lane import Lane, here
@@ -199,6 +199,7 @@ class Batch(Generic[R_co]):
         return items.task(items.states.index(CANCELLED))._error()
 
 
+@_marks.calls_out
 def as_completed(tasks: Iterable[Task[R]]) -> Iterator[Task[R]]:
     """
     Tasks as they end, whatever they come to.

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from fastpool import _clock
+from fastpool import _clock, _marks
 from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
@@ -70,6 +70,7 @@ class Callback:
             if self._claims.get(None) is mine:
                 self.finish(token)
 
+    @_marks.swallows
     def _call(self) -> None:
         context, function = self._context, self.function
         assert context is not None
@@ -107,7 +108,7 @@ class Callback:
         gate = Gate()
         self._waiters.append(gate)  # and look then: `finish` sets first and opens then
         while not self.finished:
-            gate.wait()
+            gate.sit_out()
 
 
 # What is on a thread's stack while it decides on a callback, or runs it. Asked of the stack and

@@ -30,6 +30,7 @@ from typing import (
 
 import wrapt
 
+from fastpool import _marks
 from fastpool._errors import strip
 from fastpool._scope import current_token, enter, is_own, leave
 from fastpool._token import CancelToken
@@ -132,6 +133,7 @@ class _Injecting:
                 )
         return self._self_inject(current_token(), args, kwargs)
 
+    @_marks.calls_out
     def _self_inject(
         self, token: CancelToken, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
@@ -205,6 +207,7 @@ class _Injecting:
 class _BoundCancellable(_Injecting, wrapt.BoundFunctionWrapper[..., Any]):
     """A decorated method, as an object or its class gives it."""
 
+    @_marks.calls_out
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
         fn = self.__wrapped__
         if type(fn) is MethodType and self._self_parent._self_place[1] == 1:
@@ -287,6 +290,7 @@ else:
 
         # The short way, for a token that comes first: wrapt's own `__call__` takes three times
         # as long, and every attribute that is read of a proxy costs as much as a call.
+        @_marks.calls_out
         def __call__(self, /, *args, **kwargs):
             try:
                 return self.__wrapped__(current_token(), *args, **kwargs)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import _thread
+import contextlib
 import contextvars
 import heapq
 import itertools
@@ -20,7 +22,9 @@ __all__ = [
     "IDLE",
     "add_deadline",
     "after_fork",
+    "run_from_handler",
     "run_in_helper",
+    "run_late",
     "seconds",
     "shutdown",
     "start_thread",
@@ -250,6 +254,31 @@ def run_in_helper(job: Callable[[], object]) -> None:
         return
     helper.job = job
     helper.gate.open()
+
+
+def run_from_handler(job: Callable[[], object]) -> None:
+    """
+    The same for a signal handler: it takes no lock, wherever that interrupted.
+
+    Args:
+        job: Must not raise. If no thread can be started, it is left for `run_late`.
+    """
+    try:
+        # Straight from the interpreter: `threading` takes locks, so the thread that is started
+        # here does no more than that.
+        _thread.start_new_thread(run_in_helper, (job,))
+    except (RuntimeError, MemoryError):
+        _late.append(job)
+
+
+_late: deque[Callable[[], object]] = deque()
+
+
+def run_late() -> None:
+    """Run what `run_from_handler` could find no thread for."""
+    while _late:
+        with contextlib.suppress(IndexError):
+            _late.popleft()()
 
 
 def shutdown() -> None:

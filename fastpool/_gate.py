@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 
+from fastpool import _marks
+
 __all__ = ["Gate"]
 
 
@@ -34,6 +36,7 @@ class Gate:
         """A task has ended; what that means, the waiter finds out itself."""
         self.open()
 
+    @_marks.calls_out
     def wait(self, timeout: float | None = None) -> bool:
         """
         Wait until the gate opens, and shut it again.
@@ -43,9 +46,20 @@ class Gate:
 
         Returns:
             True if the gate was open, False if the time ran out.
+
+        Raises:
+            KeyboardInterrupt: If Ctrl-C comes while the main thread waits, or has come already
+                and was held back.
         """
+        if _marks.held:
+            _marks.raise_held()
         if timeout is None:
             return self._lock.acquire()
         if timeout <= 0:
             return self._lock.acquire(False)
         return self._lock.acquire(True, min(timeout, threading.TIMEOUT_MAX))
+
+    @_marks.sits_out
+    def sit_out(self) -> None:
+        """Wait until the gate opens, whatever comes but a second Ctrl-C."""
+        self._lock.acquire()

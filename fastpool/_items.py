@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from fastpool._lane import Lane
-from fastpool._task import NOTHING, PENDING, VALUE, Options, Task, label
+from fastpool._task import CANCELLED, NOTHING, PENDING, VALUE, Options, Task, label
 
 if TYPE_CHECKING:
     from fastpool._run import Run
@@ -35,6 +35,7 @@ class Items:
         "__weakref__",
         "_starts",
         "_stretches",
+        "abandoned",
         "code",
         "handles",
         "lasti",
@@ -57,6 +58,7 @@ class Items:
         # `PENDING`, the lane that runs it, or what it has come to.
         self.states: list[int | Lane] = []
         self.taken: list[bool] = []  # see `Task`
+        self.abandoned: frozenset[int] = frozenset()
         self.handles: dict[int, _Reference] = {}
         self._stretches: list[weakref.ref[Stretch]] = []
         self._starts: list[int] = []  # the first position in each
@@ -120,6 +122,14 @@ class Items:
                 # Mostly all have ended with the last one. Looked at now and then: it takes time.
                 if not yielded & (yielded - 1) and self.succeeded():
                     return
+
+    def abandon(self, index: int) -> None:
+        """Make a call cancelled for good while it runs: it writes into a list of old then."""
+        states = self.states.copy()
+        if type(states[index]) is not int:
+            states[index] = CANCELLED
+            self.abandoned |= {index}  # whose value may still be written
+            self.states = states
 
     def _stretch(self, index: int) -> Stretch | None:
         """The stretch in which a call is queued or runs; None if that is over."""
@@ -220,6 +230,15 @@ class _Item(Task[R_co]):
         self._index = index
         self._stretch = stretch  # until the call has ended
         self._own = None
+
+    def _abandon(self) -> None:
+        assert self._index is not None
+        self._items.abandon(self._index)
+
+    @property
+    def _reason(self) -> object:
+        items = self._items
+        return items.run.abandoned if self._index in items.abandoned else self._value
 
     if not TYPE_CHECKING:  # to checkers they are what `Task` says
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
+from fastpool import _marks
 from fastpool._errors import is_a, strip
 from fastpool._lane import Lane
 from fastpool._task import CANCELLED, ERROR, NOTHING, VALUE, Failure, Task, label
@@ -83,6 +84,7 @@ class Ledger:
     # Slots, since more attributes than thirty are slow to read from a dictionary.
     __slots__ = (
         "__weakref__",
+        "abandoned",
         "claims",
         "disturbed",
         "failures",
@@ -119,6 +121,8 @@ class Ledger:
         self.halted = False  # no queued task starts any more
         self.halted_by: object = None  # why not
         self.over = False  # the block has been left, the lanes are gone
+        # Why the block was left though something ran; what that leaves is nobody's any more.
+        self.abandoned: str | None = None
 
         # Ordered by time: appending is atomic, so the first in the list is the first in time;
         # a check and a set would let two workers both find nothing and the later one win.
@@ -265,6 +269,9 @@ class Ledger:
 
     def succeeded(self, task: Task[Any], lane: Lane, value: object) -> None:
         """A task has returned."""
+        if self.abandoned is not None:
+            self.emit("task_succeeded", task, since=lane.since)
+            return
         self.ended(task, VALUE, value)
         stop = False
         if self.judging is not None:
@@ -281,6 +288,9 @@ class Ledger:
     def failed(self, task: Task[Any], lane: Lane, error: BaseException) -> None:
         """A task has raised, whatever it was."""
         traceback = strip(error)
+        if self.abandoned is not None:
+            self.emit("task_failed", task, since=lane.since, error=error)
+            return
         own = self.tokens.get(task)
         heard = self.token if own is None else own
         if is_a(error, Cancelled) and heard.cancelled():
@@ -442,6 +452,7 @@ class Ledger:
         for watcher in tuple(self.watchers.pop(task, ())):  # others may take theirs off it now
             watcher.notify(task)
 
+    @_marks.swallows
     def emit(
         self,
         name: str,

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fastpool import _scope
+from fastpool import _marks, _scope
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import Lane, here, stand_in
@@ -570,9 +570,11 @@ class Run(Ledger):
         if self.backend is not None:
             self.backend.end(self)
         self.token._seal()
-        self.token._close_callbacks()
-        for token in self.loose:
-            token._close_callbacks()
+        for token in () if self.abandoned else (self.token, *self.loose):
+            try:
+                token._close_callbacks()
+            except BaseException as interrupt:  # a second Ctrl-C; the end comes all the same
+                _marks.held += (interrupt,)
         failures = tuple(self.failures)
         self.failures.clear()
         self.strays.clear()
@@ -585,17 +587,32 @@ class Run(Ledger):
         self.queue = deque()
         return failures
 
-    def abandon(self) -> None:
-        """Stop waiting for what still runs: the handles are cancelled, the threads go on."""
-        self.closed = "its with block has been left by force"
+    def abandon(self, why: str) -> list[str]:
+        """
+        Stop waiting for what still runs: its handles are cancelled, its threads go on.
+
+        Args:
+            why: The reason, for whoever asks the handles.
+
+        Returns:
+            What was left behind: a line for each task.
+        """
+        self.closed = "its with block was left while tasks still ran"
+        self.abandoned = why
+        left: list[str] = []
         for lane in self.lanes.copy():
             task = lane.task
             if task is not None and not task._state:
-                task._value = self.closed
-                task._state = CANCELLED
+                task._abandon()
+                left.append(
+                    f"left behind in group {self.name!r}: task {task.name!r}, submitted at "
+                    f"{task.site}, in thread {lane.worker!r}"
+                )
                 self.notify(task)
+                self.emit("task_abandoned", task, worker=lane.worker)
         if self.backend is not None:
             self.backend.abandon(self)
+        return left
 
     def disown(self) -> None:
         """In a forked child: the group is the parent's, and so are its threads and tasks."""

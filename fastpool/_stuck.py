@@ -23,12 +23,13 @@ class Vigil:
     the time each.
     """
 
-    __slots__ = ("_due", "_interval", "_run")
+    __slots__ = ("_due", "_interval", "_run", "reported")
 
     def __init__(self, run: Run, grace: float) -> None:
         self._run = run
         self._interval = grace
         self._due: float | None = None
+        self.reported = False  # whether the time of grace is over
 
     def patience(self) -> float | None:
         """Seconds until there is something to report; `None` as long as nobody was cancelled."""
@@ -43,6 +44,7 @@ class Vigil:
         """Report, if it is time."""
         if self._due is None or time.monotonic() < self._due:
             return
+        self.reported = True
         self._interval = max(2 * self._interval, 1.0)
         self._due = time.monotonic() + self._interval
         run = self._run

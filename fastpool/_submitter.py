@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import sys
 from collections import deque
@@ -10,6 +11,7 @@ from contextvars import copy_context
 from types import FrameType, FunctionType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, overload
 
+from fastpool import _marks
 from fastpool._batch import Batch
 from fastpool._cancellable import UNRUNNABLE, refuse
 from fastpool._items import Items, Stretch
@@ -179,10 +181,8 @@ class Submitter:
             _refuse_no_iterable("map", items)
         prompt = all(type(items) in _PROMPT for items in iterables)
         if len(iterables) == 1:
-            return self._submit_all(fn, lambda: iter(iterables[0]), prompt, frame)
-        return self._submit_all(
-            fn, lambda: zip(*iterables, strict=False), prompt, frame, unpack=True
-        )
+            return self._submit_all(fn, functools.partial(iter, iterables[0]), prompt, frame)
+        return self._submit_all(fn, functools.partial(zip, *iterables), prompt, frame, unpack=True)
 
     def starmap(self, fn: Callable[[*Ts], R], items: Iterable[tuple[*Ts]], /) -> Batch[R]:
         """
@@ -205,7 +205,7 @@ class Submitter:
         _refuse_no_iterable("starmap", items)
         prompt = type(items) in _PROMPT
         return self._submit_all(
-            fn, lambda: map(_arguments(fn), items), prompt, sys._getframe(1), unpack=True
+            fn, functools.partial(map, _arguments(fn), items), prompt, sys._getframe(1), unpack=True
         )
 
     def _submit_all(
@@ -237,8 +237,8 @@ class Submitter:
         while True:
             try:
                 if iterator is None:
-                    iterator = begin()
-                arguments = list(itertools.islice(iterator, size))
+                    iterator = _begin(begin)
+                arguments = _read(iterator, size)
             except BaseException as error:
                 run.token._report(error)
                 raise
@@ -255,6 +255,16 @@ class Submitter:
                 size = min(2 * size, MOST_AT_ONCE)
 
 
+@_marks.calls_out
+def _begin(begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
+    return begin()
+
+
+@_marks.calls_out
+def _read(iterator: Iterator[Any], most: int) -> list[Any]:
+    return list(itertools.islice(iterator, most))
+
+
 # What can be read to its end without running anybody's code, and without waiting.
 _PROMPT = frozenset({list, tuple, range, str, bytes, set, frozenset, dict, deque})
 
@@ -264,6 +274,7 @@ MOST_AT_ONCE = 1024  # items that are queued in one go; from here on more at onc
 def _arguments(fn: object) -> Callable[[Iterable[Any]], tuple[Any, ...]]:
     """What makes the arguments of a call of an item of `starmap`."""
 
+    @_marks.calls_out
     def arguments(item: Iterable[Any]) -> tuple[Any, ...]:
         if not isinstance(item, tuple) and (
             isinstance(item, (str, bytes)) or not isinstance(item, Iterable)

@@ -303,6 +303,15 @@ class Task(Generic[R_co]):
             raise TimeoutError(f"task {self.name!r} has not ended after {timeout:g} s")
         return self._state
 
+    @property
+    def _reason(self) -> object:
+        """Why it was cancelled, if it was."""
+        return self._value
+
+    def _abandon(self) -> None:
+        """Make it cancelled for good while it runs: what it comes to later is not written here."""
+        raise NotImplementedError
+
     def _error(self) -> BaseException:
         """What `result` raises for a task that has no value."""
         if self._state == ERROR:
@@ -312,7 +321,7 @@ class Task(Generic[R_co]):
             return error  # type: ignore[no-any-return]
         self._run.catch_up()
         _scope.checkpoint()
-        reason = self._value
+        reason = self._reason
         cancelled = TaskCancelledError(
             reason,
             f"task {self.name!r} of group {self._run.name!r} was cancelled: {describe(reason)}",
@@ -346,11 +355,51 @@ class Call(Task[R_co]):
     _kwargs = NOTHING
     _options = PLAIN
 
+    def _abandon(self) -> None:
+        # In one step. To look first and write then would miss an end in between, and to ask the
+        # worker to look before it writes would cost every task.
+        object.__setattr__(self, "__class__", _AbandonedCall)
+
 
 class CallWith(Call[R_co]):
     """One that has keyword arguments, or options."""
 
     __slots__ = ("_kwargs", "_options")
+
+    def _abandon(self) -> None:
+        object.__setattr__(self, "__class__", _AbandonedCallWith)
+
+
+class _Abandoned:
+    """What a handle becomes when its block is left without it: nothing changes its outcome."""
+
+    __slots__ = ()
+
+    if not TYPE_CHECKING:  # to checkers they are what `Task` says
+
+        @property
+        def _state(self):
+            return Call._state.__get__(self) or CANCELLED  # unless it had just ended
+
+        @_state.setter
+        def _state(self, state):
+            """It comes too late."""
+
+        @property
+        def _value(self):
+            return Call._value.__get__(self) if Call._state.__get__(self) else self._run.abandoned
+
+        @_value.setter
+        def _value(self, value):
+            """It comes too late."""
+
+
+class _AbandonedCall(_Abandoned, Call[R_co]):
+    __slots__ = ()
+
+
+class _AbandonedCallWith(_Abandoned, CallWith[R_co]):
+    __slots__ = ()
 
 
 def call(task: Task[R], fn: Callable[..., R], args: tuple[object, ...]) -> R:

@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
-from fastpool import _clock, _scope
+from fastpool import _clock, _guard, _marks, _scope
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
 from fastpool._lane import here
@@ -27,7 +27,7 @@ from fastpool._waiting import circle_error, find_circle, help_along, refuse_own_
 from fastpool.backends import Backend, threads
 from fastpool.backends.threads import Leased, Shared
 from fastpool.events import Observer
-from fastpool.exceptions import Cancelled
+from fastpool.exceptions import Cancelled, StuckTaskError
 from fastpool.policies import FailFast, FirstFailure, Judge, Policy
 
 __all__ = ["TaskGroup", "map", "shutdown"]
@@ -66,10 +66,13 @@ class TaskGroup(Submitter):
         observers: Called with an `Event` for each thing that happens.
         grace: Seconds a task may go on after the cancel before it is reported by a
             `RuntimeWarning`.
+        on_stuck: What to do then: `"wait"` goes on waiting, `"abandon"` leaves the block without
+            the task. Its handle is cancelled, its thread is a daemon and not used again, and
+            the block raises what it would have raised, or a `StuckTaskError` if that is nothing.
 
     Raises:
-        ValueError: If `max_workers` is less than 1, the timeout or grace is NaN, or no pool
-            has that name.
+        ValueError: If `max_workers` is less than 1, the timeout or grace is NaN, no pool has
+            that name, or `on_stuck` is neither word.
         TypeError: If an argument is of the wrong kind.
 
     Threads:
@@ -87,6 +90,7 @@ class TaskGroup(Submitter):
         pool: ThreadPool | Backend | str | None = None,
         observers: Iterable[Observer] = (),
         grace: float = GRACE,
+        on_stuck: Literal["wait", "abandon"] = "wait",
     ) -> None:
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a string, not {name!r}")
@@ -100,6 +104,9 @@ class TaskGroup(Submitter):
         self._outer_token = token
         self._observers = _observers(observers)
         grace_seconds = _clock.seconds(grace, "grace")
+        if on_stuck not in ("wait", "abandon"):
+            raise ValueError(f"on_stuck must be 'wait' or 'abandon', not {on_stuck!r}")
+        self._on_stuck = on_stuck
         self._grace = math.inf if grace_seconds is None else max(0.0, grace_seconds)
         self._unused = [self._run]  # popped by the one that enters
         self._entered: tuple[_scope.Place, _scope.Scope] | None = None  # around it, and its own
@@ -107,6 +114,7 @@ class TaskGroup(Submitter):
         self._winner: Task[Any] | None = None
         self._opened = 0.0
         self._finished = False  # at interpreter exit, its block still open
+        self._left_behind: list[str] = []  # tasks that were abandoned, a line each
         self._left_over: object = None  # the queue's rest, which the run must not keep
 
     # --- Asking ---------------------------------------------------------------------------
@@ -204,18 +212,33 @@ class TaskGroup(Submitter):
             raise RuntimeError(
                 f"group {run.name!r} has been entered before; a group is used once, make another"
             ) from None
+        _guard.hold(run)
+        try:
+            self._open(judge)
+            _marks.raise_held()  # before the body begins
+        except BaseException as error:
+            if self._entered is None:  # no thread for the deadline, say
+                run.token._seal()
+                _open_runs.pop(run, None)
+                interrupt = _guard.let_go(run)
+                if interrupt is not None:
+                    raise interrupt from error
+            else:
+                self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def _open(self, judge: Judge) -> None:
+        run = self._run
         place = _scope.current_place()
         token = run.token
-        try:
-            token._link(place._token, strongly=True)
-            if self._outer_token is not None:
-                token._link(self._outer_token, strongly=True)
-            token._limit(self._timeout)
-        except BaseException:  # no thread for the deadline, say
-            token._seal()
-            raise
-        _open_runs[run] = None
+        token._link(place._token, strongly=True)
+        if self._outer_token is not None:
+            token._link(self._outer_token, strongly=True)
+        token._limit(self._timeout)
         self._opened = time.monotonic()
+        _open_runs[run] = None
+        self._entered = place, _scope.enter(token, run)
         run.open(
             self,
             backend=self._backend,
@@ -223,8 +246,6 @@ class TaskGroup(Submitter):
             judge=judge,
             observers=self._observers,
         )
-        self._entered = place, _scope.enter(token, run)
-        return self
 
     def __exit__(
         self,
@@ -246,8 +267,10 @@ class TaskGroup(Submitter):
                     # A signal handler's, from between our lines: it counts as the body's, and the
                     # group is left all the same.
                     if self._run.over:
-                        raise
+                        leaving = interrupt
+                        break
                     error = interrupt
+            leaving = self._let_go(leaving)
             if leaving is None:
                 return True
             release(leaving)
@@ -256,6 +279,14 @@ class TaskGroup(Submitter):
             raise_as_it_is(leaving)
         finally:
             del self, error, traceback, leaving
+
+    def _let_go(self, leaving: BaseException | None) -> BaseException | None:
+        """Give the signal back; an interrupt that met our last lines leaves like one before."""
+        interrupt = _guard.let_go(self._run)
+        if interrupt is None or is_a(leaving, KeyboardInterrupt, SystemExit):
+            return leaving
+        self._failures += (Failure(None, interrupt),)
+        return interrupt
 
     def _refuse_leaving(self) -> None:
         run = self._run
@@ -274,6 +305,11 @@ class TaskGroup(Submitter):
         if error is not None:
             run.token._report(error)
         self._rest()
+        try:
+            _marks.raise_held()
+        except BaseException as interrupt:
+            strip(interrupt)
+            run._report(interrupt)
         if _open_runs.pop(run, run) is run:
             return error  # the interpreter is exiting, and has finished it
         return self._conclude(around, error)
@@ -290,6 +326,8 @@ class TaskGroup(Submitter):
         leaving = self._verdict(broken)
         if leaving is None:
             leaving = self._ended_by(around._token, error)
+        if leaving is None and self._left_behind:
+            leaving = StuckTaskError(f"group {run.name!r} was left while tasks still ran")
         if leaving is not None:
             self._annotate(leaving, outermost=around._group is None)
         run.emit("group_closed", since=self._opened, error=leaving)
@@ -303,7 +341,7 @@ class TaskGroup(Submitter):
         gate = Gate()
         run.leavers[gate] = None
         key = run.token._add_sleeper(gate)
-        interrupted = False
+        interrupts = 0
         attends = True
         try:
             if lane is not None:
@@ -316,7 +354,14 @@ class TaskGroup(Submitter):
                     run._report(circle_error(*circle))
             while True:
                 try:
+                    _clock.run_late()
                     if run.come_to_rest(lane) and run.close():
+                        return
+                    if _guard.at_once(run) or interrupts > 1:
+                        self._abandon("its block was left by a second Ctrl-C")
+                        return
+                    if vigil.reported and self._on_stuck == "abandon":
+                        self._abandon(f"it had not stopped {self._grace:g} s after the cancel")
                         return
                     if lane is not None and help_along(lane, *run.in_hand()):
                         continue
@@ -330,20 +375,21 @@ class TaskGroup(Submitter):
                         vigil.look()
                 except BaseException as error:
                     # What a signal handler raises here counts as the body's. Ctrl-C a second
-                    # time means: now.
+                    # time means: now; others than our own handler are counted here.
                     run.attended = False
                     strip(error)
                     run._report(error)
-                    if is_a(error, KeyboardInterrupt) and interrupted:
-                        run.abandon()
-                        return
-                    interrupted = True
+                    interrupts += is_a(error, KeyboardInterrupt)
         finally:
             run.token._remove(key)
             run.leavers.pop(gate, None)
             run.helpers.pop(gate, None)
             if lane is not None:
                 lane.leaves = None
+
+    def _abandon(self, why: str) -> None:
+        """Leave what still runs behind, by name."""
+        self._left_behind = self._run.abandon(why)
 
     def _verdict(self, broken: BaseException | None) -> BaseException | None:
         """What leaves because something failed; `broken` is what the judge raised before."""
@@ -388,7 +434,9 @@ class TaskGroup(Submitter):
         others: list[Failure] = []
         for failure in self._failures:
             if failure.exception is not leaving:
-                others.append(failure)
+                # A second Ctrl-C tells nothing new.
+                if not is_a(failure.exception, KeyboardInterrupt) or failure.task is not None:
+                    others.append(failure)
             elif failure.task is not None:
                 lines.append(f"in {_place(failure.task)} to group {self.name!r}")
         if others:
@@ -398,7 +446,7 @@ class TaskGroup(Submitter):
             ]
             more = f"; and {len(others) - NOTED} more" if len(others) > NOTED else ""
             lines.append(f"also in group {self.name!r}: {'; '.join(named)}{more}")
-        annotate(leaving, lines, outermost=outermost)
+        annotate(leaving, lines + self._left_behind, outermost=outermost)
 
 
 def _place(task: Task[Any] | None) -> str:
@@ -472,6 +520,7 @@ def map(
     pool: ThreadPool | Backend | str | None = None,
     observers: Iterable[Observer] = (),
     grace: float = GRACE,
+    on_stuck: Literal["wait", "abandon"] = "wait",
 ) -> list[R]:
     """
     The values of a function for every item: a whole group in one line.
@@ -479,7 +528,8 @@ def map(
     Args:
         fn: The function.
         *iterables: One for each argument, read to the end of the shortest.
-        max_workers, name, timeout, policy, token, pool, observers, grace: As for `TaskGroup`.
+        max_workers, name, timeout, policy, token, pool, observers, grace, on_stuck: As for
+            `TaskGroup`.
 
     Returns:
         The values, in the order of the items.
@@ -497,6 +547,7 @@ def map(
         pool=pool,
         observers=observers,
         grace=grace,
+        on_stuck=on_stuck,
     )
     batch = None
     try:
@@ -542,6 +593,7 @@ def _after_fork() -> None:
     """In a forked child: no thread came along, and the parent's groups are not ours."""
     threads.after_fork()
     _clock.after_fork()
+    _guard.after_fork()
     for run in list(_open_runs):
         run.disown()
     _open_runs.clear()

@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
 
-from fastpool import _clock, _wakers
+from fastpool import _clock, _marks, _wakers
 from fastpool._callbacks import Callback, Interrupts, Registration, keys, run_callbacks
 from fastpool._errors import is_a
 from fastpool._gate import Gate
@@ -114,7 +114,7 @@ class CancelToken:
             Cancelled: A new one each time.
         """
         if self._reason is not None:
-            raise self._error()
+            self._raise()
 
     @property
     def reason(self) -> object:
@@ -175,13 +175,15 @@ class CancelToken:
         """
         return self._set_by(Cause("cancelled" if reason is None else reason, source=self._key))
 
-    def _set_by(self, cause: Cause, *, in_helper: bool = False) -> bool:
-        """`cancel` with everything there is to say; the callbacks in a helper if asked to."""
+    def _set_by(
+        self, cause: Cause, run: Callable[[Callable[[], object]], object] | None = None
+    ) -> bool:
+        """`cancel` with everything there is to say; `run` has the callbacks run elsewhere."""
         if not self._claim(cause):
             return False
         pending = self._spread(cause)
-        if in_helper and pending:
-            _clock.run_in_helper(lambda: run_callbacks(pending))
+        if run is not None and pending:
+            run(lambda: run_callbacks(pending))
         else:
             run_callbacks(pending)
         return True
@@ -241,10 +243,15 @@ class CancelToken:
 
     def _expire(self) -> None:
         """The clock says that the token's own deadline has passed."""
-        self._set_by(self._expired(), in_helper=True)
+        self._set_by(self._expired(), _clock.run_in_helper)
 
     def _expired(self) -> Cause:
         return Cause(TimeoutError("the deadline has passed"), source=self._key, expired=True)
+
+    def _interrupt(self, error: BaseException) -> bool:
+        """Set the token from a signal handler, as a failure would, but record nothing."""
+        cause = Cause(error, source=self._key, failure=error)
+        return self._set_by(cause, _clock.run_from_handler)
 
     def _fail(self, error: BaseException) -> bool:
         """Set the token because of a failure."""
@@ -283,6 +290,10 @@ class CancelToken:
     def _began(self, cause: Cause) -> bool:
         """Whether that cause began with this token, and not with an ancestor."""
         return cause.source == self._key
+
+    def _raise(self) -> NoReturn:
+        _marks.raise_held()  # rather than its echo
+        raise self._error()
 
     def _error(self) -> Cancelled:
         """What a check raises once the token is set: a new one each time."""
@@ -342,7 +353,7 @@ class CancelToken:
             raise TypeError("seconds must be a number of seconds, not None")
         span = _clock.seconds(seconds, "seconds")
         if self._reason is not None or self.wait(span):
-            raise self._error()
+            self._raise()
 
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """
@@ -358,6 +369,7 @@ class CancelToken:
         """
         return self._each(iter(items))
 
+    @_marks.calls_out
     def _each(self, items: Iterator[T]) -> Iterator[T]:
         while True:
             self.check()

@@ -12,6 +12,7 @@ from multiprocessing.pool import ThreadPool
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
+from fastpool import _marks
 from fastpool._clock import IDLE, run_in_helper
 from fastpool._gate import Gate
 from fastpool._items import Stretch
@@ -165,7 +166,7 @@ def _out_of_reach(fn: Callable[[], None]) -> None:
     """
     Call something where no signal handler can interrupt it halfway: not in the main thread.
 
-    What a handler raises meanwhile is raised afterwards. Interrupted while it starts a thread, a
+    What a handler raises meanwhile is held back. Interrupted while it starts a thread, a
     `ThreadPool` loses count of them, and waits for ever when it ends.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -195,10 +196,12 @@ def _out_of_reach(fn: Callable[[], None]) -> None:
         interrupt = error  # the helper is at it all the same
     while not outcome:
         try:
-            gate.wait()
+            gate.sit_out()
         except BaseException as error:
             interrupt = error
-    leaving = interrupt or outcome.pop()
+    if interrupt is not None:
+        _marks.held += (interrupt,)
+    leaving = outcome.pop()
     try:
         if leaving is not None:
             raise leaving

@@ -1,0 +1,630 @@
+"""
+Ctrl-C: who hears it, where it is raised, and what is left behind.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import points
+import pytest
+from staging import in_thread, sleeping, until
+
+import fastpool
+from fastpool import (
+    CancelToken,
+    StuckTaskError,
+    TaskGroup,
+    cancellable,
+    current_token,
+)
+
+
+def interrupt():
+    """Ctrl-C, here and now."""
+    signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def signal_is_given_back():
+    """Every test leaves Python's own handler."""
+    yield
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- Where it is raised ---------------------------------------------------------------------------
+
+
+def test_interrupt_in_the_body_is_raised_there_and_stops_the_tasks():
+    """
+    It leaves the block as it was raised, is the body's failure, and every token hears it.
+    """
+    with pytest.raises(KeyboardInterrupt) as caught, TaskGroup(2) as group:
+        sleepers = group.map(fastpool.sleep, [60, 60, 60])
+        try:
+            interrupt()
+        except KeyboardInterrupt as error:
+            here = error
+            raise
+
+    assert caught.value is here
+    assert group.token.reason is here
+    assert [(failure.task, failure.exception) for failure in group.failures] == [(None, here)]
+    assert all(task.cancelled() for task in sleepers.tasks)
+
+
+def test_interrupt_that_the_body_handles_ends_the_group_with_nothing():
+    """
+    Raised in the user's code it is that code's; the group is cancelled all the same.
+    """
+    with TaskGroup(2) as outer:
+        with TaskGroup(2) as inner:
+            sleeper = inner.submit(fastpool.sleep, 60)
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+        after = True
+
+    assert after
+    assert sleeper.cancelled()
+    assert (inner.failures, outer.failures) == ((), ())
+    assert type(outer.token.reason) is KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda group, task: task.result(),
+        lambda group, task: task.exception(),
+        lambda group, task: task.wait(),
+        lambda group, task: group.wait(),
+        lambda group, task: group.map(fastpool.sleep, [60]).results(),
+        lambda group, task: list(fastpool.as_completed([task])),
+        lambda group, task: fastpool.sleep(60),
+        lambda group, task: CancelToken().wait(60),
+        lambda group, task: CancelToken().sleep(60),
+    ],
+    ids=[
+        "result",
+        "exception",
+        "wait",
+        "group",
+        "results",
+        "as_completed",
+        "sleep",
+        "token",
+        "own",
+    ],
+)
+def test_interrupt_is_raised_by_the_wait_that_it_ends(wait, watched):
+    """
+    Whatever that waits for: a task, a group, the current token or another one.
+    """
+    main = threading.main_thread().ident
+
+    def ctrl_c():
+        until(lambda: main in sleeping)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(2) as group:
+        task = group.submit(fastpool.sleep, 60)
+        killer = threading.Thread(target=ctrl_c)
+        killer.start()
+        with pytest.raises(KeyboardInterrupt) as raised:
+            wait(group, task)
+        killer.join()
+        raise raised.value
+
+
+@pytest.mark.parametrize(
+    ("event", "steps"),
+    [
+        ("group_opened", ["held back"]),
+        ("task_submitted", ["body", "held back", "submitted"]),
+        ("group_closed", ["body", "submitted", "waited", "held back"]),
+    ],
+)
+def test_interrupt_that_meets_a_line_of_ours_is_held_back(event, steps):
+    """
+    No line is torn: it is raised by the next wait, or at the end of the block.
+    """
+    seen = []
+    taken = []
+
+    def observer(happened):
+        seen.append(happened.name)
+        if happened.name == event:
+            interrupt()
+            taken.append("held back")
+
+    group = TaskGroup(2, observers=[observer])
+    with pytest.raises(KeyboardInterrupt), group:
+        taken.append("body")
+        task = group.submit(abs, 1) if event == "group_closed" else group.submit(fastpool.sleep, 60)
+        taken.append("submitted")
+        task.result()
+        taken.append("waited")
+
+    assert taken == steps
+    assert seen[-1] == "group_closed"
+    assert [type(failure.exception) for failure in group.failures] == [KeyboardInterrupt]
+
+
+def test_held_interrupt_comes_before_its_echo():
+    """
+    The next check, or the next submit, raises it, and not the `Cancelled` that it has caused.
+    """
+
+    def observer(event):
+        if event.name == "task_submitted":
+            interrupt()
+
+    def body(act):
+        with TaskGroup(2, observers=[observer]) as group:
+            group.submit(fastpool.sleep, 60)
+            with pytest.raises(KeyboardInterrupt):
+                act(group)
+
+    body(lambda group: fastpool.checkpoint())
+    body(lambda group: group.submit(fastpool.sleep, 60))
+    body(lambda group: fastpool.sleep(0))
+
+
+def test_interrupt_in_an_input_of_map_is_raised_there():
+    """
+    The user's own iterable is the user's code, also below a line of ours.
+    """
+
+    def items():
+        yield 1
+        try:
+            interrupt()
+        except KeyboardInterrupt:
+            caught.append(True)
+            raise
+
+    caught = []
+    with pytest.raises(KeyboardInterrupt), TaskGroup(2) as group:
+        group.map(fastpool.sleep, items())
+
+    assert caught
+    assert len(group.failures) == 1
+
+
+def test_interrupt_in_a_decorated_function_that_the_body_calls_is_raised_there():
+    """
+    Also where it is called with a token, and below a method.
+    """
+
+    class Worker:
+        @cancellable
+        def method(self, token):
+            interrupt()
+
+    @cancellable
+    def work(token):
+        interrupt()
+
+    @cancellable
+    def last(number, *, token=None):
+        interrupt()
+
+    calls = (
+        work,
+        Worker().method,
+        lambda: last(1),
+        lambda: work.with_token(current_token()),
+        lambda: work.with_token(CancelToken()),
+    )
+    for call in calls:
+        with TaskGroup(2), pytest.raises(KeyboardInterrupt):
+            call()
+
+
+def test_interrupt_in_a_callback_is_not_lost():
+    """
+    What a callback raises goes to `sys.unraisablehook`, so an interrupt there is held back.
+    """
+    with pytest.raises(KeyboardInterrupt), TaskGroup(2) as group:
+        group.token.on_cancel(interrupt)
+        group.cancel()
+        finished = True
+        fastpool.sleep(0)
+
+    assert finished
+
+
+def test_callbacks_run_in_a_helper_and_not_in_the_handler():
+    """
+    The handler may have interrupted anything; and the block is not left before they have run.
+    """
+    ran = []
+    with pytest.raises(KeyboardInterrupt), TaskGroup(2) as group:
+        group.token.on_cancel(lambda: ran.append(threading.current_thread()))
+        interrupt()
+
+    assert len(ran) == 1
+    assert ran[0] is not threading.main_thread()
+
+
+def test_callbacks_run_where_no_thread_can_be_started(monkeypatch):
+    """
+    Then the thread that leaves runs them.
+    """
+
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    ran = []
+    with pytest.raises(KeyboardInterrupt), TaskGroup(2) as group:
+        group.token.on_cancel(lambda: ran.append(threading.current_thread()))
+        with monkeypatch.context() as patch:
+            patch.setattr("_thread.start_new_thread", refuse)
+            interrupt()
+
+    assert ran == [threading.main_thread()]
+
+
+# --- Who hears it ---------------------------------------------------------------------------------
+
+
+def test_every_group_of_the_main_thread_hears_it_and_no_other():
+    """
+    Nested ones, and those that were not opened one in the other; not one of another thread.
+    """
+    release = threading.Event()
+    opened = threading.Event()
+    elsewhere = TaskGroup(1)
+
+    def other():
+        with elsewhere:
+            opened.set()
+            release.wait(20)
+            return elsewhere.token.cancelled()
+
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(other()))
+    thread.start()
+    assert opened.wait(20)
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1) as outer, TaskGroup(1) as inner:
+        interrupt()
+    release.set()
+    thread.join()
+
+    assert outer.token.reason is inner.token.reason
+    assert answers == [False]
+
+
+def test_group_on_another_thread_leaves_signals_alone():
+    """
+    Signals are the main thread's.
+    """
+
+    def look():
+        with TaskGroup(1):
+            return signal.getsignal(signal.SIGINT)
+
+    assert in_thread(look) is signal.default_int_handler
+
+
+def test_foreign_handler_is_left_alone():
+    """
+    What it raises in a wait of ours counts as the body's, and leaving still waits.
+    """
+
+    class Stop(Exception):
+        pass
+
+    def stop(signum, frame):
+        raise Stop
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(Stop), TaskGroup(2) as group:
+            assert signal.getsignal(signal.SIGINT) is stop
+            sleeper = group.submit(fastpool.sleep, 60)
+            until(sleeper.running)
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is stop
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert sleeper.cancelled()
+
+
+def test_handler_that_the_user_puts_in_place_meanwhile_stays():
+    """
+    The group gives back what it took, and nothing else.
+    """
+
+    def mine(signum, frame):
+        """Nothing."""
+
+    with TaskGroup(1):
+        signal.signal(signal.SIGINT, mine)
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    assert after is mine
+
+
+@pytest.mark.parametrize("leave", ["normally", "failed", "refused", "cancelled"])
+def test_signal_is_given_back_on_every_path(leave):
+    """
+    However the block ends, Ctrl-C is Python's own again.
+    """
+    try:
+        with TaskGroup(1, timeout=-1 if leave == "cancelled" else None) as group:
+            assert signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+            if leave == "refused":
+                group.__enter__()
+            if leave == "failed":
+                raise ValueError("the body")
+    except (ValueError, RuntimeError, TimeoutError):
+        pass
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_entry_that_fails_gives_the_signal_back(monkeypatch):
+    """
+    Nothing is kept of a group that could not be opened.
+    """
+
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    fastpool.shutdown()
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", refuse)
+        with pytest.raises(RuntimeError, match="can't start"), TaskGroup(1, timeout=60):
+            pass
+
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# --- A second time --------------------------------------------------------------------------------
+
+
+def test_second_interrupt_leaves_at_once_and_names_what_still_runs():
+    """
+    Nobody waits for the task any more: its handle is cancelled, and the exception names it.
+    """
+    release = threading.Event()
+    began = threading.Event()
+    ended = threading.Event()
+
+    def stubborn():
+        began.set()
+        release.wait(20)
+        ended.set()
+        return "late"
+
+    events = []
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        TaskGroup(1) as outer,
+        TaskGroup(2, name="jobs", observers=[events.append]) as group,
+    ):
+        task = group.submit(stubborn)
+        batch = group.map(lambda item: stubborn(), [1])
+        until(lambda: task.running() and batch.tasks[0].running())
+        with pytest.raises(KeyboardInterrupt):
+            interrupt()
+        interrupt()
+    states = [task.cancelled(), batch.tasks[0].cancelled(), outer.token.cancelled()]
+    release.set()
+    assert ended.wait(20)
+    until(lambda: "task_succeeded" in [event.name for event in events])
+
+    assert states == [True, True, True]
+    notes = "\n".join(caught.value.__notes__)
+    assert "left behind in group 'jobs': task 'stubborn', submitted at " in notes
+    assert "in thread 'fastpool-jobs-" in notes
+    assert "task_abandoned" in [event.name for event in events]
+    for left in (task, batch.tasks[0]):
+        with pytest.raises(fastpool.TaskCancelledError, match="second Ctrl-C"):
+            left.result()
+
+
+# --- Abandoned ------------------------------------------------------------------------------------
+
+
+def test_stuck_task_is_abandoned_where_that_is_asked_for():
+    """
+    After the time of grace the block is left without it, and says so if nothing else leaves.
+    """
+    release = threading.Event()
+
+    def stubborn():
+        release.wait(20)
+
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(StuckTaskError, match="group 'jobs' was left") as caught,
+        TaskGroup(2, name="jobs", grace=0.01, on_stuck="abandon") as group,
+    ):
+        task = group.submit(stubborn)
+        until(task.running)
+        group.cancel()
+    with pytest.raises(fastpool.TaskCancelledError, match=r"0\.01 s after the cancel"):
+        task.result()
+    release.set()
+
+    assert task.cancelled()
+    assert "task 'stubborn'" in caught.value.__notes__[0]
+
+
+def test_abandoned_group_raises_what_it_would_have_raised():
+    """
+    The failure that cancelled it, with a note of what was left behind.
+    """
+    release = threading.Event()
+
+    def stubborn():
+        release.wait(20)
+
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(ValueError, match="the body") as caught,
+        TaskGroup(2, grace=0.01, on_stuck="abandon") as group,
+    ):
+        until(group.submit(stubborn).running)
+        raise ValueError("the body")
+    release.set()
+
+    assert any("left behind" in note for note in caught.value.__notes__)
+
+
+def test_task_that_has_just_ended_keeps_its_value():
+    """
+    To abandon it then changes nothing.
+    """
+    with TaskGroup(1) as group:
+        task, batch = group.submit(abs, -1), group.map(abs, [-2])
+        group.wait()
+        for handle in (task, batch.tasks[0]):
+            handle._abandon()
+
+    assert (task.result(), batch.results()) == (1, [2])
+
+
+def test_pool_of_an_abandoned_task_is_not_used_again():
+    """
+    The next group has threads of its own, and the old one ends with its task.
+    """
+    release = threading.Event()
+    threads = []
+
+    def stubborn():
+        threads.append(threading.current_thread())
+        release.wait(20)
+
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0.01, on_stuck="abandon") as group,
+    ):
+        until(group.submit(stubborn).running)
+        group.cancel()
+    with TaskGroup(1) as after:
+        other = after.submit(threading.current_thread).result()
+    release.set()
+    threads[0].join(20)
+
+    assert other is not threads[0]
+    assert not threads[0].is_alive()
+
+
+def test_on_stuck_is_one_of_two_words():
+    """
+    Anything else is refused.
+    """
+    with pytest.raises(ValueError, match="on_stuck must be 'wait' or 'abandon', not 'kill'"):
+        TaskGroup(on_stuck="kill")
+
+
+# --- Real signals ---------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys, threading, time
+import fastpool
+from fastpool import TaskGroup, cancellable
+
+@cancellable
+def sleeps(token):
+    token.sleep(60)
+
+def stubborn():
+    print("ready", flush=True)
+    time.sleep(60)
+
+def submitting(group):
+    print("ready", flush=True)
+    while True:
+        group.submit(abs, 1)
+
+def mapping(group):
+    print("ready", flush=True)
+    group.map(abs, iter(int, 1))
+
+def waiting(group):
+    task = group.submit(sleeps)
+    print("ready", flush=True)
+    task.result()
+
+def sleeping(group):
+    print("ready", flush=True)
+    fastpool.sleep(60)
+
+def computing(group):
+    print("ready", flush=True)
+    while True:
+        pass
+
+def leaving(group):
+    group.submit(sleeps)
+    print("ready", flush=True)
+
+def twice(group):
+    group.submit(stubborn)
+
+with TaskGroup(2, name="jobs") as group:
+    {body}(group)
+"""
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["submitting", "mapping", "waiting", "sleeping", "computing", "leaving", "twice"],
+)
+def test_ctrl_c_ends_a_program(body):
+    """
+    With Python's own traceback, and the exit code of the signal.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM.format(body=body)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGINT)
+        if body == "twice":
+            # The first one is on its way as long as the program has not been told a second time.
+            while child.poll() is None:
+                time.sleep(0.01)
+                child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    finally:
+        child.kill()
+
+    assert child.returncode == -signal.SIGINT
+    assert errors.startswith("Traceback")
+    assert ("left behind in group 'jobs': task 'stubborn'" in errors) is (body == "twice")
+    assert "Exception ignored" not in errors
+
+
+# --- At every point -------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")
+@pytest.mark.parametrize("scenario", points.SCENARIOS)
+def test_interrupt_at_any_point_tears_nothing(scenario):
+    """
+    It is raised; nothing hangs, escapes or leaks. Here at some of the points.
+    """
+    ended = subprocess.run(
+        [sys.executable, points.__file__, "--scenario", scenario, "--every", "17"],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+
+    assert re.match(rf"{scenario}: 0 bad of \d\d", ended.stdout), ended.stdout
+    assert (ended.returncode, ended.stderr) == (0, "")
