@@ -8,6 +8,7 @@ Blocking calls in threads, run as a group that fails fast.
 from fastpool._batch import Batch, as_completed
 from fastpool._callbacks import Registration
 from fastpool._cancellable import Cancellable, cancellable
+from fastpool._guard import cancel_on_signals
 from fastpool._scope import checkpoint, current_token, shield, sleep, timeout, use_token
 from fastpool._submitter import Submitter
 from fastpool._task import Failure, Task
@@ -45,6 +46,7 @@ __all__ = [
     "WorkerDiedError",
     "__version__",
     "as_completed",
+    "cancel_on_signals",
     "cancellable",
     "checkpoint",
     "current_token",

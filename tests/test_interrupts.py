@@ -527,10 +527,115 @@ def test_on_stuck_is_one_of_two_words():
         TaskGroup(on_stuck="kill")
 
 
+# --- Other signals --------------------------------------------------------------------------------
+
+
+def terminate():
+    """What a service manager sends, here and now."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.fixture
+def sigterm():
+    """Another handler for SIGTERM, which must be there again afterwards."""
+
+    def handler(signum, frame):
+        raise AssertionError("it was not taken over")
+
+    before = signal.signal(signal.SIGTERM, handler)
+    yield handler
+    after = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+    assert after is handler
+
+
+def test_group_stops_on_a_signal_that_it_was_told_to_hear(sigterm):
+    """
+    Its tasks stop, nothing queued starts, and the block is left with the signal's exit code.
+    """
+    with pytest.raises(SystemExit) as caught, TaskGroup(2) as outer, TaskGroup(1) as group:
+        fastpool.cancel_on_signals(group, signal.SIGTERM)
+        running, queued = group.map(fastpool.sleep, [60, 60]).tasks
+        until(running.running)
+        terminate()
+
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert running.cancelled()
+    assert queued.cancelled()
+    assert [failure.exception for failure in outer.failures] == [caught.value]
+
+
+def test_signal_cancels_those_groups_alone_that_hear_it(sigterm):
+    """
+    One around it, and one beside it, go on.
+    """
+    with TaskGroup(1) as outer:
+        with pytest.raises(SystemExit), TaskGroup(1) as group:
+            fastpool.cancel_on_signals(group, signal.SIGTERM)
+            terminate()
+        assert not outer.token.cancelled()
+        assert outer.submit(abs, -1).result() == 1
+
+
+def test_handler_of_a_signal_is_restored_when_asked(sigterm):
+    """
+    By `close()`, or at the end of a `with` block of its own, before the group ends.
+    """
+    with TaskGroup(1) as group:
+        with fastpool.cancel_on_signals(group, signal.SIGTERM):
+            assert signal.getsignal(signal.SIGTERM) is not sigterm
+        assert signal.getsignal(signal.SIGTERM) is sigterm
+        asking = fastpool.cancel_on_signals(group, signal.SIGTERM)
+        with TaskGroup(1) as inner:
+            fastpool.cancel_on_signals(inner, signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is not sigterm
+        asking.close()
+        assert signal.getsignal(signal.SIGTERM) is sigterm
+
+
+def test_ctrl_c_can_be_taken_from_a_foreign_handler():
+    """
+    For one group, and given back to it.
+    """
+    foreign = []
+    before = signal.signal(signal.SIGINT, lambda *signal: foreign.append(signal))
+    mine = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt), TaskGroup(1) as group:
+            fastpool.cancel_on_signals(group, signal.SIGINT)
+            interrupt()
+        assert signal.getsignal(signal.SIGINT) is mine
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+    assert not foreign
+
+
+def test_group_must_be_open_and_the_signal_one_that_can_be_handled(sigterm):
+    """
+    The message says what is wrong, and no handler is left behind.
+    """
+    group = TaskGroup(1, name="jobs")
+    with pytest.raises(RuntimeError, match="group 'jobs' is not open; call cancel_on_signals"):
+        fastpool.cancel_on_signals(group, signal.SIGTERM)
+    with pytest.raises(TypeError, match="wants a group first, not 15"):
+        fastpool.cancel_on_signals(15)
+    with group:
+        with pytest.raises(ValueError, match=r"wants a signal, as signal\.SIGTERM"):
+            fastpool.cancel_on_signals(group)
+        with pytest.raises(ValueError, match=r"cannot handle signal .*SIGKILL"):
+            fastpool.cancel_on_signals(group, signal.SIGTERM, signal.SIGKILL)
+        with pytest.raises(ValueError, match="cannot handle signal 1000"):
+            fastpool.cancel_on_signals(group, 1000)
+        wrong = in_thread(fastpool.cancel_on_signals, group, signal.SIGTERM)
+
+    assert "must be called by the main thread" in str(wrong)
+
+
 # --- Real signals ---------------------------------------------------------------------------------
 
 PROGRAM = """
-import sys, threading, time
+import signal, sys, threading, time
 import fastpool
 from fastpool import TaskGroup, cancellable
 
@@ -572,6 +677,12 @@ def leaving(group):
 def twice(group):
     group.submit(stubborn)
 
+def serving(group):
+    fastpool.cancel_on_signals(group, signal.SIGTERM)
+    group.submit(sleeps)
+    print("ready", flush=True)
+    group.wait()
+
 with TaskGroup(2, name="jobs") as group:
     {body}(group)
 """
@@ -607,6 +718,26 @@ def test_ctrl_c_ends_a_program(body):
     assert errors.startswith("Traceback")
     assert ("left behind in group 'jobs': task 'stubborn'" in errors) is (body == "twice")
     assert "Exception ignored" not in errors
+
+
+def test_service_stops_in_good_order_when_it_is_told_to():
+    """
+    The exit code is that of the signal, and nothing is printed.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-P", "-c", PROGRAM.format(body="serving")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert child.stdout.readline() == "ready\n"
+        child.send_signal(signal.SIGTERM)
+        _, errors = child.communicate(timeout=30)
+    finally:
+        child.kill()
+
+    assert (child.returncode, errors) == (128 + signal.SIGTERM, "")
 
 
 # --- At every point -------------------------------------------------------------------------------
