@@ -5,8 +5,8 @@ Something happens at every point at which CPython can run a signal handler or a 
 
 Each point is tried in a forked child of its own, which runs a scenario and looks at what is left.
 A point is a function's entry, the return of a C function or a jump backwards, in fastpool,
-`threading` or `multiprocessing.pool` (`sys.monitoring`, so Python 3.12 or newer; on 3.11 a real
-SIGINT comes at so many moments spread over the scenario).
+`threading` or `multiprocessing.pool` (`sys.monitoring`, so Python 3.12 or newer). With `--moments`
+a real SIGINT comes from outside instead, at so many moments spread over the scenario.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def sleeps(token: CancelToken, seconds: float = 0.02) -> None:
 
 
 def quick(item: int = 0) -> int:
+    if threading.get_ident() == threading.main_thread().ident:
+        return item  # there it may be torn
     running.append(1)
     try:
         return item
@@ -164,8 +166,9 @@ SCENARIOS = {
 class Points:
     """Counts points, and does something at one of them."""
 
-    def __init__(self, at: int | None, act, *, everywhere: bool) -> None:
+    def __init__(self, at: int | None, act, *, everywhere: bool, again: int | None = None) -> None:
         self.at = at
+        self.again = again  # so many points later it happens once more
         self.act = act
         self.everywhere = everywhere  # in all threads, or in the main one
         self.count = 0
@@ -209,7 +212,7 @@ class Points:
         ):
             return None
         self.count += 1
-        if self.count == self.at:
+        if self.count == self.at or (self.at and self.again and self.count == self.at + self.again):
             line = next((n for start, end, n in code.co_lines() if start <= offset < end), None)
             self.place = f"{os.path.basename(code.co_filename)}:{line} in {code.co_qualname}"
             self.acting = True
@@ -227,11 +230,13 @@ class Try:
     """What a child does: a scenario with something happening at one point, then a look around."""
 
     def __init__(self, what: str, scenario: str, at: int | None) -> None:
-        self.what = what
+        self.what = what.partition("+")[0]
         self.scenario = SCENARIOS[scenario]
         self.token = CancelToken()
         self.registration = self.token.on_cancel(quick)
         self.group = TaskGroup(2, name="tried", token=self.token)
+        what, _, again = what.partition("+")
+        self.twice = bool(again)
         act = getattr(self, what.removesuffix("-del").replace("-", "_"))
         if what.endswith("-del"):
             acting = act
@@ -240,7 +245,9 @@ class Try:
             signal.signal(signal.SIGUSR1, lambda *_: acting_in_handler())
             acting_in_handler = act
             act = lambda: signal.raise_signal(signal.SIGUSR1)  # noqa: E731
-        self.points = Points(at, act, everywhere=what.endswith("-del"))
+        self.points = Points(
+            at, act, everywhere=what.endswith("-del"), again=int(again) if again else None
+        )
 
     def sigint(self) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -271,7 +278,7 @@ class Try:
         return self.judge(raised, escaped)
 
     def judge(self, raised: BaseException | None, escaped: int) -> str:
-        if escaped:
+        if escaped and not self.twice:  # the second time, nobody waits
             return f"escaped: {escaped} still running"
         if self.what == "sigint":
             reached = self.points.at is None or self.points.count >= self.points.at
@@ -319,7 +326,7 @@ def look_around() -> str:
     return ""
 
 
-def in_child(fn) -> tuple[str, str]:
+def in_child(fn, meanwhile=None) -> tuple[str, str]:
     """What a function returns in a forked child, and how it ended: "", "hang" or a crash."""
     reader, writer = os.pipe()
     child = os.fork()
@@ -335,6 +342,8 @@ def in_child(fn) -> tuple[str, str]:
         os.write(writer, text.encode()[-60_000:])
         os._exit(0)
     os.close(writer)
+    if meanwhile is not None:
+        meanwhile(child)
     text = b""
     until = time.monotonic() + HANG
     ended = ""
@@ -350,6 +359,48 @@ def in_child(fn) -> tuple[str, str]:
     os.close(reader)
     os.waitpid(child, 0)
     return text.decode(), ended
+
+
+def try_moment(scenario: str, after: float) -> str:
+    """What goes wrong when a real SIGINT comes so many seconds after the scenario has begun."""
+    reader, writer = os.pipe()
+
+    def trying() -> str:
+        attempt = Try("sigint", scenario, None)
+        raised, escaped = None, 0
+        try:
+            os.write(writer, b"go")
+            try:
+                with attempt.group as group:
+                    attempt.scenario(group)
+            finally:
+                escaped = len(running)
+            time.sleep(60)  # it comes after the end, and is Python's own then
+        except BaseException as error:
+            raised = error
+        attempt.points.at = 0
+        return attempt.judge(raised, escaped)
+
+    def killer(child: int) -> None:
+        os.read(reader, 2)
+        time.sleep(after)
+        os.kill(child, signal.SIGINT)
+
+    trouble, ended = in_child(trying, killer)
+    os.close(reader)
+    os.close(writer)
+    return ended or trouble
+
+
+def try_moments(scenario: str, moments: int) -> tuple[int, list[str]]:
+    """How many moments were tried, and what went wrong at which."""
+    bad = []
+    for moment in range(moments):
+        after = 0.06 * moment / moments  # seconds; the longest scenario takes about that
+        trouble = try_moment(scenario, after)
+        if trouble:
+            bad.append(f"sigint in {scenario} after {after * 1e3:.2f} ms: {trouble}")
+    return moments, bad
 
 
 def count_points(what: str, scenario: str) -> int:
@@ -391,11 +442,19 @@ def try_all(what: str, scenario: str, every: int = 1, first: int = 1) -> tuple[i
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--what", default="sigint")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--what",
+        default="sigint",
+        help="sigint; sigint+5: again five points later; token-cancel, group-cancel or unregister,"
+        " from a signal handler, with -del from a finalizer",
+    )
     parser.add_argument("--scenario", choices=[*SCENARIOS, "all"], default="all")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--only", type=int)
+    parser.add_argument("--moments", type=int)
     options = parser.parse_args()
     worst = Counter()
     for scenario in SCENARIOS if options.scenario == "all" else [options.scenario]:
@@ -403,7 +462,10 @@ def main() -> int:
             print(*try_point(options.what, scenario, options.only), sep="\n")
             continue
         start = time.monotonic()
-        tried, bad = try_all(options.what, scenario, options.every)
+        if options.moments:
+            tried, bad = try_moments(scenario, options.moments)
+        else:
+            tried, bad = try_all(options.what, scenario, options.every)
         worst.update(bad=len(bad), tried=tried)
         print(
             f"{scenario}: {len(bad)} bad of {tried}, {time.monotonic() - start:.0f} s", flush=True

@@ -743,19 +743,51 @@ def test_service_stops_in_good_order_when_it_is_told_to():
 # --- At every point -------------------------------------------------------------------------------
 
 
+def tried(scenario, *options):
+    """What `points` says when it tries some points of a scenario."""
+    ended = subprocess.run(
+        [sys.executable, points.__file__, "--scenario", scenario, *options],
+        capture_output=True,
+        text=True,
+        timeout=50,
+        check=False,
+    )
+    assert re.match(rf"{scenario}: 0 bad of \d\d", ended.stdout), ended.stdout
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")
 @pytest.mark.parametrize("scenario", points.SCENARIOS)
 def test_interrupt_at_any_point_tears_nothing(scenario):
     """
     It is raised; nothing hangs, escapes or leaks. Here at some of the points.
     """
-    ended = subprocess.run(
-        [sys.executable, points.__file__, "--scenario", scenario, "--every", "17"],
-        capture_output=True,
-        text=True,
-        timeout=50,
-        check=False,
-    )
+    tried(scenario, "--every", "17")
 
-    assert re.match(rf"{scenario}: 0 bad of \d\d", ended.stdout), ended.stdout
-    assert (ended.returncode, ended.stderr) == (0, "")
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")
+@pytest.mark.parametrize(
+    "what",
+    [
+        "sigint+3",
+        "token-cancel",
+        "group-cancel",
+        "unregister",
+        "token-cancel-del",
+        "group-cancel-del",
+        "unregister-del",
+    ],
+)
+def test_whatever_happens_at_any_point_hangs_nothing(what):
+    """
+    A second interrupt soon after; a cancel or unregister by a signal handler or a finalizer.
+    """
+    tried("nested", "--what", what, "--every", "41")
+
+
+@pytest.mark.parametrize("scenario", points.SCENARIOS)
+def test_interrupt_at_any_moment_tears_nothing(scenario):
+    """
+    The same from outside, whenever it comes.
+    """
+    tried(scenario, "--moments", "12")
