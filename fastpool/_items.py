@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from fastpool._lane import Lane
 from fastpool._task import CANCELLED, NOTHING, PENDING, VALUE, Options, Task, label
+from fastpool._token import CancelToken
 
 if TYPE_CHECKING:
     from fastpool._run import Run
@@ -44,6 +45,7 @@ class Items:
         "run",
         "states",
         "taken",
+        "tokens",
         "values",
     )
 
@@ -58,6 +60,7 @@ class Items:
         # `PENDING`, the lane that runs it, or what it has come to.
         self.states: list[int | Lane] = []
         self.taken: list[bool] = []  # see `Task`
+        self.tokens: dict[int, CancelToken] = {}  # of calls that ended with theirs set
         self.abandoned: frozenset[int] = frozenset()
         self.handles: dict[int, _Reference] = {}
         self._stretches: list[weakref.ref[Stretch]] = []
@@ -229,7 +232,11 @@ class _Item(Task[R_co]):
         self._items = items
         self._index = index
         self._stretch = stretch  # until the call has ended
-        self._own = None
+        self._own = items.tokens.get(index)
+
+    def _keep_token(self, token: CancelToken) -> None:
+        assert self._index is not None
+        self._items.tokens[self._index] = token  # the next handle's, should this one be dropped
 
     def _abandon(self) -> None:
         assert self._index is not None

@@ -197,12 +197,13 @@ class Ledger:
         withdrawn = _Withdrawn(reason)
         # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a state.
         decided = task._taken or task._lane is not None or bool(task._state)
-        if decided or claim.decide(withdrawn) is not withdrawn:
-            if task._state:
-                self.claims.pop(task, None)
-            return False
-        self.never_ran(task, withdrawn)
-        return True
+        won = not decided and claim.decide(withdrawn) is withdrawn
+        if won:
+            self.never_ran(task, withdrawn)
+        # Laid first and looked at then: `end` says that it is over first and lets go then.
+        if self.over or (not won and task._state):
+            self.claims.pop(task, None)
+        return won
 
     def settle(self, task: Task[Any]) -> bool:
         """Whether a task has ended, where it may be that it is only never going to start."""
@@ -255,14 +256,17 @@ class Ledger:
             fresh._seal()
         task._own = token
         # It may have ended meanwhile: it says so first and looks for a token then.
-        if task._state:
+        if task._state or self.over:
             self.close_token(task)
         return token
 
     def close_token(self, task: Task[Any]) -> None:
         """A task has ended: nothing sets its token any more."""
         token = self.tokens.pop(task, None)
-        if token is not None and not token._seal() and token._callbacks():
+        if token is None or token._seal():
+            return
+        task._keep_token(token)
+        if token._callbacks():
             self.loose.append(token)
 
     # --- Outcomes -----------------------------------------------------------------------------

@@ -164,6 +164,8 @@ class Run(Ledger):
         if not self.goes_on():
             for task in tasks:
                 self.withdraw(task, ENDED)
+            if self.over:
+                self.queue.clear()  # nobody comes for it any more, and it leads back here
             raise self.closed_error(fn, ENDED)
 
     def call_for(self, tasks: Iterable[Task[Any]], entry: Task[Any] | Stretch) -> None:
@@ -369,8 +371,7 @@ class Run(Ledger):
             if task._options.timeout is not None:
                 self.token_for(task)._limit(task._options.timeout)
             assert task._context is not None
-            fn, args = task._fn, task._args
-            value = task._context.run(call, task, fn, args)  # type: ignore[arg-type] # not its name
+            value = task._context.run(call, task, task._fn, task._args)  # type: ignore[arg-type] # not its name
         except BaseException as error:
             self.failed(task, lane, error)
         else:

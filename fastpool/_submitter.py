@@ -203,7 +203,8 @@ class Submitter:
         """
         refuse(fn, "starmap")
         _refuse_no_iterable("starmap", items)
-        prompt = type(items) in _PROMPT
+        # Items of other kinds run their own code when they are read.
+        prompt = type(items) in (list, tuple) and all(type(item) is tuple for item in items)
         return self._submit_all(
             fn, functools.partial(map, _arguments(fn), items), prompt, sys._getframe(1), unpack=True
         )

@@ -155,6 +155,9 @@ class Task(Generic[R_co]):
         token = self._own
         return self._run.token_for(self) if token is None else token
 
+    def _keep_token(self, token: CancelToken) -> None:
+        """The task has ended, and its token was set: its context will go on saying so."""
+
     @property
     def _group(self) -> object:
         """The run it belongs to."""

@@ -256,6 +256,7 @@ class TaskGroup(Submitter):
         # What leaves is raised from here, so its traceback holds this frame. Without our names
         # in it that is no cycle, and a failed task's locals die with the caller's names.
         leaving: BaseException | None = None
+        failure: Failure | None = None
         try:
             if not self._finished:
                 self._refuse_leaving()
@@ -271,6 +272,8 @@ class TaskGroup(Submitter):
                         break
                     error = interrupt
             leaving = self._let_go(leaving)
+            for failure in self._failures:
+                release(failure.exception)
             if leaving is None:
                 return True
             release(leaving)
@@ -278,7 +281,7 @@ class TaskGroup(Submitter):
                 return None
             raise_as_it_is(leaving)
         finally:
-            del self, error, traceback, leaving
+            del self, error, traceback, leaving, failure
 
     def _let_go(self, leaving: BaseException | None) -> BaseException | None:
         """Give the signal back; an interrupt that met our last lines leaves like one before."""

@@ -1302,6 +1302,42 @@ def run_a_broken_judge(witnesses):
         pass
 
 
+def run_a_judge_that_collects(witnesses):
+    class Collecting:
+        def start(self):
+            return self
+
+        def outcome(self, task, error):
+            return False
+
+        def end(self, failures):
+            return ValueError("several", [failure.exception for failure in failures])
+
+    with TaskGroup(policy=Collecting()) as group:
+        group.map(lambda item: fail_with_a_local(witnesses), range(3))
+        group.submit(fail_with_a_local, witnesses)
+
+
+def run_a_second_failure_of_the_body(witnesses):
+    def items():
+        witness = Witness()
+        witnesses.append(weakref.ref(witness))
+        yield 1
+        reading.set()
+        failed.wait(timeout=10)
+        raise OSError("no more")
+
+    def run_fails():
+        reading.wait(timeout=10)
+        raise ValueError("root")
+
+    reading, failed = threading.Event(), threading.Event()
+    with TaskGroup() as group, shield():
+        group.token.on_cancel(failed.set)
+        group.submit(run_fails)
+        group.map(abs, items())
+
+
 def run_under_a_token(witnesses):
     @cancellable
     def run_forgetting_it(token):
@@ -1326,6 +1362,8 @@ def run_under_a_token(witnesses):
         run_a_submit_to_another,
         run_a_circle,
         run_a_broken_judge,
+        run_a_judge_that_collects,
+        run_a_second_failure_of_the_body,
         run_under_a_token,
     ],
 )

@@ -354,3 +354,44 @@ def test_unknown_handle_of_an_ended_call_is_none():
     assert items.known(1) is None
     assert isinstance(items, Items)
     assert items.options is PLAIN
+
+
+def test_context_of_a_cancelled_call_goes_on_saying_so():
+    """
+    Also when nobody had its handle any more.
+    """
+    contexts = {}
+    tokens = {}
+
+    def work(number):
+        contexts[number] = contextvars.copy_context()
+        tokens[number] = current_token()
+        tokens[number].wait(20)
+
+    with TaskGroup(1) as group:
+        batch = group.map(work, range(1))
+        until(lambda: 0 in tokens)
+        batch.tasks[0].cancel("enough")
+        batch.wait()
+        del batch
+
+    assert contexts[0].run(current_token) is tokens[0]
+
+
+def test_items_of_starmap_that_run_code_of_their_own_are_read_one_by_one():
+    """
+    What an item does to the context is seen by its own call, whatever holds the items.
+    """
+
+    class Pair:
+        def __init__(self, number):
+            self.number = number
+
+        def __iter__(self):
+            variable.set(self.number)
+            yield self.number
+
+    with TaskGroup(2) as group:
+        for kind in (list, tuple, iter):
+            seen = group.starmap(lambda number: (number, variable.get()), kind(map(Pair, range(4))))
+            assert seen.results() == [(number, number) for number in range(4)]

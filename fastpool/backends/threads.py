@@ -355,8 +355,9 @@ def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> bool:
     admitted = run.admit(task, lane)
     if admitted:
         run.perform(task, lane)
-    del task, lane
-    return admitted or not run.stopping()
+    goes_on = admitted or not run.stopping()
+    del run, task, lane  # what failed refers to this frame: see `strip`
+    return goes_on
 
 
 class Leased:
