@@ -16,7 +16,7 @@ from contextlib import suppress
 from multiprocessing.pool import Pool, ThreadPool
 
 import pytest
-from staging import act_at, in_thread, is_asleep, resize, start, trace_this_thread, until
+from staging import act_at, in_thread, is_asleep, resize, trace_this_thread, until
 
 import fastpool
 from fastpool import (
@@ -3019,39 +3019,46 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
         group.submit(resize, 404)
 
 
-@pytest.mark.parametrize("late", ["done", "submit"])
-def test_claim_that_is_laid_as_the_group_ends_is_taken_back(monkeypatch, late):
+def test_claim_that_is_laid_as_the_group_ends_is_taken_back(monkeypatch):
     """
     A task leads to its group, so a group that has ended leads to no task.
     """
+    going_on, laying = threading.Event(), threading.Event()
+
+    def lay_late(ledger, task, lay=Ledger.claim):
+        if threading.current_thread() is thread:
+            laying.set()
+            going_on.wait(20)
+        return lay(ledger, task)
+
+    monkeypatch.setattr(Ledger, "claim", lay_late)
     with TaskGroup(1) as group:
         release, started = threading.Event(), threading.Event()
         group.submit(lambda: (started.set(), release.wait(20)))
         assert started.wait(20)
         task = [group.submit(abs, number) for number in range(3)][-1]  # nobody comes to that
         group.cancel()
-        going_on, laying = threading.Event(), threading.Event()
-
-        def lay_late(ledger, task, lay=Ledger.claim):
-            laying.set()
-            going_on.wait(20)
-            return lay(ledger, task)
-
-        if late == "done":
-            with monkeypatch.context() as patch:
-                patch.setattr(Ledger, "claim", lay_late)
-                thread, outcome = start(task.done)
-                assert laying.wait(20)
+        thread = threading.Thread(target=task.done)
+        thread.start()
+        assert laying.wait(20)
         release.set()
-    run = group._run
-    if late == "done":
-        going_on.set()
-        thread.join(20)
-        assert outcome == [True]
-    else:
-        run.closed = None  # as who has looked just before it was
-        with pytest.raises(GroupClosedError):
-            group.submit(abs, 2)
+    going_on.set()
+    thread.join(20)
 
-    assert not run.claims
+    assert task.cancelled()
+    assert not group._run.claims
+
+
+def test_task_that_came_too_late_is_not_kept():
+    """
+    Whoever had just looked whether the group was open is refused, and nothing leads to the task.
+    """
+    with TaskGroup(1) as group:
+        pass
+    run = group._run
+    run.closed = None  # as it was a moment ago
+    with pytest.raises(GroupClosedError):
+        group.submit(abs, 2)
+
     assert not run.queue
+    assert not run.claims
