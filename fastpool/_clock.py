@@ -8,6 +8,7 @@ import contextvars
 import heapq
 import itertools
 import math
+import sys
 import threading
 import time
 import weakref
@@ -22,6 +23,7 @@ __all__ = [
     "IDLE",
     "add_deadline",
     "after_fork",
+    "check_threads",
     "run_from_handler",
     "run_in_helper",
     "run_late",
@@ -68,8 +70,29 @@ def seconds(value: float | None, what: str = "timeout") -> float | None:
     return None if span == math.inf else span
 
 
+def check_threads() -> None:
+    """
+    Raise if no thread of ours can be started any more, or at all; the system would hang, or say
+    something else.
+    """
+    if sys.is_finalizing():
+        raise RuntimeError("can't start a thread: the interpreter is exiting")
+    if not _daemon_threads_allowed():
+        raise RuntimeError(
+            "can't start a thread: fastpool needs daemon threads, and a subinterpreter has none; "
+            "use it in the main interpreter"
+        )
+
+
+# Python 3.12 and newer have it.
+_daemon_threads_allowed: Callable[[], bool] = getattr(
+    _thread, "daemon_threads_allowed", lambda: True
+)
+
+
 def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
     """Start a daemon thread in an empty context, so that it keeps nothing of its starter's."""
+    check_threads()
     thread = threading.Thread(target=target, name=name, daemon=True)
     # Free-threaded builds hand the starter's context to the new thread: give them an empty one.
     contextvars.Context().run(thread.start)

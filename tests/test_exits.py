@@ -5,6 +5,8 @@ A program that ends while a group is open.
 import subprocess
 import sys
 
+import pytest
+
 
 def run_script(source):
     """Run a program in a fresh interpreter."""
@@ -180,3 +182,209 @@ print(len(hits), threading.active_count())
     )
 
     assert (ended.stdout, ended.stderr) == ("1 1\n", "")
+
+
+AT_THE_END = {
+    "right after a group": (
+        """
+with TaskGroup(2) as group:
+    print(group.map(abs, [1, -2]).results())
+""",
+        "[1, 2]",
+    ),
+    "inside a group": (
+        """
+with TaskGroup(2) as group:
+    group.submit(fastpool.sleep, 60)
+    sys.exit("left")
+""",
+        None,
+    ),
+    "in a daemon thread's group": (
+        """
+begun, over = threading.Event(), threading.Event()
+def serve():
+    with TaskGroup(2) as group:
+        group.submit(over.wait, 20)
+        group.submit(print, "ran")
+        begun.set()
+threading.Thread(target=serve, daemon=True).start()
+begun.wait(20)
+atexit.register(over.set)
+""",
+        "ran",
+    ),
+    "in another thread's group": (
+        """
+def serve():
+    with TaskGroup(2) as group:
+        main.join(20)
+        group.submit(print, "ran")
+main = threading.main_thread()
+threading.Thread(target=serve).start()
+""",
+        "ran",
+    ),
+    "with an atexit callback that uses a warm pool": (
+        """
+fastpool.map(abs, [1])
+@atexit.register
+def last():
+    print(fastpool.map(abs, [1, -2]))
+""",
+        "[1, 2]",
+    ),
+    "with a finalizer that uses a group": (
+        """
+class Last:
+    def __del__(self, TaskGroup=TaskGroup, print=print, abs=abs):
+        try:
+            with TaskGroup(2) as group:
+                group.submit(abs, 1)
+        except RuntimeError as error:
+            print(error)
+builtins.last = Last()
+""",
+        "can't start a thread: the interpreter is exiting",
+    ),
+    "with a finalizer that sets a deadline": (
+        """
+class Last:
+    def __del__(self, CancelToken=fastpool.CancelToken, print=print):
+        try:
+            CancelToken(timeout=60)
+        except RuntimeError as error:
+            print(error)
+builtins.last = Last()
+""",
+        "can't start a thread: the interpreter is exiting",
+    ),
+    "with a finalizer that cancels": (
+        """
+class Last:
+    def __del__(self, token=fastpool.CancelToken(), print=print):
+        token.on_cancel(lambda: print("told"))
+        print(token.cancel(), token.wait(1))
+builtins.last = Last()
+""",
+        "told\nTrue True",
+    ),
+    "with a finalizer that submits to an open group": (
+        """
+group = TaskGroup(2, name="open")
+class Last:
+    def __del__(self, submit=group.submit, print=print, abs=abs):
+        try:
+            submit(abs, 1)
+        except RuntimeError as error:
+            print(error)
+group.__enter__()
+builtins.last = Last()
+""",
+        "cannot submit abs() to group 'open': its with block has ended",
+    ),
+    "with a task left behind": (
+        """
+import warnings
+warnings.simplefilter("ignore")
+try:
+    with TaskGroup(2, grace=0.01, on_stuck="abandon") as group:
+        task = group.submit(time.sleep, 60)
+        while not task.running():
+            time.sleep(0.001)
+        group.cancel()
+except fastpool.StuckTaskError as error:
+    print(type(error).__name__)
+""",
+        "StuckTaskError",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", AT_THE_END)
+def test_program_ends(case):
+    """
+    It does not hang, prints no traceback of ours, and cuts no task off in silence.
+    """
+    source, said = AT_THE_END[case]
+    ended = run_script(
+        f"import atexit, builtins, sys, threading, time, fastpool\n"
+        f"from fastpool import TaskGroup\n{source}"
+    )
+
+    if said is None:
+        assert (ended.returncode, ended.stdout, ended.stderr) == (1, "", "left\n")
+    else:
+        assert (ended.returncode, ended.stdout, ended.stderr) == (0, f"{said}\n", "")
+
+
+def test_fork_in_a_task_leaves_the_child_a_working_fastpool():
+    """
+    It has a group of its own, and Ctrl-C is Python's again; the parent's task goes on.
+    """
+    ended = run_script(
+        """
+import os, signal, warnings
+from fastpool import TaskGroup, map
+
+warnings.simplefilter("ignore", DeprecationWarning)  # there are threads, to be sure
+
+def forks():
+    child = os.fork()
+    if child == 0:
+        try:
+            assert map(abs, [1, -2]) == [1, 2]
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except KeyboardInterrupt:
+                os.write(1, b"child ")
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+with TaskGroup(2) as group:
+    task = group.submit(forks)
+    group.wait()
+    os.write(1, b"parent %d" % task.result())
+"""
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "child parent 0", "")
+
+
+@pytest.mark.skipif(
+    sys.version_info < (3, 13), reason="the interpreters of older versions are not for use"
+)
+def test_subinterpreter_is_told_that_it_has_no_threads():
+    """
+    A token works there; a group's tasks would need daemon threads.
+    """
+    inside = """
+import fastpool
+
+token = fastpool.CancelToken()
+assert token.cancel() and token.cancelled()
+try:
+    with fastpool.TaskGroup(2) as group:
+        group.submit(abs, 1)
+except RuntimeError as error:
+    print(error, flush=True)
+"""
+    ended = run_script(
+        f"""
+import sys
+import _interpreters
+
+inner = _interpreters.create()
+_interpreters.exec(inner, f"import sys; sys.path[:] = {{sys.path}}")
+error = _interpreters.exec(inner, {inside!r})
+assert error is None, error
+_interpreters.destroy(inner)
+"""
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == (
+        "can't start a thread: fastpool needs daemon threads, and a subinterpreter has none; "
+        "use it in the main interpreter\n"
+    )

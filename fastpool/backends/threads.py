@@ -13,7 +13,7 @@ from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _marks
-from fastpool._clock import IDLE, run_in_helper
+from fastpool._clock import IDLE, check_threads, run_in_helper
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import Lane, stand_in
@@ -118,6 +118,7 @@ class _Pool:
         Args:
             lane_ready: Called with the lane before it can begin.
         """
+        check_threads()
         _out_of_reach(lambda: self._start(lane_ready))
 
     def _start(self, lane_ready: Callable[[Lane], None]) -> None:
