@@ -106,11 +106,10 @@ def let_go(guarded: Guarded) -> BaseException | None:
         for signum in list(_guard.asked):
             _stop_asking(guarded, signum)
     try:
-        last = main and guarded in _guard.open and len(_guard.open) == 1
-        if last and _signal.getsignal(signal.SIGINT) is _handler:
+        if main and guarded in _guard.open and len(_guard.open) == 1:
             # As soon as it is back, Python's own handler may raise after any call of ours; so
             # there is none from here on.
-            _signal.signal(signal.SIGINT, signal.default_int_handler)
+            _restore()
     finally:
         held: tuple[BaseException, ...] = ()
         if main:
@@ -119,7 +118,14 @@ def let_go(guarded: Guarded) -> BaseException | None:
             del _guard.open[guarded]
         if not _guard.open and not _guard.asked:
             _guard.count = 0
+    if main and not _guard.open:
+        _restore()  # a finalizer has opened a group in the middle of this
     return held[0] if held else None
+
+
+def _restore() -> None:
+    if _signal.getsignal(signal.SIGINT) is _handler and signal.SIGINT not in _guard.asked:
+        _signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _stop_asking(guarded: Guarded, signum: int) -> None:

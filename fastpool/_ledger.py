@@ -133,8 +133,9 @@ class Ledger:
         self.judge_error: BaseException | None = None
         # Guards the judge, which gets one outcome at a time. Held by workers only, while they
         # have an outcome in hand; nothing that cancels takes it. None with the default policy,
-        # where the first failure decides.
-        self.judging: threading.Lock | None = None
+        # where the first failure decides. It is re-entrant, since a finalizer may run in the
+        # middle of a judge, and wait for a task, which the worker runs then.
+        self.judging: contextlib.AbstractContextManager[bool] | None = None
 
         # Each of these is written with single atomic operations.
         self.claims: dict[Task[Any], _Claim] = {}

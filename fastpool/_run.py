@@ -128,7 +128,7 @@ class Run(Ledger):
         self.judge = judge
         self.observers = observers
         if type(judge) is not FirstFailure:
-            self.judging = threading.Lock()
+            self.judging = threading.RLock()
         if observers or self.judging is not None:
             self.disturbed = True
         self.closed = None
