@@ -18,7 +18,7 @@ from fastpool._scope import Scope
 from fastpool._stack import is_ours, module_of, own_frames, where
 from fastpool._task import Task
 from fastpool._taskgroup import _open_runs
-from fastpool._text import plain
+from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
 from fastpool._waiting import waited_for
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fastpool._scope import Place
 
 __all__ = ["OpenGroup", "RunningTask", "dump", "dump_on_signal", "print_dump"]
-
-NAMED = 3  # tasks that a line names as waited for; the rest are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +340,8 @@ def _text(groups: tuple[OpenGroup, ...]) -> str:
     return "\n".join(lines) if lines else "no group is open"
 
 
-def _lines(group: OpenGroup) -> list[str]:
+def _lines(group: OpenGroup, known: str | None = None) -> list[str]:
+    """What a group looks like; `known` is the line that the one above says its thread is at."""
     state: str = group.state
     if group.cancelled is not None:
         state += ", cancelled"
@@ -354,7 +353,7 @@ def _lines(group: OpenGroup) -> list[str]:
         plain(f"group {group.name!r}: {state}, {group.elapsed:.1f} s, {counts}"),
         plain(f"  entered at {group.site} in thread {group.thread!r}"),
     ]
-    if group.line is not None:
+    if group.line is not None and group.line != known:
         lines += [plain(f"  its thread is at {group.line}")]
     for task in group.tasks:
         since = f", at least {task.elapsed:.1f} s" if task.elapsed else ""
@@ -362,11 +361,9 @@ def _lines(group: OpenGroup) -> list[str]:
         if task.line is not None:
             lines += [plain(f"    at {task.line}")]
         if task.waits_for:
-            more = len(task.waits_for) - NAMED
-            named = ", ".join(task.waits_for[:NAMED]) + (f" and {more} more" if more > 0 else "")
-            lines += [plain(f"    waits for {named}")]
+            lines += [plain(f"    waits for {some(task.waits_for)}")]
         for inner in task.groups:
-            lines += [f"    {line}" for line in _lines(inner)]
+            lines += [f"    {line}" for line in _lines(inner, task.line)]
     for inner in group.groups:
-        lines += [f"  {line}" for line in _lines(inner)]
+        lines += [f"  {line}" for line in _lines(inner, group.line)]
     return lines

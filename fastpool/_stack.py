@@ -99,6 +99,8 @@ def called(frame: FrameType) -> str:
     source = b"".join(lines)
     if not source:
         return ""
+    if source.startswith(b"with"):  # until Python 3.12 it is the whole statement
+        return "acquire"
     try:
         node = ast.parse(b"(" + source + b")", mode="eval").body
     except (SyntaxError, ValueError):  # the file is another one by now

@@ -13,7 +13,7 @@ from fastpool._gate import Gate
 from fastpool._lane import Lane
 from fastpool._stack import is_ours, own_frames, render
 from fastpool._syscalls import Look, Seat, cure, look, settle
-from fastpool._text import plain
+from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
 from fastpool._waiting import waited_for
 
@@ -26,7 +26,6 @@ __all__ = ["Vigil"]
 # Seconds between two looks at a thread. One that computes gives up the interpreter's lock every
 # five thousandths, one that sits in a call has not moved.
 STILL = 0.02
-NAMED = 3  # tasks that a report names as waited for; the rest are counted
 
 
 class Vigil:
@@ -128,8 +127,7 @@ def _explain(lane: Lane, stack: list[FrameType], seat: Seat | None) -> list[str]
         lines += render(users)
     waited = [f"task {task.name!r} of group {task._run.name!r}" for task in waited_for(lane)]
     if waited:
-        more = f" and {len(waited) - NAMED} more" if len(waited) > NAMED else ""
-        lines += [f"It waits for {', '.join(waited[:NAMED])}{more}."]
+        lines += [f"It waits for {some(waited)}."]
     elif stack and is_ours(stack[-1]) and seat is not None and seat.call == "futex":
         lines += ["It waits in a call of fastpool's, on a token that is not set; see shield()."]
     elif seat is not None and seat.call is None:

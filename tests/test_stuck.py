@@ -10,7 +10,6 @@ import queue
 import select
 import socket
 import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -282,7 +281,7 @@ def test_wait_for_a_child_is_named(way):
     """
     Whatever the system call is that `subprocess` makes of it.
     """
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1, stdout=-1) as child:
+    with subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as child:
         call = child.wait if way == "wait" else child.communicate
         said = report(call, child.kill, ready=in_call)
 
