@@ -9,8 +9,8 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from types import CodeType, FrameType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, Self
+from types import CodeType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastpool import _scope
 from fastpool._callbacks import Callback
@@ -63,14 +63,6 @@ class Entry(NamedTuple):
     lasti: int
     thread: threading.Thread
     at: float
-
-    @classmethod
-    def here(cls, place: _scope.Place, frame: FrameType) -> Self:
-        """In that frame, or in the one for which an `ExitStack` did it."""
-        while frame.f_globals.get("__name__") == "contextlib" and frame.f_back is not None:
-            frame = frame.f_back
-        thread, now = threading.current_thread(), time.monotonic()
-        return cls(place, frame.f_code, frame.f_lasti, thread, now)
 
     @property
     def site(self) -> str:

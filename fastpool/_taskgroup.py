@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import math
 import os
 import sys
+import threading
+import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -43,6 +46,9 @@ NOTED = 5  # failures that a note names beside the one that leaves; the rest are
 _numbers = itertools.count(1)
 _open_runs: dict[Run, None] = {}  # those whose block has been entered and not left
 _dropped: deque[Run] = deque()  # those of them whose group was dropped; the next to come ends them
+
+# In its frame a group is entered for somebody else.
+_ENTER_CONTEXT = contextlib.ExitStack.enter_context.__code__
 
 # Read once: asking the system takes longer than a small group does.
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
@@ -220,7 +226,12 @@ class TaskGroup(Submitter):
             raise
         if _dropped:
             _end_dropped()
-        run.entry = Entry.here(place, sys._getframe(1))
+        frame = sys._getframe(1)
+        if frame.f_code is _ENTER_CONTEXT:
+            frame = sys._getframe(2)  # whoever told the stack to
+        run.entry = Entry(
+            place, frame.f_code, frame.f_lasti, threading.current_thread(), time.monotonic()
+        )
         _open_runs[run] = None
         run.open(
             self,
