@@ -8,6 +8,7 @@ Blocking calls in threads, run as a group that fails fast.
 from fastpool._batch import Batch, as_completed
 from fastpool._callbacks import Registration
 from fastpool._cancellable import Cancellable, cancellable
+from fastpool._dump import OpenGroup, RunningTask, dump, dump_on_signal, print_dump
 from fastpool._guard import cancel_on_signals
 from fastpool._scope import checkpoint, current_token, shield, sleep, timeout, use_token
 from fastpool._submitter import Submitter
@@ -36,8 +37,10 @@ __all__ = [
     "GroupClosedError",
     "Judge",
     "Observer",
+    "OpenGroup",
     "Policy",
     "Registration",
+    "RunningTask",
     "StuckTaskError",
     "Submitter",
     "Task",
@@ -50,7 +53,10 @@ __all__ = [
     "cancellable",
     "checkpoint",
     "current_token",
+    "dump",
+    "dump_on_signal",
     "map",
+    "print_dump",
     "shield",
     "shutdown",
     "sleep",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +27,14 @@ class Lane:
     """
 
     __slots__ = (
-        "_thread",
         "above",
         "at",
         "below",
         "gate",
         "leaves",
+        "noticed",
         "number",
+        "of_thread",
         "pool",
         "run",
         "since",
@@ -50,17 +52,19 @@ class Lane:
         # What it runs now: a task, or a place among those of a `map`.
         self.at: Task[Any] | tuple[int, Stretch] | None = None
         self.since = 0.0  # when that began, where somebody observes
+        # What a dump last saw it at, and since when; it keeps nothing alive.
+        self.noticed: tuple[weakref.ref[object], int | None, float] | None = None
         self.waits: Iterable[Task[Any]] = ()  # what that task waits for
         self.leaves: Run | None = None  # the group that it waits for as a whole
         self.below: Lane | None = None  # the lane whose waiting task helps out here
         self.above: Lane | None = None  # the lane in which the waiting task helps out
         self.thread: object = None  # `this_thread()` of the thread that serves it
-        self._thread: threading.Thread | None = None
+        self.of_thread: threading.Thread | None = None  # the same, to be asked for its name
 
     def serve_here(self) -> None:
         """Say that the calling thread serves this lane from now on."""
         self.thread = this_thread()
-        self._thread = threading.current_thread()
+        self.of_thread = threading.current_thread()
         _local.lane = self
 
     @property
@@ -72,7 +76,7 @@ class Lane:
     @property
     def worker(self) -> str:
         """The name of the thread that serves it."""
-        return "" if self._thread is None else self._thread.name
+        return "" if self.of_thread is None else self.of_thread.name
 
     def stack(self) -> Iterator[Lane]:
         """This lane and those below it, whose tasks wait on the same thread."""

@@ -9,9 +9,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from types import CodeType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastpool import _marks, _scope
+from fastpool._callbacks import Callback
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import Lane, here, stand_in
@@ -22,7 +24,9 @@ from fastpool._task import (
     Task,
     call,
     label,
+    site,
 )
+from fastpool._token import CancelToken
 from fastpool._waiting import (
     InHand,
     refuse_own_group,
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
     from fastpool._taskgroup import TaskGroup
     from fastpool.backends import Backend
 
-__all__ = ["EXITING", "UNENTERED", "Run"]
+__all__ = ["DROPPED", "EXITING", "UNENTERED", "Entry", "Run"]
 
 # What is raised when the system has no thread for us, or a pool takes nothing any more.
 NO_LANE = (RuntimeError, MemoryError, OSError, ValueError)
@@ -47,7 +51,23 @@ NO_LANE = (RuntimeError, MemoryError, OSError, ValueError)
 UNENTERED = "it has not been entered; submit inside its with block"
 ENDED = "its with block has ended"
 EXITING = "the interpreter is exiting"
+DROPPED = "it was dropped without leaving its with block"
 GOES_ON = "goes on"  # the one key in `Run.closing`
+
+
+class Entry(NamedTuple):
+    """Where, when and by whom a group was entered."""
+
+    place: _scope.Place
+    code: CodeType
+    lasti: int
+    thread: threading.Thread
+    at: float
+
+    @property
+    def site(self) -> str:
+        """By file and line."""
+        return site(self.code, self.lasti)
 
 
 class Run(Ledger):
@@ -68,10 +88,12 @@ class Run(Ledger):
         "_fresh",
         "attended",
         "backend",
+        "callbacks",
         "called",
         "calling",
         "closed",
         "closing",
+        "entry",
         "fences",
         "full",
         "helpers",
@@ -88,6 +110,9 @@ class Run(Ledger):
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.closed: str | None = UNENTERED
+        self.entry: Entry | None = None
+        # What the cancel of a dropped group has left for a helper thread to call.
+        self.callbacks: list[tuple[Callback, CancelToken]] = []
         # Whether a group that is about to close does so; `setdefault` decides.
         self.closing: dict[str, bool] | None = None
         self.backend: Backend | None = None
@@ -133,6 +158,11 @@ class Run(Ledger):
             self.disturbed = True
         self.closed = None
         self.emit("group_opened")
+
+    def entered_at(self) -> float:
+        """When its block was entered, on `time.monotonic()`."""
+        assert self.entry is not None
+        return self.entry.at
 
     # --- Submitting -----------------------------------------------------------------------
 
@@ -585,6 +615,7 @@ class Run(Ledger):
             lanes.clear()
         self.loose.clear()
         self.winner = self.backend = self.pool = self.judge_error = self.halted_by = None
+        self.entry = None
         self.queue = deque()
         return failures
 

@@ -1,18 +1,31 @@
-"""Who has not stopped."""
+"""Who has not stopped, and where it sits."""
 
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+from fastpool._gate import Gate
+from fastpool._lane import Lane
+from fastpool._stack import is_ours, own_frames, render
+from fastpool._syscalls import Look, Seat, cure, look, settle
+from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
+from fastpool._waiting import waited_for
 
 if TYPE_CHECKING:
     from fastpool._run import Run
+    from fastpool._task import Task
 
 __all__ = ["Vigil"]
+
+# Seconds between two looks at a thread. One that computes gives up the interpreter's lock every
+# five thousandths, one that sits in a call has not moved.
+STILL = 0.02
 
 
 class Vigil:
@@ -50,15 +63,15 @@ class Vigil:
         run = self._run
         cause = run.token._cause
         waited = 0.0 if cause is None else time.monotonic() - cause.at
-        for lane in run.lanes.copy():
-            task = lane.task
-            if task is None:
-                continue
+        stuck = [(task, lane) for lane in run.lanes.copy() if (task := lane.task) is not None]
+        # Where they are is looked at before anybody is told, who may let them go on.
+        reports = [
+            (task, lane, f"{_headline(task, lane, waited)}{details}")
+            for (task, lane), details in zip(stuck, _details(stuck), strict=True)
+        ]
+        for task, lane, report in reports:
             run.emit("task_stuck", task, worker=lane.worker)
-            _warn(
-                f"task {task.name!r} of group {run.name!r} still runs in thread {lane.worker!r}, "
-                f"{waited:.1f} s after it was cancelled; it was submitted at {task.site}"
-            )
+            _warn(report)
 
 
 def _warn(message: str) -> None:
@@ -66,3 +79,80 @@ def _warn(message: str) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=6)  # at the end of the with block
     except RuntimeWarning as error:  # made an error by a filter: it must not end the wait
         unraisable(error, _warn)
+
+
+def _headline(task: Task[Any], lane: Lane, waited: float) -> str:
+    return plain(
+        f"task {task.name!r} of group {task._run.name!r} still runs in thread {lane.worker!r}, "
+        f"{waited:.1f} s after it was cancelled; it was submitted at {task.site}"
+    )
+
+
+def _details(stuck: list[tuple[Task[Any], Lane]]) -> list[str]:
+    """For each task what a reader needs to find out why it goes on."""
+    try:
+        first = [_look(lane) for _, lane in stuck]
+        frames = sys._current_frames()
+        stacks = [own_frames(lane, frames, ours=True) for _, lane in stuck]
+        del frames  # among them is our own
+        if any(first):
+            Gate().wait(STILL)
+        second = [_look(lane) for _, lane in stuck]
+        return [
+            "".join(f"\n  {line}" for line in _explain(lane, stack, settle(*looks)))
+            for (_, lane), stack, looks in zip(
+                stuck, stacks, zip(first, second, strict=True), strict=True
+            )
+        ]
+    except Exception as error:  # the report's first line must get out, whatever is wrong here
+        unraisable(error, _details)
+        return [""] * len(stuck)
+
+
+def _look(lane: Lane) -> Look | None:
+    return None if lane.of_thread is None else look(lane.of_thread.native_id)
+
+
+def _explain(lane: Lane, stack: list[FrameType], seat: Seat | None) -> list[str]:
+    """
+    The lines of a report after its first.
+
+    Args:
+        lane: The task's.
+        stack: Its frames, with ours among them.
+        seat: Where its thread sits, if that is known.
+    """
+    lines: list[str] = []
+    users = [frame for frame in stack if not is_ours(frame)]
+    if users:
+        lines += ["Its Python stack, innermost call last:"]
+        lines += render(users)
+    waited = [f"task {task.name!r} of group {task._run.name!r}" for task in waited_for(lane)]
+    if waited:
+        lines += [f"It waits for {some(waited)}."]
+    elif stack and is_ours(stack[-1]) and seat is not None and seat.call == "futex":
+        lines += ["It waits in a call of fastpool's, on a token that is not set; see shield()."]
+    elif seat is not None and seat.call is None:
+        lines += [
+            "It sits in no system call: it computes, in Python or in what that line calls.",
+            "To have it stop on a cancel, call token.check() in its loop.",
+        ]
+    elif seat is not None:
+        lines += [_sits(seat)]
+        instead = cure(seat, stack)
+        if instead:
+            lines += [f"To have a cancel wake it, use {instead}."]
+    return [plain(line) for line in lines]
+
+
+def _sits(seat: Seat) -> str:
+    said = f"It sits in the system call {seat.call}"
+    if seat.fd is not None:
+        said += f" on file descriptor {seat.fd}"
+        if seat.file:
+            said += f", {seat.file}"
+        if seat.ready_to:
+            said += f", until it is ready to {seat.ready_to}"
+    elif seat.file:
+        said += f", {'for' if seat.call in ('wait4', 'waitid') else 'on'} {seat.file}"
+    return said + "."

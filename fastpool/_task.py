@@ -33,6 +33,7 @@ __all__ = [
     "Task",
     "call",
     "label",
+    "site",
 ]
 
 R = TypeVar("R")
@@ -79,6 +80,15 @@ def label(fn: object) -> str:
     except BaseException:  # its own code, perhaps; no name is worth a task
         name = None
     return name if type(name) is str else type(inner).__name__
+
+
+def site(code: CodeType, lasti: int) -> str:
+    """Where an instruction is, by file and line."""
+    line = code.co_firstlineno
+    for start, end, number in code.co_lines():
+        if start <= lasti < end and number is not None:
+            line = number
+    return f"{code.co_filename}:{line}"
 
 
 class Task(Generic[R_co]):
@@ -134,11 +144,7 @@ class Task(Generic[R_co]):
     @property
     def site(self) -> str:
         """Where it was submitted, by file and line."""
-        line = self._code.co_firstlineno
-        for start, end, number in self._code.co_lines():
-            if start <= self._lasti < end and number is not None:
-                line = number
-        return f"{self._code.co_filename}:{line}"
+        return site(self._code, self._lasti)
 
     def __repr__(self) -> str:
         if self.done():

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import itertools
 import math
 import os
 import sys
+import threading
 import time
+import warnings
+from collections import deque
 from collections.abc import Callable, Iterable
 from multiprocessing.pool import ThreadPool
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, Literal, Self, TypeVar
 
 from fastpool import _clock, _guard, _marks, _scope
+from fastpool._callbacks import run_callbacks
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
 from fastpool._lane import here
-from fastpool._run import EXITING, UNENTERED, Run
+from fastpool._run import DROPPED, EXITING, UNENTERED, Entry, Run
 from fastpool._stuck import Vigil
 from fastpool._submitter import Submitter
 from fastpool._task import PLAIN, Failure, Options, Task
-from fastpool._token import CancelToken
+from fastpool._token import CancelToken, Cause
 from fastpool._unraisable import unraisable
 from fastpool._waiting import circle_error, find_circle, help_along, refuse_own_group, tell_waiting
 from fastpool.backends import Backend, threads
@@ -40,6 +45,10 @@ NOTED = 5  # failures that a note names beside the one that leaves; the rest are
 
 _numbers = itertools.count(1)
 _open_runs: dict[Run, None] = {}  # those whose block has been entered and not left
+_dropped: deque[Run] = deque()  # those of them whose group was dropped; the next to come ends them
+
+# In its frame a group is entered for somebody else.
+_ENTER_CONTEXT = contextlib.ExitStack.enter_context.__code__
 
 # Read once: asking the system takes longer than a small group does.
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
@@ -79,6 +88,9 @@ class TaskGroup(Submitter):
         Entered and left by one thread; everything else is safe from any thread.
     """
 
+    # Around it, and its own. Known to a group that was never made, whose `__del__` looks at it.
+    _entered: tuple[_scope.Place, _scope.Scope] | None = None
+
     def __init__(
         self,
         max_workers: int | None = None,
@@ -109,10 +121,8 @@ class TaskGroup(Submitter):
         self._on_stuck = on_stuck
         self._grace = math.inf if grace_seconds is None else max(0.0, grace_seconds)
         self._unused = [self._run]  # popped by the one that enters
-        self._entered: tuple[_scope.Place, _scope.Scope] | None = None  # around it, and its own
         self._failures: tuple[Failure, ...] = ()
         self._winner: Task[Any] | None = None
-        self._opened = 0.0
         self._finished = False  # at interpreter exit, its block still open
         self._left_behind: list[str] = []  # tasks that were abandoned, a line each
         self._left_over: object = None  # the queue's rest, which the run must not keep
@@ -214,7 +224,7 @@ class TaskGroup(Submitter):
             ) from None
         _guard.hold(run)
         try:
-            self._open(judge)
+            self._open(judge, sys._getframe(1))
             _marks.raise_held()  # before the body begins
         except BaseException as error:
             if self._entered is None:  # no thread for the deadline, say
@@ -228,7 +238,7 @@ class TaskGroup(Submitter):
             raise
         return self
 
-    def _open(self, judge: Judge) -> None:
+    def _open(self, judge: Judge, frame: FrameType) -> None:
         run = self._run
         place = _scope.current_place()
         token = run.token
@@ -236,7 +246,13 @@ class TaskGroup(Submitter):
         if self._outer_token is not None:
             token._link(self._outer_token, strongly=True)
         token._limit(self._timeout)
-        self._opened = time.monotonic()
+        if _dropped:
+            _end_dropped()
+        if frame.f_code is _ENTER_CONTEXT and frame.f_back is not None:
+            frame = frame.f_back  # whoever told the stack to
+        run.entry = Entry(
+            place, frame.f_code, frame.f_lasti, threading.current_thread(), time.monotonic()
+        )
         _open_runs[run] = None
         self._entered = place, _scope.enter(token, run)
         run.open(
@@ -304,6 +320,8 @@ class TaskGroup(Submitter):
             return error
         assert self._entered is not None
         around, scope = self._entered
+        if _scope.current.get() is not scope:
+            self._end_inner(scope)
         _scope.leave(scope)
         if error is not None:
             run.token._report(error)
@@ -317,10 +335,59 @@ class TaskGroup(Submitter):
             return error  # the interpreter is exiting, and has finished it
         return self._conclude(around, error)
 
+    def _end_inner(self, scope: _scope.Scope) -> None:
+        """Cancel the groups that were entered in this one's body, and are still open."""
+        inner: dict[Run, None] = {}
+        place: _scope.Place | None = _scope.current_place()
+        while isinstance(place, _scope.Scope) and place is not scope:
+            if isinstance(place._group, Run) and place._group in _open_runs:
+                inner[place._group] = None
+            place = place.before
+        if place is not scope:
+            return  # left in another context than it was entered in, which says nothing
+        inner.pop(self._run, None)
+        for run in inner:
+            run.token.cancel(f"group {self.name!r} around it was left first")
+            if run.backend is not None:
+                run.backend.abandon(run)  # its threads end with what they are at
+            _warn_about(run, f"is still open as group {self.name!r} around it is left; cancelled")
+
+    def __del__(self) -> None:
+        """
+        Dropped without leaving its block: stop its tasks, let its threads go, and say so.
+
+        This runs in the middle of anything, so it takes no lock and starts no thread. What is
+        left to do (a helper thread's callbacks, the judge, the observers) waits for the next
+        group to be entered, `shutdown()` or the interpreter's exit.
+        """
+        if self._entered is None or self._run not in _open_runs:
+            return
+        run = self._run
+        around, scope = self._entered
+        run.closed = DROPPED
+        cause = Cause("it was dropped without leaving its block", source=run.token._key)
+        if run.token._claim(cause):
+            pending = run.token._spread(cause)
+            run.callbacks = [pair for pair in pending if pair[0].slow]
+            run_callbacks([pair for pair in pending if not pair[0].slow])
+        run.token._unlink()
+        # The code that goes on was in the body, and is so no more; in contexts that are not
+        # current here, the scope stays and stands for what is around it.
+        scope._token, scope._group = around._token, around._group
+        _scope.leave(scope)
+        interrupt = _guard.let_go(run)
+        if interrupt is not None:
+            _marks.held += (interrupt,)  # for the next wait, or the next group to end
+        if run.backend is not None:
+            run.backend.abandon(run)
+        _dropped.append(run)
+        _warn_about(run, "was dropped without leaving its with block; cancelled")
+
     def _conclude(self, around: _scope.Place, error: BaseException | None) -> BaseException | None:
         """Nothing runs any more: take the group apart, and say what leaves the block."""
         run = self._run
         run.tell_cancelled()
+        opened = run.entered_at()
         self._winner, broken = run.winner, run.judge_error
         # Not emptied: to free a million tasks takes longer than the way to the `except`.
         self._left_over = run.queue
@@ -333,7 +400,7 @@ class TaskGroup(Submitter):
             leaving = StuckTaskError(f"group {run.name!r} was left while tasks still ran")
         if leaving is not None:
             self._annotate(leaving, outermost=around._group is None)
-        run.emit("group_closed", since=self._opened, error=leaving)
+        run.emit("group_closed", since=opened, error=leaving)
         return leaving
 
     def _rest(self) -> None:
@@ -570,25 +637,56 @@ def shutdown() -> None:
     Threads:
         Any, but a thread does not wait for itself.
     """
+    _end_dropped()
     threads.shutdown()
     _clock.shutdown()
+
+
+def _warn_about(run: Run, what: str) -> None:
+    """Say what is wrong with a group, at the line where it was entered."""
+    entry = run.entry
+    assert entry is not None
+    file, _, line = entry.site.rpartition(":")
+    message = f"group {run.name!r}, entered at {entry.site}, {what}"
+    try:
+        warnings.warn_explicit(message, ResourceWarning, file, int(line))
+    except ResourceWarning as error:  # made an error by a filter: nobody here could be given it
+        unraisable(error, _warn_about)
+
+
+def _end_dropped() -> None:
+    """End the groups that were dropped, as far as their tasks have ended."""
+    for run in list(_dropped):
+        run_callbacks(run.callbacks)
+        if run.come_to_rest(None):
+            try:
+                _dropped.remove(run)
+            except ValueError:
+                continue  # somebody else is at it
+            _end_open(run, "dropped without leaving its block")
+
+
+def _end_open(run: Run, why: str) -> None:
+    """Do for a group what the end of its block would have done."""
+    group = run.group()
+    if group is None:
+        group = TaskGroup(name=run.name)  # it was dropped; only its face is new
+        group._run = run
+    group._rest()
+    if _open_runs.pop(run, run) is run:
+        return  # it has been left meanwhile
+    group._finished = True
+    leaving = group._conclude(_scope.current_place(), None)
+    if leaving is not None:
+        unraisable(leaving, f"group {run.name!r}, {why}")
 
 
 def _finish() -> None:
     """At interpreter exit: finish every group that is open, as if its block ended now."""
     for run in list(_open_runs):
+        run_callbacks(run.callbacks)
         run.closed = EXITING  # its tasks may go on submitting, as while a block is left
-        group = run.group()
-        if group is None:
-            group = TaskGroup(name=run.name)  # it was dropped; only its face is new
-            group._run = run
-        group._rest()
-        if _open_runs.pop(run, run) is run:
-            continue  # it has been left meanwhile
-        group._finished = True
-        leaving = group._conclude(_scope.current_place(), None)
-        if leaving is not None:
-            unraisable(leaving, f"group {run.name!r}, still open at exit")
+        _end_open(run, "still open at exit")
     shutdown()
 
 
@@ -600,6 +698,7 @@ def _after_fork() -> None:
     for run in list(_open_runs):
         run.disown()
     _open_runs.clear()
+    _dropped.clear()
 
 
 # Registered after `multiprocessing`'s own, which is imported above, and so called before it.

@@ -28,6 +28,7 @@ __all__ = [
     "tell_waiting",
     "wait_for",
     "wait_for_all",
+    "waited_for",
     "waiting",
 ]
 
@@ -188,7 +189,7 @@ def help_along(lane: Lane, *tasks: Task[Any], last_resort: bool = False) -> bool
         leaves = serving.leaves
         if leaves is not None and leaves.help_leave(lane):
             return True
-        links.extend(_waited_for(serving))
+        links.extend(waited_for(serving))
     return False
 
 
@@ -226,7 +227,7 @@ def _pools_ahead(lane: Lane) -> set[int]:
     for serving in lanes:  # grows as it goes
         if serving.leaves is not None and serving.leaves.queue:
             pools.add(id(serving.leaves.pool))
-        links = list(_waited_for(serving))
+        links = list(waited_for(serving))
         for task in links:  # grows as it goes
             if id(task) in seen or task._state:
                 continue
@@ -240,7 +241,7 @@ def _pools_ahead(lane: Lane) -> set[int]:
     return pools
 
 
-def _waited_for(serving: Lane) -> Sequence[Task[Any]]:
+def waited_for(serving: Lane) -> Sequence[Task[Any]]:
     """What the task of a lane must wait for before it can go on; nothing if it runs."""
     leaves = serving.leaves
     waits = serving.waits if leaves is None else leaves.in_hand()
@@ -276,7 +277,7 @@ def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task
             continue
         seen.add(id(task))
         if serving not in mine:
-            links.extend((waited, first) for waited in _waited_for(serving))
+            links.extend((waited, first) for waited in waited_for(serving))
         elif not _can_end(first, mine):
             return own, first
     return None
@@ -297,7 +298,7 @@ def _can_end(task: Task[Any], mine: set[Lane]) -> bool:
         serving = link._lane
         if link in waits or serving is None or link._state or serving in mine:
             continue
-        waits[link] = _waited_for(serving)
+        waits[link] = waited_for(serving)
         links.extend(waits[link])
 
     def goes_on(link: Task[Any]) -> bool:

@@ -120,26 +120,39 @@ group.submit(fail)
     assert "still open at exit" in ended.stderr
 
 
-def test_group_that_was_dropped_open_is_finished():
+def test_group_that_was_dropped_open_is_not_cut_off():
     """
-    Its tasks are done, though nobody has a name for it any more.
+    Its tasks were told to stop, and the program ends when the one that runs has ended.
     """
     ended = run_script(
         """
-import os
+import atexit, os, threading, time, warnings
 from fastpool import TaskGroup
+
+warnings.simplefilter("ignore")
+running = threading.Event()
+
+def work():
+    running.set()
+    over.wait(20)
+    time.sleep(0.1)  # it would be cut off, if nobody waited for it
+    os.write(1, b"done")
+
+over = threading.Event()
+atexit.register(over.set)  # called before fastpool's own, since registered after it
 
 def enter():
     group = TaskGroup(1)
     group.__enter__()
-    for number in range(3):
-        group.submit(os.write, 1, str(number).encode())
+    group.submit(work)
+    group.submit(os.write, 1, b"never")
+    running.wait(20)
 
 enter()
 """
     )
 
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "012", "")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done", "")
 
 
 def test_ctrl_c_while_threads_are_started_hangs_nothing():

@@ -7,7 +7,6 @@ import gc
 import signal
 import threading
 import traceback
-import warnings
 import weakref
 
 import pytest
@@ -903,35 +902,6 @@ def test_nothing_that_interrupts_the_wait_ends_it():
 
     assert finished == ["finished"]
     assert [failure.task for failure in group.failures] == [None]
-
-
-def test_stuck_task_is_reported_again_and_again(unraised):
-    """
-    Each time after twice as long; with the warning made an error the block still waits.
-    """
-    release = threading.Event()
-    events = []
-
-    def stubborn():
-        release.wait(timeout=30)
-
-    def count(event):
-        if event.name == "task_stuck":
-            events.append(event)
-            if len(events) == 2:
-                release.set()
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        with TaskGroup(1, grace=0.01, observers=[count]) as group:
-            task = group.submit(stubborn)
-            while not task.running():
-                pass
-            group.cancel()
-
-    assert [event.task for event in events] == [task, task]
-    assert [type(error) for error in unraised] == [RuntimeWarning] * 2
-    assert task.result() is None
 
 
 # --- Policies and observers ----------------------------------------------------------------------

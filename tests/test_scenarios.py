@@ -294,7 +294,7 @@ def test_s2_task_that_does_not_stop_is_named():
 
 def test_s3_nothing_holds_the_program_or_is_cut_off_at_its_end():
     """
-    A program that ends after a group, or with one dropped, ends at once and has done its work.
+    A program that ends after a group, or with one open, ends at once and has done its work.
     """
     printed = run_program(
         "import os, time\n"
@@ -304,10 +304,9 @@ def test_s3_nothing_holds_the_program_or_is_cut_off_at_its_end():
         "    os.write(1, f'done {n}\\n'.encode())\n"
         "with TaskGroup() as group:\n"
         "    group.map(task, range(3))\n"
-        "dropped = TaskGroup()\n"
-        "dropped.__enter__()\n"
-        "dropped.submit(task, 3)\n"
-        "del dropped\n"
+        "left_open = TaskGroup()\n"
+        "left_open.__enter__()\n"
+        "left_open.submit(task, 3)\n"
     )
 
     assert sorted(printed.split("\n")) == ["", "done 0", "done 1", "done 2", "done 3"]

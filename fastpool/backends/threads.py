@@ -24,7 +24,7 @@ from fastpool._waiting import tell_helpers
 if TYPE_CHECKING:
     from fastpool._run import Run
 
-__all__ = ["Leased", "Shared", "shutdown"]
+__all__ = ["Leased", "Shared", "serve_stretch", "shutdown"]
 
 SLICE = 0.01  # seconds after which we let other users of a shared pool have their turn
 
@@ -136,12 +136,20 @@ class _Pool:
 
     def end(self) -> None:
         """Let every thread go."""
-        self.ended = True
-        _live_pools.pop(self, None)
-        for lane in self.lanes:
-            lane.gate.open()
+        self.let_go()
         if self.threads is not None:
             self.threads.close()
+
+    def let_go(self) -> None:
+        """
+        As `end`, which the threads do by themselves then.
+
+        Nothing here takes a lock, as closing a `ThreadPool` does: a finalizer may call it.
+        """
+        self.ended = True
+        _live_pools.pop(self, None)
+        for lane in self.lanes.copy():
+            lane.gate.open()
 
     def disown(self) -> None:
         """In a forked child: the threads are the parent's, and so are the pool's pipes."""
@@ -243,6 +251,8 @@ def _park(pool: _Pool, lane: Lane) -> None:
             run.dismiss(lane)
         del run
     thread.lane = None
+    assert pool.threads is not None
+    pool.threads.close()
 
 
 def serve(run: Run, lane: Lane) -> None:
@@ -264,7 +274,7 @@ def serve(run: Run, lane: Lane) -> None:
                     break
                 continue
         if type(entry) is Stretch:
-            entry = _serve_stretch(run, lane, entry)
+            entry = serve_stretch(run, lane, entry)
             continue
         entry._taken = True
         if run.disturbed or token._reason is not None:
@@ -302,7 +312,7 @@ def serve(run: Run, lane: Lane) -> None:
     del run, lane, popleft, token  # what failed refers to this frame: see `strip`
 
 
-def _serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch | None:
+def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch | None:
     """
     Run calls of a `map`, as long as nothing else comes up.
 
@@ -421,7 +431,7 @@ class Leased:
         """The pool ends when its threads come back."""
         pool = self._leases.pop("pool", None)
         if pool is not None:
-            pool.end()
+            pool.let_go()
 
 
 class Shared:

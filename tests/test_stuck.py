@@ -1,0 +1,676 @@
+"""
+What a task that does not stop is reported with: where it sits, and what to call instead.
+"""
+
+import concurrent.futures
+import fcntl
+import os
+import platform
+import queue
+import select
+import socket
+import subprocess
+import threading
+import time
+import warnings
+
+import pytest
+from staging import until
+
+import fastpool._stuck
+import fastpool._syscalls
+from fastpool import TaskGroup, cancellable, shield
+from fastpool._syscalls import Look, Seat, settle
+
+LINUX = pytest.mark.skipif(
+    not os.access("/proc/self/syscall", os.R_OK), reason="the system does not tell"
+)
+FUTEX = {"x86_64": "202", "aarch64": "98"}.get(platform.machine())
+
+
+def state_of(thread):
+    """What the system says of a thread: its call, and how often it has given way so far."""
+    with open(f"/proc/self/task/{thread}/syscall") as file:
+        call = file.read()
+    with open(f"/proc/self/task/{thread}/status") as file:
+        return call, [line for line in file if line.startswith("voluntary")]
+
+
+def is_blocked(thread, *, on_lock):
+    """Whether a thread sits in a system call, and goes on sitting there."""
+    before = state_of(thread)
+    time.sleep(0.02)  # four times as long as a wait for the interpreter's lock takes
+    call = before[0].split()[0]
+    return before == state_of(thread) and call != "running" and (call == FUTEX) is on_lock
+
+
+def report(call, release, *, ready):
+    """The first report on a task that sits in a call; `ready` tells of its thread that it does."""
+    threads = []
+
+    def let_go(event):
+        if event.name == "task_stuck" and threads:
+            threads.clear()
+            release()
+
+    def stuck():
+        threads.append(threading.get_native_id())
+        call()
+
+    with (
+        pytest.warns(RuntimeWarning) as told,
+        TaskGroup(1, name="hard", grace=0.01, observers=[let_go]) as group,
+    ):
+        group.submit(stuck)
+        until(lambda: threads and ready(threads[0]))
+        group.cancel()
+
+    return str(told[0].message)
+
+
+def in_call(thread):
+    return is_blocked(thread, on_lock=False)
+
+
+def on_lock(thread):
+    return is_blocked(thread, on_lock=True)
+
+
+# --- Files and sockets ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pair():
+    here, there = socket.socketpair()
+    with here, there:
+        yield here, there
+
+
+@pytest.fixture
+def pipe():
+    ends = os.pipe()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+@LINUX
+def test_read_of_a_socket_is_named(pair):
+    """
+    The report has the call, the descriptor, the stack and the cure.
+    """
+    here, there = pair
+
+    said = report(lambda: here.recv(10), lambda: there.send(b"x"), ready=in_call)
+
+    first, *more = said.split("\n")
+    assert first.startswith(
+        "task 'stuck' of group 'hard' still runs in thread 'fastpool-hard-1', 0."
+    )
+    assert f"it was submitted at {__file__}:" in first
+    assert more[0] == "  Its Python stack, innermost call last:"
+    assert [line.rpartition(", in ")[2] for line in more if "File" in line] == ["stuck", "<lambda>"]
+    assert "    call()" in said
+    assert more[-2:] == [
+        f"  It sits in the system call recvfrom on file descriptor {here.fileno()}, a socket.",
+        "  To have a cancel wake it, use fastpool.blocking.interruptible(sock).",
+    ]
+
+
+@LINUX
+def test_read_of_a_socket_with_a_timeout_is_told_from_a_poll(pair):
+    """
+    Such a socket polls before it reads; the report says which one, and for what.
+    """
+    here, there = pair
+    here.settimeout(30)
+
+    said = report(lambda: here.recv(10), lambda: there.send(b"x"), ready=in_call)
+
+    assert f"poll on file descriptor {here.fileno()}, a socket, until it is ready to read." in said
+    assert "use fastpool.blocking.interruptible(sock)." in said
+
+
+@LINUX
+def test_write_to_a_full_socket_is_told_from_a_connect(pair):
+    """
+    Both wait until the socket can be written to; the line that calls tells which it is.
+    """
+    here, there = pair
+    here.settimeout(30)
+    size = 1 << 24
+
+    def drain():
+        left = size
+        while left:
+            left -= len(there.recv(1 << 20))
+
+    said = report(lambda: here.sendall(bytes(size)), drain, ready=in_call)
+
+    assert "a socket, until it is ready to write." in said
+    assert "use fastpool.blocking.interruptible(sock)." in said
+
+
+@LINUX
+def test_connect_is_named(tmp_path):
+    """
+    To a server that is too busy to accept.
+    """
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as other:
+        server.bind(str(tmp_path / "server"))
+        server.listen(0)
+        other.connect(str(tmp_path / "server"))
+        with socket.socket(socket.AF_UNIX) as client:
+            said = report(
+                lambda: client.connect(str(tmp_path / "server")),
+                lambda: server.accept()[0].close(),
+                ready=in_call,
+            )
+
+    assert "system call connect on file descriptor" in said
+    assert "use fastpool.blocking.connect(address)." in said
+
+
+@LINUX
+def test_accept_is_named(tmp_path):
+    """
+    Of a server that nobody calls.
+    """
+    with socket.socket(socket.AF_UNIX) as server, socket.socket(socket.AF_UNIX) as client:
+        server.bind(str(tmp_path / "server"))
+        server.listen()
+        said = report(
+            lambda: server.accept()[0].close(),
+            lambda: client.connect(str(tmp_path / "server")),
+            ready=in_call,
+        )
+
+    assert "system call accept4 on file descriptor" in said
+    assert "use fastpool.blocking.interruptible(sock)." in said
+
+
+@LINUX
+def test_read_of_a_pipe_is_named(pipe):
+    """
+    With the descriptor.
+    """
+    read, write = pipe
+
+    said = report(lambda: os.read(read, 1), lambda: os.write(write, b"x"), ready=in_call)
+
+    assert f"system call read on file descriptor {read}, a pipe." in said
+    assert "use fastpool.blocking.read(fd, n)." in said
+
+
+@LINUX
+def test_read_of_a_terminal_is_named():
+    """
+    With its name.
+    """
+    keyboard, screen = os.openpty()
+    try:
+        said = report(lambda: os.read(screen, 1), lambda: os.write(keyboard, b"x\n"), ready=in_call)
+    finally:
+        os.close(keyboard)
+        os.close(screen)
+
+    assert f"file descriptor {screen}, the terminal /dev/pts/" in said
+    assert "use fastpool.blocking.read(fd, n)." in said
+
+
+@LINUX
+@pytest.mark.parametrize("way", ["select", "poll", "epoll"])
+def test_select_is_named(pipe, way):
+    """
+    In each of its forms.
+    """
+    read, write = pipe
+
+    def selects():
+        if way == "select":
+            select.select([read], [], [])
+            return
+        poll = getattr(select, way)()
+        poll.register(read, select.POLLIN)
+        poll.poll()
+        getattr(poll, "close", int)()
+
+    said = report(selects, lambda: os.write(write, b"x"), ready=in_call)
+
+    assert "It sits in the system call " in said
+    assert "use fastpool.blocking.select(...)." in said
+
+
+@LINUX
+def test_opening_a_fifo_is_named(tmp_path):
+    """
+    With its path.
+    """
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    said = report(lambda: open(fifo).close(), lambda: open(fifo, "w").close(), ready=in_call)
+
+    assert f"system call openat, on {fifo}." in said
+    assert "use fastpool.blocking.open_fifo(path), if it is a FIFO." in said
+
+
+@LINUX
+def test_file_lock_is_named(tmp_path):
+    """
+    With the file.
+    """
+    path = tmp_path / "lock"
+    with open(path, "w") as held, open(path) as wanted:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        said = report(
+            lambda: fcntl.flock(wanted, fcntl.LOCK_EX),
+            lambda: fcntl.flock(held, fcntl.LOCK_UN),
+            ready=in_call,
+        )
+
+        number = wanted.fileno()
+
+    assert f"system call flock on file descriptor {number}, {path}." in said
+    assert "use fastpool.blocking.flock(fd, operation)." in said
+
+
+@LINUX
+@pytest.mark.parametrize("way", ["wait", "communicate"])
+def test_wait_for_a_child_is_named(way):
+    """
+    Whatever the system call is that `subprocess` makes of it.
+    """
+    with subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as child:
+        call = child.wait if way == "wait" else child.communicate
+        said = report(call, child.kill, ready=in_call)
+
+    assert "use fastpool.blocking.run(command)." in said
+    if way == "wait":
+        assert f", for child process {child.pid}." in said
+
+
+@LINUX
+@pytest.mark.parametrize("way", [lambda: time.sleep(1), lambda: select.select([], [], [], 1)])
+def test_sleep_is_named(way):
+    """
+    In both of its forms.
+    """
+    said = report(way, int, ready=in_call)
+
+    assert "It sits in the system call " in said
+    assert "use fastpool.sleep(seconds)." in said
+
+
+# --- Locks and what is made of them ---------------------------------------------------------------
+
+
+def on_queue():
+    waited = queue.Queue()
+    return waited.get, lambda: waited.put(1)
+
+
+def on_simple_queue():
+    waited = queue.SimpleQueue()
+    return lambda: waited.get(), lambda: waited.put(1)
+
+
+def on_full_queue():
+    waited = queue.Queue(1)
+    waited.put(1)
+    return lambda: waited.put(2), waited.get
+
+
+def on_a_lock():
+    lock = threading.Lock()
+    lock.acquire()
+    return lambda: lock.acquire(), lock.release
+
+
+def on_a_with_block():
+    lock = threading.Lock()
+    lock.acquire()
+
+    def enters():
+        with lock:
+            pass
+
+    return enters, lock.release
+
+
+def on_a_semaphore():
+    semaphore = threading.Semaphore(0)
+    return semaphore.acquire, semaphore.release
+
+
+def on_an_event():
+    event = threading.Event()
+    return event.wait, event.set
+
+
+def on_a_condition():
+    condition = threading.Condition()
+
+    def waits():
+        with condition:
+            condition.wait()
+
+    def notifies():
+        with condition:
+            condition.notify()
+
+    return waits, notifies
+
+
+def on_a_thread():
+    event = threading.Event()
+    thread = threading.Thread(target=event.wait)
+    thread.start()
+    return thread.join, event.set
+
+
+def on_a_future():
+    future = concurrent.futures.Future()
+    return future.result, lambda: future.set_result(1)
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("make", "instead"),
+    [
+        (on_queue, "get(queue)"),
+        (on_simple_queue, "get(queue)"),
+        (on_full_queue, "put(queue, item)"),
+        (on_a_lock, "acquire(lock)"),
+        (on_a_with_block, "acquire(lock)"),
+        (on_a_semaphore, "acquire(lock)"),
+        (on_an_event, "wait(thing)"),
+        (on_a_condition, "wait(thing)"),
+        (on_a_thread, "wait(thing)"),
+        (on_a_future, "wait(thing)"),
+    ],
+)
+def test_wait_for_a_lock_is_told_by_what_is_made_of_it(make, instead):
+    """
+    To the system all of them are one call; the stack tells them apart.
+    """
+    call, release = make()
+
+    said = report(call, release, ready=on_lock)
+
+    assert "It sits in the system call futex." in said
+    assert said.endswith(f"use fastpool.blocking.{instead}.")
+
+
+@LINUX
+def test_wait_for_a_lock_in_unknown_code_names_what_there_is():
+    """
+    Where no source is to be had, nothing is made up.
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    names = {"lock": lock}
+    exec(compile("def unknown():\n    lock.acquire()\n", "<nowhere>", "exec"), names)
+
+    said = report(names["unknown"], lock.release, ready=on_lock)
+
+    assert said.endswith("use fastpool.blocking.get, put, acquire or wait, by what it waits for.")
+
+
+# --- What is in no call, or in one of ours --------------------------------------------------------
+
+
+@LINUX
+def test_busy_loop_is_told_from_a_wait():
+    """
+    It waits for the interpreter's lock most of the time, and is told to check its token.
+    """
+    turns, stopped = [], []
+
+    def spins():
+        while not stopped:
+            turns.append(1)
+            del turns[2:]
+
+    said = report(spins, lambda: stopped.append(1), ready=lambda thread: turns)
+
+    assert "It sits in no system call: it computes, in Python or in what that line calls." in said
+    assert said.endswith("call token.check() in its loop.")
+
+
+@LINUX
+def test_wait_under_a_shield_is_told_from_a_wait_of_others():
+    """
+    A call of ours that goes on has no better one to be named.
+    """
+    tokens = []
+
+    def sleeps():
+        with shield() as token:
+            tokens.append(token)
+            token.wait(30)
+
+    said = report(sleeps, lambda: tokens[0].cancel(), ready=on_lock)
+
+    assert "It waits in a call of fastpool's, on a token that is not set; see shield()." in said
+    assert "system call" not in said
+
+
+@LINUX
+def test_task_that_waits_for_a_stuck_one_names_it():
+    """
+    The outer one leaves a group whose task does not stop; that is where to look.
+    """
+    release = threading.Event()
+
+    def leaves():
+        with TaskGroup(1, name="inner", grace=60) as group:
+            group.with_options(name="deaf").submit(release.wait)
+
+    said = report(leaves, release.set, ready=on_lock)
+
+    assert said.endswith("It waits for task 'deaf' of group 'inner'.")
+    assert [line for line in said.split("\n") if "in leaves" in line]
+
+
+# --- How it reads ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stubborn():
+    """A task that goes on until it is reported, and what is said of it."""
+
+    def run(fn=None, name=None, spoil=None):
+        release, started = threading.Event(), threading.Event()
+
+        def deaf():
+            started.set()
+            release.wait(timeout=30)
+
+        def let_go(event):
+            if event.name == "task_stuck":
+                release.set()
+
+        with (
+            pytest.warns(RuntimeWarning) as told,
+            TaskGroup(1, name="hard", grace=0.01, observers=[let_go]) as group,
+        ):
+            group.with_options(name=name).submit(deaf if fn is None else fn(deaf))
+            started.wait(timeout=10)
+            group.cancel()
+        return str(told[0].message)
+
+    return run
+
+
+@pytest.mark.parametrize("error", [PermissionError, FileNotFoundError, ProcessLookupError])
+def test_system_that_tells_nothing_leaves_its_lines_out(stubborn, monkeypatch, error):
+    """
+    Containers may forbid to look; the stack is shown all the same.
+    """
+
+    def refuse(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(fastpool._syscalls, "open", refuse, raising=False)
+
+    said = stubborn()
+
+    assert "Its Python stack" in said
+    assert "in deaf" in said
+    assert "It sits" not in said
+
+
+def test_system_without_proc_is_not_asked(stubborn, monkeypatch):
+    """
+    Only Linux has the file.
+    """
+    monkeypatch.setattr(fastpool._syscalls.sys, "platform", "darwin")
+
+    said = stubborn()
+
+    assert "in deaf" in said
+    assert "It sits" not in said
+
+
+def test_report_that_cannot_be_made_leaves_its_first_line(stubborn, monkeypatch, unraised):
+    """
+    Whatever is wrong with it, the task is named, and the block is left.
+    """
+    monkeypatch.setattr(fastpool._stuck, "own_frames", lambda *args, **kwargs: 1 // 0)
+
+    said = stubborn()
+
+    assert said.startswith("task 'deaf' of group 'hard' still runs")
+    assert "\n" not in said
+    assert [type(error) for error in unraised] == [ZeroDivisionError]
+
+
+def test_names_cannot_steer_the_terminal(stubborn):
+    """
+    Control characters stay out of what is printed.
+    """
+    said = stubborn(name="\x1b[31mred\u202e")
+
+    assert "\x1b" not in said
+    assert "\u202e" not in said
+
+
+def test_deep_stack_is_cut_at_its_outer_end(stubborn):
+    """
+    The innermost calls tell where it sits.
+    """
+
+    def deepen(deaf):
+        def dig(depth, low=None):
+            return dig_again(depth) if depth else deaf()
+
+        def dig_again(depth):
+            return dig(depth - 1)
+
+        return lambda: dig(50)
+
+    said = stubborn(deepen)
+
+    assert "calls further out" in said
+    assert "in deaf" in said
+    assert said.count('File "') <= fastpool._stack.LIMIT
+
+
+def test_frames_of_ours_are_left_out(stubborn):
+    """
+    A decorated function's stack begins with the function.
+    """
+
+    def decorate(deaf):
+        @cancellable
+        def told(token):
+            deaf()
+
+        return told
+
+    said = stubborn(decorate)
+
+    stack = [line for line in said.split("\n") if 'File "' in line]
+    assert stack[0].endswith(", in told")
+    assert stack[1].endswith(", in deaf")
+    assert "fastpool/_" not in "".join(stack)
+
+
+def test_stuck_task_is_reported_again_and_again(unraised):
+    """
+    Each time after twice as long; with the warning made an error the block still waits.
+    """
+    release = threading.Event()
+    events = []
+
+    def stubborn():
+        release.wait(timeout=30)
+
+    def count(event):
+        if event.name == "task_stuck":
+            events.append(event)
+            if len(events) == 2:
+                release.set()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with TaskGroup(1, grace=0.01, observers=[count]) as group:
+            task = group.submit(stubborn)
+            while not task.running():
+                pass
+            group.cancel()
+
+    assert [event.task for event in events] == [task, task]
+    assert [type(error) for error in unraised] == [RuntimeWarning] * 2
+    assert task.result() is None
+
+
+# --- What the system says, word by word -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "number", "name"),
+    [("x86_64", 45, "recvfrom"), ("aarch64", 207, "recvfrom"), ("riscv64", 207, "number 207")],
+)
+def test_calls_are_named_by_the_machine(monkeypatch, machine, number, name):
+    """
+    Each has numbers of its own; of one that is not known the number is said.
+    """
+    monkeypatch.setattr(os, "uname", lambda: type("Uname", (), {"machine": machine}))
+    looked = Look(number, (10**6, 0, 0, 0, 0, 0), 7)
+
+    seat = settle(looked, looked)
+
+    assert seat.call == name
+
+
+@pytest.mark.parametrize(
+    ("second", "call"),
+    [
+        (Look(202, (1, 137), 7), "futex"),
+        (Look(202, (1, 137), 8), None),
+        (Look(202, (2, 137), 7), None),
+        (Look(None, (), 7), None),
+        (Look(230, (1, 1), 8), "clock_nanosleep"),
+    ],
+)
+def test_lock_counts_as_waited_for_only_if_the_thread_has_not_moved(monkeypatch, second, call):
+    """
+    The wait for the interpreter's lock looks alike, and is over soon.
+    """
+    monkeypatch.setattr(os, "uname", lambda: type("Uname", (), {"machine": "x86_64"}))
+
+    assert settle(Look(202, (1, 137), 7), second) == Seat(call)
+
+
+def test_thread_that_has_ended_is_not_looked_at():
+    """
+    There is nothing to be said of it.
+    """
+    thread = threading.Thread(target=int)
+    thread.start()
+    thread.join()
+
+    assert fastpool._syscalls.look(thread.native_id) is None
+    assert settle(None, Look(None, (), 0)) is None
