@@ -52,7 +52,7 @@ class Vigil:
             task = lane.task
             if task is None:
                 continue
-            run.emit("task_stuck", task, worker=lane.worker)
+            run.emit("task_stuck", task, context=lane.context, worker=lane.worker)
             _warn(
                 f"task {task.name!r} of group {run.name!r} still runs in thread {lane.worker!r}, "
                 f"{waited:.1f} s after it was cancelled; it was submitted at {task.site}"
