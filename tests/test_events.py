@@ -24,6 +24,7 @@ from fastpool import (
     current_token,
 )
 from fastpool._ledger import Ledger
+from fastpool._run import Run
 
 ENDS = {"task_succeeded", "task_failed", "task_cancelled"}
 
@@ -457,6 +458,43 @@ def test_cancelled_task_is_told_at_once():
     assert seen[-1].worker == threading.current_thread().name
 
 
+def test_cancel_that_comes_as_the_group_has_closed_is_told_by_who_leaves(monkeypatch):
+    """
+    Or the other thread could come to it only after the group was told to be closed.
+    """
+    seen = []
+    end = Run.end
+
+    def end_late(run):
+        in_thread(queued.cancel)
+        return end(run)
+
+    monkeypatch.setattr(Run, "end", end_late)
+    with TaskGroup(1, observers=[seen.append]) as group:
+        started_sleeper(group)
+        for _ in range(5):  # a worker still takes one
+            queued = group.submit(pow, 2, 3)
+        group.cancel()
+
+    told = [event for event in seen if event.task is queued]
+    assert [event.name for event in told] == ["task_submitted", "task_cancelled"]
+    assert told[-1].worker == threading.current_thread().name
+
+
+def test_who_told_of_a_cancel_is_gone_after_a_shutdown():
+    """
+    Also if its thread was not quite done when the block was left.
+    """
+    fastpool.shutdown()
+    before = set(threading.enumerate())
+    for _ in range(100):
+        with TaskGroup(1, observers=[lambda event: None]) as group:
+            group.cancel()
+        fastpool.shutdown()
+
+        assert set(threading.enumerate()) <= before
+
+
 # --- Where they are called -----------------------------------------------------------------------
 
 
@@ -575,7 +613,8 @@ class Witness:
     """Lives in a context."""
 
 
-def test_context_dies_with_the_group():
+@pytest.mark.parametrize("cancels", [True, False])
+def test_context_dies_with_the_group(cancels):
     """
     A worker that waits for its next group keeps nothing of what the last one observed.
     """
@@ -583,9 +622,10 @@ def test_context_dies_with_the_group():
     def run():
         with TaskGroup(2, observers=[lambda event: None]) as group:
             group.map(pow, range(10), [2] * 10)
-            started_sleeper(group)
             group.submit(pow, 2, 3).cancel()
-            group.cancel()
+            if cancels:
+                started_sleeper(group)
+                group.cancel()
 
     def run_with_a_witness():
         witness = Witness()
@@ -598,6 +638,11 @@ def test_context_dies_with_the_group():
     try:
         witness = contextvars.Context().run(run_with_a_witness)
 
-        until(lambda: witness() is None)
+        def is_gone():
+            # Without a GIL a thread frees what is its own when it wakes: give them something.
+            fastpool.map(pow, range(10), [2] * 10, max_workers=2)
+            return witness() is None
+
+        until(is_gone)
     finally:
         gc.enable()
