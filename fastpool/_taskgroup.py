@@ -13,7 +13,7 @@ from multiprocessing.pool import ThreadPool
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
-from fastpool import _clock, _scope
+from fastpool import _clock, _scope, structlog_observer
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
 from fastpool._lane import here
@@ -63,7 +63,8 @@ class TaskGroup(Submitter):
         token: One more token to hear, besides the one that is current on entry.
         pool: A `ThreadPool` of yours, which is left open and usable; a backend; or a backend's
             name, `"threads"`. `None`: threads that fastpool keeps warm from group to group.
-        observers: Called with an `Event` for each thing that happens.
+        observers: Called with an `Event` for each thing that happens. structlog's is one more,
+            if the application has configured structlog; see `StructlogObserver`.
         grace: Seconds a task may go on after the cancel before it is reported by a
             `RuntimeWarning`.
 
@@ -198,6 +199,7 @@ class TaskGroup(Submitter):
     def __enter__(self) -> Self:
         run = self._run
         judge = _judge(self._policy)  # before the group is used up by an entry that fails
+        observers = structlog_observer.with_log(self._observers, run.name)
         try:
             self._unused.pop()
         except IndexError:
@@ -221,7 +223,7 @@ class TaskGroup(Submitter):
             backend=self._backend,
             limit=self._limit,
             judge=judge,
-            observers=self._observers,
+            observers=observers,
         )
         self._entered = place, _scope.enter(token, run)
         return self

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from multiprocessing.pool import ThreadPool
 
 import pytest
+import structlog
 from staging import note_sleep, sleeping
 
 import fastpool
@@ -27,6 +28,14 @@ def no_thread_is_left():
         thread.join(timeout=10)
 
     assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture(autouse=True)
+def no_configuration_is_left():
+    """structlog is for each test as it is for a program that begins."""
+    yield
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture
