@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import functools
 import importlib
+import os
 import statistics
 import sys
 import threading
@@ -364,6 +365,52 @@ def parts(size: Size) -> list[Result]:
     return figures + own_token()
 
 
+def observers(size: Size) -> list[Result]:
+    """What a no-op task costs, by `submit` and `map`, with those who watch."""
+    import structlog
+
+    null = open(os.devnull, "w")  # noqa: SIM115 - closed below
+    info, debug = (structlog.make_filtering_bound_logger(level) for level in ("info", "debug"))
+
+    def logged(wrapper: type) -> Callable[[], None]:
+        return lambda: structlog.configure(
+            wrapper_class=wrapper,
+            processors=[structlog.processors.JSONRenderer()],
+            logger_factory=structlog.PrintLoggerFactory(null),
+        )
+
+    watched: dict[str, tuple[Callable[[], None], list[Callable[..., object]], int]] = {
+        "nobody": (structlog.reset_defaults, [], size.tasks),
+        "a function": (structlog.reset_defaults, [nothing], size.slow_tasks),
+        "structlog, from info": (logged(info), [], size.slow_tasks),
+        "structlog, all": (logged(debug), [], size.slow_tasks),
+    }
+
+    def cost(name: str, job: str) -> float:
+        configure, watchers, tasks = watched[name]
+        configure()
+        try:
+            with TaskGroup(WORKERS, observers=watchers) as group:
+                start = clock()
+                if job == "map":
+                    group.map(nothing, range(tasks)).results()
+                else:
+                    for handle in [group.submit(nothing) for _ in range(tasks)]:
+                        handle.result()
+                return (clock() - start) / tasks
+        finally:
+            structlog.reset_defaults()
+
+    able = {
+        f"{job}, {name}": functools.partial(cost, name, job)
+        for job in ("submit", "map")
+        for name in watched
+    }
+    with null:
+        taken = medians(able, size.rounds)
+    return [Result("observers", name, taken[name] * 1e6, None, "us") for name in able]
+
+
 ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "submit": submit,
     "map": map_,
@@ -378,4 +425,5 @@ ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "direct-call": direct_call,
     "import": importing,
     "parts": parts,
+    "observers": observers,
 }

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 IDLE = 10.0  # seconds an idle thread waits for more to do, as trio's thread cache does
+MOMENT = 0.1  # seconds that `shutdown` gives a helper at work, which mostly is at its very end
 
 
 class Expiring(Protocol):
@@ -236,8 +237,14 @@ class _Helper:
         self.job: Callable[[], object] | None = None
         self.gate = Gate()
         self.thread: threading.Thread | None = None
+        self.ends = False  # after what it is at
 
     def run(self) -> None:
+        _helpers[self] = None
+        self._serve()
+        _helpers.pop(self, None)
+
+    def _serve(self) -> None:
         while True:
             job = self.job
             if job is None:
@@ -246,12 +253,14 @@ class _Helper:
             job()
             del job
             _idle_helpers[self] = None
-            while not self.gate.wait(IDLE):
+            # Looked at after it can be found idle: `shutdown` does the reverse.
+            while not self.gate.wait(0.0 if self.ends else IDLE):
                 # Whoever takes it off the list decides: we end, or a job is on its way.
                 if _idle_helpers.pop(self, self) is None:
                     return
 
 
+_helpers: dict[_Helper, None] = {}  # all that live
 _idle_helpers: dict[_Helper, None] = {}
 
 
@@ -305,7 +314,14 @@ def run_late() -> None:
 
 
 def shutdown() -> None:
-    """End the helper threads that are idle, and the clock unless a deadline is still to come."""
+    """
+    End the helper threads, and the clock unless a deadline is still to come.
+
+    Helpers that are at work end after it; they are not waited for longer than a moment.
+    """
+    helpers = list(_helpers)
+    for helper in helpers:
+        helper.ends = True
     while _idle_helpers:
         try:
             helper, _ = _idle_helpers.popitem()
@@ -315,6 +331,9 @@ def shutdown() -> None:
         helper.gate.open()
         if helper.thread is not None:
             helper.thread.join()
+    for helper in helpers:
+        if helper.thread not in (None, threading.current_thread()):
+            helper.thread.join(MOMENT)
     clock = _clocks.get("clock")
     if clock is None or clock.thread is None:
         return
@@ -331,6 +350,7 @@ def after_fork() -> None:
     """In a forked child: the threads did not come along, the deadlines did."""
     clock = _clocks.pop("clock", None)
     _idle_helpers.clear()
+    _helpers.clear()
     for entry in clock.pending() if clock is not None else ():
         if _alive(entry):
             _arrive(entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterable, Iterator
+from contextvars import Context
 from typing import TYPE_CHECKING, Any
 
 from fastpool._gate import Gate
@@ -30,6 +31,7 @@ class Lane:
         "above",
         "at",
         "below",
+        "context",
         "gate",
         "leaves",
         "noticed",
@@ -51,7 +53,9 @@ class Lane:
         self.run: Run | None = None
         # What it runs now: a task, or a place among those of a `map`.
         self.at: Task[Any] | tuple[int, Stretch] | None = None
-        self.since = 0.0  # when that began, where somebody observes
+        # Where somebody observes: when that began, and the context in which it is told of.
+        self.since = 0.0
+        self.context: Context | None = None
         # What a dump last saw it at, and since when; it keeps nothing alive.
         self.noticed: tuple[weakref.ref[object], int | None, float] | None = None
         self.waits: Iterable[Task[Any]] = ()  # what that task waits for

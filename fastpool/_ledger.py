@@ -6,11 +6,14 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
 from fastpool import _marks
 from fastpool._errors import is_a, strip
 from fastpool._lane import Lane
+from fastpool._scope import OUTSIDE, current
 from fastpool._task import CANCELLED, ERROR, NOTHING, VALUE, Failure, Task, label
 from fastpool._token import CancelToken
 from fastpool._unraisable import unraisable
@@ -54,19 +57,10 @@ class _Claim:
 class _Withdrawn:
     """The verdict that a task never runs."""
 
-    __slots__ = ("_untold", "reason")
+    __slots__ = ("reason",)
 
     def __init__(self, reason: object) -> None:
         self.reason = reason
-        self._untold = [reason]
-
-    def once(self) -> bool:
-        """True for the one who tells it."""
-        try:
-            self._untold.pop()
-        except IndexError:
-            return False
-        return True
 
 
 class Ledger:
@@ -86,6 +80,7 @@ class Ledger:
         "__weakref__",
         "abandoned",
         "claims",
+        "context",
         "disturbed",
         "failures",
         "first",
@@ -103,6 +98,7 @@ class Ledger:
         "token",
         "tokens",
         "told",
+        "untold",
         "watchers",
         "winner",
     )
@@ -113,6 +109,7 @@ class Ledger:
         self.token._reports_to(self)
         self.group: Callable[[], TaskGroup | None] = lambda: None
         self.observers: tuple[Observer, ...] = ()
+        self.context: Context | None = None  # where somebody observes: that of the block's entry
         # The first failure, kept for the `__cause__` of what was cancelled by it.
         self.first: BaseException | None = None
         # True whenever a task cannot simply be run: somebody observes, a claim has been laid,
@@ -142,6 +139,9 @@ class Ledger:
         self.tokens: dict[Task[Any], CancelToken] = {}  # of running tasks that asked for theirs
         self.loose: list[CancelToken] = []  # of ended tasks, with callbacks perhaps still to run
         self.watchers: dict[Task[Any], list[Watcher]] = {}
+        # Where somebody observes: the tasks that have neither started nor been told to be
+        # cancelled, with the contexts that they were submitted in. Who pops one tells.
+        self.untold: dict[Task[Any], Context] = {}
         self.told: dict[str, object] = {}  # what was said once of the group
 
     # --- Deciding ---------------------------------------------------------------------------
@@ -226,8 +226,10 @@ class Ledger:
         self.let_go(task, withdrawn.reason)
         if self.watchers:
             self.notify(task)
-        if self.observers and withdrawn.once():
-            self.emit("task_cancelled", task)
+        if self.untold:
+            with self.kept_open() as is_open:
+                if is_open:  # else it is told by the one who has closed the group
+                    self.tell_never_ran(task)
 
     def let_go(self, task: Task[Any], reason: object) -> None:
         """Make it final that a task never runs, and keep nothing of the call but its function."""
@@ -272,29 +274,37 @@ class Ledger:
 
     # --- Outcomes -----------------------------------------------------------------------------
 
+    def started(self, task: Task[Any], lane: Lane) -> None:
+        """A lane is about to run a task."""
+        if self.observers:
+            lane.since = time.monotonic()
+            lane.context = self.untold.pop(task, None)
+            self.emit("task_started", task, context=lane.context)
+
     def succeeded(self, task: Task[Any], lane: Lane, value: object) -> None:
         """A task has returned."""
         if self.abandoned is not None:
-            self.emit("task_succeeded", task, since=lane.since)
+            self.tell_ended("task_succeeded", task, lane)
             return
         self.ended(task, VALUE, value)
-        stop = False
+        tells = False
         if self.judging is not None:
             with self.judging:
                 stop = self.consult(task, None)
-        turned = stop and self.cancel_rest()
+            if stop:
+                tells = self.shall_tell_cancelled()
+                self.cancel_rest()
         if self.watchers:
             self.notify(task)
-        if self.observers:
-            self.emit("task_succeeded", task, since=lane.since)
-        if turned:
-            self.tell_cancelled()
+        self.tell_ended("task_succeeded", task, lane)
+        if tells:
+            self.emit("group_cancelled", context=self.context)
 
     def failed(self, task: Task[Any], lane: Lane, error: BaseException) -> None:
         """A task has raised, whatever it was."""
         traceback = strip(error)
         if self.abandoned is not None:
-            self.emit("task_failed", task, since=lane.since, error=error)
+            self.tell_ended("task_failed", task, lane, error)
             return
         own = self.tokens.get(task)
         heard = self.token if own is None else own
@@ -303,8 +313,7 @@ class Ledger:
                 self.ended(task, CANCELLED, heard.reason)
                 if self.watchers:
                     self.notify(task)
-                if self.observers:
-                    self.emit("task_cancelled", task, since=lane.since, error=error)
+                self.tell_ended("task_cancelled", task, lane, error)
                 self.tell_cancelled()
                 return
             late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
@@ -312,21 +321,24 @@ class Ledger:
             error = BaseException.with_traceback(late, traceback)
         # In this order: the failure is recorded, the task is done, the token is set, waiters
         # wake, callbacks run. Were the token set first, the echo of a woken sibling could be
-        # recorded before the failure itself.
-        stop = True
+        # recorded before the failure itself. Who is to tell of the cancel is settled before, too,
+        # so that the failure is told first, and not by a sibling that hears of it.
         if self.judging is None:
+            stop = True
+            tells = self.shall_tell_cancelled()
             self.ended(task, ERROR, (error, traceback, self.record(task, error)))
         else:
             with self.judging:
                 self.ended(task, ERROR, (error, traceback, self.record(task, error)))
                 stop = self.consult(task, error)
-        turned = stop and self.cancel_rest()
+            tells = stop and self.shall_tell_cancelled()
+        if stop:
+            self.cancel_rest()
         if self.watchers:
             self.notify(task)
-        if self.observers:
-            self.emit("task_failed", task, since=lane.since, error=error)
-        if turned:
-            self.tell_cancelled()
+        self.tell_ended("task_failed", task, lane, error)
+        if tells:
+            self.emit("group_cancelled", context=self.context)
 
     def ended(self, task: Task[Any], state: int, value: object) -> None:
         """Make an outcome final, and keep nothing of the call."""
@@ -361,6 +373,7 @@ class Ledger:
             self.ended(task, ERROR, (error, strip(error), self.record(task, error)))
             self.cancel_rest()
             self.notify(task)
+            self.tell_ended("task_failed", task, lane, error)
 
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""
@@ -463,11 +476,22 @@ class Ledger:
         name: str,
         task: Task[Any] | None = None,
         *,
+        context: Context | None = None,
         since: float | None = None,
         error: BaseException | None = None,
         worker: str | None = None,
     ) -> None:
-        """Tell the observers."""
+        """
+        Tell the observers.
+
+        Args:
+            name: What happened.
+            task: To which task; `None` if to the group.
+            context: In whose copy they are called; nobody may have entered it. `None`: ours.
+            since: When what has ended had begun.
+            error: What it ended with.
+            worker: In which thread, if not in this one.
+        """
         if not self.observers:
             return
         now = time.monotonic()
@@ -475,15 +499,42 @@ class Ledger:
             worker = threading.current_thread().name
         duration = None if since is None else now - since
         event = Event(name, self.group(), task, worker, now, duration, error)
+        # A copy, so that nothing they note in it reaches a task, and no two threads enter one.
+        context = copy_context() if context is None else context.copy()
+        context.run(self._tell, event)
+
+    def _tell(self, event: Event) -> None:
+        current.set(OUTSIDE)  # they are no part of the group, and are not cancelled with it
         for observer in self.observers:
             try:
                 observer(event)
             except BaseException as broken:  # it watches from the side, and changes no outcome
                 unraisable(broken, observer)
 
+    def tell_ended(
+        self, name: str, task: Task[Any], lane: Lane, error: BaseException | None = None
+    ) -> None:
+        """Tell how a task ended that had started."""
+        if self.observers:
+            self.emit(name, task, context=lane.context, since=lane.since, error=error)
+            lane.context = None
+
+    def tell_never_ran(self, task: Task[Any]) -> None:
+        """Tell, if nobody has, that a task is done without having run."""
+        context = self.untold.pop(task, None)
+        if context is not None:
+            self.emit("task_cancelled", task, context=context)
+
+    def shall_tell_cancelled(self) -> bool:
+        """Whether it is the caller who tells that the group was cancelled; True for one alone."""
+        me = object()
+        return bool(self.observers) and self.told.setdefault("cancelled", me) is me
+
     def tell_cancelled(self) -> None:
-        """Say once that the group was cancelled."""
-        if self.observers and self.token.cancelled():
-            me = object()
-            if self.told.setdefault("cancelled", me) is me:
-                self.emit("group_cancelled")
+        """Tell that the group was cancelled, if it was and nobody does."""
+        if self.token.cancelled() and self.shall_tell_cancelled():
+            self.emit("group_cancelled", context=self.context)
+
+    def kept_open(self) -> AbstractContextManager[bool]:
+        """Keep the group from ending meanwhile; False if it has. See `Run`."""
+        raise NotImplementedError

@@ -9,11 +9,12 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextvars import copy_context
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastpool import _marks, _scope
-from fastpool._callbacks import Callback
+from fastpool._callbacks import Callback, Registration
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import Lane, here, stand_in
@@ -101,6 +102,7 @@ class Run(Ledger):
         "lanes",
         "leavers",
         "limit",
+        "notice",
         "pool",
         "queue",
         "recalled",
@@ -123,7 +125,7 @@ class Run(Ledger):
         self.idle: dict[Lane, None] = {}
         self.called: dict[Lane, None] = {}
         self.recalled: dict[Lane, None] = {}  # idle too, but the others are quicker to come
-        self.calling: dict[object, None] = {}  # threads that are calling a lane now
+        self.calling: dict[object, None] = {}  # threads at what the group must not end before
         self.limit = 0
         self.full = False  # no slot was free when last looked
         self.sharing = False  # lanes may have to wait for what others do on the same pool
@@ -135,6 +137,8 @@ class Run(Ledger):
         # Who is to be told of what lanes do, by the gate they sleep at.
         self.leavers: dict[Gate, None] = {}  # that a lane has come to rest
         self.helpers: dict[Gate, Lane] = {}  # that a waiting worker could run something
+        # Where somebody observes: has it told that the group was cancelled.
+        self.notice: Registration | None = None
         self.fences: dict[Gate, dict[Lane, None]] = {}  # that each of these has passed
 
     def open(
@@ -156,8 +160,12 @@ class Run(Ledger):
             self.judging = threading.RLock()
         if observers or self.judging is not None:
             self.disturbed = True
+        if observers:
+            self.context = copy_context()
+            self.emit("group_opened")  # before anybody can submit
+            # In a helper, since a signal handler may set the token where it stands.
+            self.notice = self.token._register(Callback(self.tell_cancelled, slow=True))
         self.closed = None
-        self.emit("group_opened")
 
     def entered_at(self) -> float:
         """When its block was entered, on `time.monotonic()`."""
@@ -174,15 +182,30 @@ class Run(Ledger):
         if items.options.timeout is not None:
             self.disturbed = True
         stop = len(items)
-        if self.observers:
-            for index in range(start, stop):
-                self.emit("task_submitted", items.task(index))
-        self.queue.extend(itertools.repeat(stretch, stop - start))
         tasks = map(items.task, range(start, stop))
+        if self.observers:
+            self.submit_observed(list(tasks), stretch, stretch.fn)
+            return
+        self.queue.extend(itertools.repeat(stretch, stop - start))
         if self.closing is not None:
             self.refuse_late(tasks, stretch.fn)
         if not self.called and (self.idle or not self.full or self.recalled):
             self.call_for(tasks, stretch)
+
+    def submit_observed(
+        self, tasks: Sequence[Task[Any]], entry: Task[Any] | Stretch, fn: object
+    ) -> None:
+        """Tell of some tasks, and queue them under an entry."""
+        with self.kept_open() as is_open:
+            if not is_open:
+                raise self.closed_error(fn, ENDED)
+            context = copy_context()
+            for task in tasks:
+                self.untold[task] = context
+                self.emit("task_submitted", task, context=context)
+            self.queue.extend(itertools.repeat(entry, len(tasks)))
+            if self.want_lane():
+                self.call_for(tasks, entry)
 
     def refuse_late(self, tasks: Iterable[Task[Any]], fn: object) -> None:
         """
@@ -272,6 +295,21 @@ class Run(Ledger):
             except BaseException:
                 self.free_slot()
                 raise
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Generator[bool, None, None]:
+        """
+        Keep the group from ending meanwhile; False if it has.
+
+        So whoever tells something in here has done so before the group is told to be closed.
+        """
+        me = object()
+        self.calling[me] = None  # as in `call`
+        try:
+            yield self.goes_on()
+        finally:
+            del self.calling[me]
+            self.wake_leavers()
 
     def goes_on(self) -> bool:
         """Whether the group has not ended. If it is about to, it does not, for our sake."""
@@ -394,9 +432,7 @@ class Run(Ledger):
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""
         lane.at = task
-        if self.observers:
-            lane.since = time.monotonic()
-            self.emit("task_started", task)
+        self.started(task, lane)
         try:
             if task._options.timeout is not None:
                 self.token_for(task)._limit(task._options.timeout)
@@ -594,9 +630,9 @@ class Run(Ledger):
         Returns:
             The failures, by time.
         """
-        if self.observers:
-            for task in self.queued():  # nobody else does anything with them any more
-                self.withdraw(task, self.why())
+        for task in list(self.untold):  # nobody else tells of them any more
+            self.settle(task)
+            self.tell_never_ran(task)
         self.over = True
         if self.backend is not None:
             self.backend.end(self)
@@ -606,6 +642,8 @@ class Run(Ledger):
                 token._close_callbacks()
             except BaseException as interrupt:  # a second Ctrl-C; the end comes all the same
                 _marks.held += (interrupt,)
+        if self.notice is not None:
+            self.notice.unregister()
         failures = tuple(self.failures)
         self.failures.clear()
         self.strays.clear()
@@ -615,7 +653,7 @@ class Run(Ledger):
             lanes.clear()
         self.loose.clear()
         self.winner = self.backend = self.pool = self.judge_error = self.halted_by = None
-        self.entry = None
+        self.entry = self.context = self.notice = None
         self.queue = deque()
         return failures
 
@@ -641,7 +679,7 @@ class Run(Ledger):
                     f"{task.site}, in thread {lane.worker!r}"
                 )
                 self.notify(task)
-                self.emit("task_abandoned", task, worker=lane.worker)
+                self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
         if self.backend is not None:
             self.backend.abandon(self)
         return left

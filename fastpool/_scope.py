@@ -13,6 +13,7 @@ from fastpool._token import CancelToken
 from fastpool.exceptions import Cancelled
 
 __all__ = [
+    "OUTSIDE",
     "Place",
     "Scope",
     "checkpoint",
@@ -77,10 +78,9 @@ class Places(Protocol):
         ...
 
 
-current: ContextVar[Place | tuple[int, Places]] = ContextVar(
-    "fastpool",
-    default=Scope(CancelToken.NEVER, None, None, None),  # noqa: B039 - nobody writes it
-)
+OUTSIDE = Scope(CancelToken.NEVER, None, None, None)  # of all groups and scopes
+
+current: ContextVar[Place | tuple[int, Places]] = ContextVar("fastpool", default=OUTSIDE)
 _threads = threading.local()
 
 

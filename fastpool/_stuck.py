@@ -6,6 +6,7 @@ import math
 import sys
 import time
 import warnings
+from contextvars import Context
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -63,15 +64,23 @@ class Vigil:
         run = self._run
         cause = run.token._cause
         waited = 0.0 if cause is None else time.monotonic() - cause.at
-        stuck = [(task, lane) for lane in run.lanes.copy() if (task := lane.task) is not None]
+        stuck: list[tuple[Task[Any], Lane]] = []
+        contexts: list[Context | None] = []
+        for lane in run.lanes.copy():
+            task, context = lane.task, lane.context
+            # Without a context where somebody observes, it is just beginning, or has just ended.
+            if task is not None and not task._state and (context or not run.observers):
+                stuck.append((task, lane))
+                contexts.append(context)
         # Where they are is looked at before anybody is told, who may let them go on.
         reports = [
-            (task, lane, f"{_headline(task, lane, waited)}{details}")
+            f"{_headline(task, lane, waited)}{details}"
             for (task, lane), details in zip(stuck, _details(stuck), strict=True)
         ]
-        for task, lane, report in reports:
-            run.emit("task_stuck", task, worker=lane.worker)
-            _warn(report)
+        for (task, lane), context, report in zip(stuck, contexts, reports, strict=True):
+            if not task._state:  # it has stopped after all
+                run.emit("task_stuck", task, context=context, worker=lane.worker)
+                _warn(report)
 
 
 def _warn(message: str) -> None:

@@ -94,7 +94,8 @@ class Submitter:
         task._state = PENDING
         task._own = None
         if run.observers:
-            run.emit("task_submitted", task)
+            run.submit_observed((task,), task, fn)
+            return task
         run.queue.append(task)
         if run.closing is not None:
             run.refuse_late((task,), fn)

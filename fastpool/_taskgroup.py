@@ -17,7 +17,7 @@ from multiprocessing.pool import ThreadPool
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from fastpool import _clock, _guard, _marks, _scope
+from fastpool import _clock, _guard, _marks, _scope, structlog_observer
 from fastpool._callbacks import run_callbacks
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
@@ -72,7 +72,8 @@ class TaskGroup(Submitter):
         token: One more token to hear, besides the one that is current on entry.
         pool: A `ThreadPool` of yours, which is left open and usable; a backend; or a backend's
             name, `"threads"`. `None`: threads that fastpool keeps warm from group to group.
-        observers: Called with an `Event` for each thing that happens.
+        observers: Called with an `Event` for each thing that happens. structlog's is one more,
+            if the application has configured structlog; see `StructlogObserver`.
         grace: Seconds a task may go on after the cancel before it is reported by a
             `RuntimeWarning`.
         on_stuck: What to do then: `"wait"` goes on waiting, `"abandon"` leaves the block without
@@ -216,6 +217,7 @@ class TaskGroup(Submitter):
     def __enter__(self) -> Self:
         run = self._run
         judge = _judge(self._policy)  # before the group is used up by an entry that fails
+        observers = structlog_observer.with_log(self._observers, run.name)
         try:
             self._unused.pop()
         except IndexError:
@@ -224,7 +226,7 @@ class TaskGroup(Submitter):
             ) from None
         _guard.hold(run)
         try:
-            self._open(judge, sys._getframe(1))
+            self._open(judge, observers, sys._getframe(1))
             _marks.raise_held()  # before the body begins
         except BaseException as error:
             if self._entered is None:  # no thread for the deadline, say
@@ -238,7 +240,7 @@ class TaskGroup(Submitter):
             raise
         return self
 
-    def _open(self, judge: Judge, frame: FrameType) -> None:
+    def _open(self, judge: Judge, observers: tuple[Observer, ...], frame: FrameType) -> None:
         run = self._run
         place = _scope.current_place()
         token = run.token
@@ -260,7 +262,7 @@ class TaskGroup(Submitter):
             backend=self._backend,
             limit=self._limit,
             judge=judge,
-            observers=self._observers,
+            observers=observers,
         )
 
     def __exit__(
@@ -391,6 +393,7 @@ class TaskGroup(Submitter):
         self._winner, broken = run.winner, run.judge_error
         # Not emptied: to free a million tasks takes longer than the way to the `except`.
         self._left_over = run.queue
+        self._failures = tuple(run.failures)  # others may look at any moment
         self._failures = run.end()
         self._entered = None  # the place around is a task, perhaps, which leads to its own failure
         leaving = self._verdict(broken)

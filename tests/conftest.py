@@ -9,7 +9,8 @@ from contextlib import ExitStack
 from multiprocessing.pool import ThreadPool
 
 import pytest
-from staging import note_sleep, sleeping
+import structlog
+from staging import note_sleep, sleeping, until
 
 import fastpool
 
@@ -24,9 +25,18 @@ def no_thread_is_left():
     yield
     fastpool.shutdown()
     for thread in set(threading.enumerate()) - before:
+        until(lambda thread=thread: thread.ident)  # a helper that is just being started
         thread.join(timeout=10)
 
     assert set(threading.enumerate()) <= before
+
+
+@pytest.fixture(autouse=True)
+def no_configuration_is_left():
+    """structlog is for each test as it is for a program that begins."""
+    yield
+    structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import random
 import threading
 
 import pytest
+from staging import is_asleep, until
 
 import fastpool
 from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGroup
@@ -257,40 +258,42 @@ def test_task_that_its_waiter_ran_stays_what_it_is():
     assert not handles[0].cancelled()
 
 
-def test_submit_that_comes_as_an_observed_group_ends_changes_nothing():
+def test_submit_that_comes_as_an_observed_group_ends_is_waited_for(watched):
     """
-    The end tells observers of what was queued, while another thread queues more.
+    An observer is still being told of it in another thread: only then is the group closed.
     """
-    late, go = threading.Event(), threading.Event()
+    late = threading.Event()
+    seen = []
 
     def observe(event):
-        here = threading.current_thread()
-        if event.name == "task_submitted" and here is thread:
+        if event.name == "task_submitted" and threading.current_thread() is thread:
             late.set()  # past its checks, and not yet in the queue
-            go.wait(timeout=10)
-        if event.name == "task_cancelled" and here is threading.main_thread():
-            go.set()  # the end goes through the queue now
-            thread.join(timeout=10)
+            until(lambda: is_asleep(threading.main_thread()), within=1)
+        seen.append(event)
 
     def submit():
-        with pytest.raises(GroupClosedError):
-            group.submit(pow, 2, 3)
+        tasks.append(group.submit(pow, 2, 3))
 
     def fail():
         release.wait(timeout=10)
         raise ValueError("root")
 
+    tasks = []
     release = threading.Event()
     thread = threading.Thread(target=submit)
     with pytest.raises(ValueError, match="root"), TaskGroup(1, observers=[observe]) as group:
         group.submit(fail)
-        for _ in range(5):
-            group.submit(pow, 2, 3)
         thread.start()
         late.wait(timeout=10)
         release.set()
+    thread.join(timeout=10)
 
-    assert not thread.is_alive()
+    assert tasks[0].cancelled()
+    assert [event.name for event in seen if event.task is tasks[0]] == [
+        "task_submitted",
+        "task_cancelled",
+    ]
+    assert seen[-1].name == "group_closed"
 
 
 def test_helper_that_comes_as_the_group_ends_begins_nothing(make_pool, monkeypatch):

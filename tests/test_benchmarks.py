@@ -19,7 +19,7 @@ from benchmarks.rows import QUICK, ROWS, Result  # noqa: E402
 sys.path.remove(str(ROOT))
 
 
-@pytest.mark.parametrize("row", ["failure", "memory", "check"])
+@pytest.mark.parametrize("row", ["failure", "memory", "check", "observers"])
 def test_one_row_is_measured_and_written(row, tmp_path):
     """
     The table has it, and the file has it with the very figures.
