@@ -6,7 +6,7 @@ import importlib
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from fastpool import _marks
 from fastpool._token import CancelToken
@@ -157,33 +157,7 @@ def after_fork() -> None:
         _guard.count = 0
 
 
-class _Asking:
-    """What `cancel_on_signals` returns."""
-
-    __slots__ = ("_guarded", "_signums")
-
-    def __init__(self, guarded: Guarded, signums: tuple[int, ...]) -> None:
-        self._guarded = guarded
-        self._signums = signums
-
-    def close(self) -> None:
-        """Restore the handlers now."""
-        for signum in self._signums:
-            _stop_asking(self._guarded, signum)
-
-    def __enter__(self) -> None:
-        """They are in place already."""
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def cancel_on_signals(group: TaskGroup, *signals: int) -> _Asking:
+class cancel_on_signals:
     """
     Have a group stop in good order on signals, as it does on Ctrl-C by itself.
 
@@ -193,13 +167,12 @@ def cancel_on_signals(group: TaskGroup, *signals: int) -> _Asking:
     It is raised in the body's own code at once, or by the wait of ours that it ends. A second
     signal leaves at once, and names what still runs.
 
+    The signals are taken over at once, until the group ends; `close()`, or the end of a `with`
+    block, gives them back before.
+
     Args:
         group: An open group.
         *signals: Which: `signal.SIGTERM`, for a start.
-
-    Returns:
-        An object with `close()`, also a context manager, by which the handlers are restored
-        before the group ends, which does so by itself.
 
     Raises:
         RuntimeError: If the group is not open.
@@ -207,36 +180,62 @@ def cancel_on_signals(group: TaskGroup, *signals: int) -> _Asking:
         ValueError: If a signal does not exist or cannot be handled; if the caller is not the main
             thread, which alone handles signals.
 
+    Threads:
+        To be called and closed in the main thread.
+
     Source:
         128 and the signal's number is what a shell reports of a program that a signal has ended.
     """
-    run: Guarded | None = getattr(group, "_run", None)
-    if run is None:
-        raise TypeError(f"cancel_on_signals() wants a group first, not {group!r}")
-    if not signals:
-        raise ValueError("cancel_on_signals() wants a signal, as signal.SIGTERM")
-    if not _in_main_thread():
-        raise ValueError(
-            "cancel_on_signals() must be called by the main thread, which handles signals"
-        )
-    if run.closed is not None:
-        raise RuntimeError(
-            f"group {run.name!r} is not open; call cancel_on_signals() inside its with block"
-        )
-    asking = _Asking(run, signals)
-    try:
-        for signum in signals:
-            try:
-                before = _signal.getsignal(signum)
-                _guard.asked.setdefault(signum, {})[run] = None
-                _guard.before.setdefault(signum, before)
-                if before is not _handler:
-                    _signal.signal(signum, _handler)
-            except (TypeError, ValueError, OSError) as error:
-                raise ValueError(
-                    f"cancel_on_signals() cannot handle signal {signum!r}: {error}"
-                ) from error
-    except BaseException:
-        asking.close()
-        raise
-    return asking
+
+    __slots__ = ("_run", "_signals")
+
+    def __init__(self, group: TaskGroup, *signals: int) -> None:
+        run: Guarded | None = getattr(group, "_run", None)
+        if run is None:
+            raise TypeError(f"cancel_on_signals() wants a group first, not {group!r}")
+        if not signals:
+            raise ValueError("cancel_on_signals() wants a signal, as signal.SIGTERM")
+        if not _in_main_thread():
+            raise ValueError(
+                "cancel_on_signals() must be called in the main thread, which handles signals"
+            )
+        if run.closed is not None:
+            raise RuntimeError(
+                f"group {run.name!r} is not open; call cancel_on_signals() inside its with block"
+            )
+        self._run = run
+        self._signals = signals
+        try:
+            for signum in signals:
+                self._ask(signum)
+        except BaseException:
+            self.close()
+            raise
+
+    def _ask(self, signum: int) -> None:
+        try:
+            before = _signal.getsignal(signum)
+            _guard.asked.setdefault(signum, {})[self._run] = None
+            _guard.before.setdefault(signum, before)
+            if before is not _handler:
+                _signal.signal(signum, _handler)
+        except (TypeError, ValueError, OSError) as error:
+            raise ValueError(
+                f"cancel_on_signals() cannot handle signal {signum!r}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Restore the handlers now; once is enough."""
+        for signum in self._signals:
+            _stop_asking(self._run, signum)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

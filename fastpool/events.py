@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ if TYPE_CHECKING:
     from fastpool._task import Task
     from fastpool._taskgroup import TaskGroup
 
-__all__ = ["Event", "Observer", "plain"]
+__all__ = ["Event", "Observer"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,14 +49,3 @@ It finds a copy of the context in which the task was submitted, or the group's b
 no current token: it is not cancelled with the group. What it raises goes to `sys.unraisablehook`
 and changes no outcome.
 """
-
-# What would break a line, reorder it, or fail to be encoded: control characters, line separators,
-# marks that turn the direction of the text, halves of a character.
-_CONTROLS = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
-)
-
-
-def plain(name: str) -> str:
-    """A name without control characters, for a terminal or a page."""
-    return name if name.isprintable() else _CONTROLS.sub("", name)

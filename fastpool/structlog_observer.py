@@ -6,8 +6,9 @@ import sys
 from typing import Any, Protocol, final
 
 from fastpool._errors import is_a
+from fastpool._text import plain
 from fastpool._unraisable import unraisable
-from fastpool.events import Event, Observer, plain
+from fastpool.events import Event, Observer
 from fastpool.exceptions import Cancelled
 
 __all__ = ["StructlogObserver"]

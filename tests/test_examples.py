@@ -101,6 +101,33 @@ def test_shut_down_and_count_threads():
     assert b"threads after: 1\n" in out
 
 
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+def test_service_hashes_what_it_is_given_until_it_is_told_to_stop(tmp_path, told):
+    """
+    It stops in good order, with the exit code of the signal, and leaves nothing half done.
+    """
+    spool = tmp_path / "spool"
+    spool.mkdir()
+    with start("serve_until_stopped.py", spool) as service:
+        said = [service.stdout.readline()]
+        for name in ("one", "two"):
+            whole = tmp_path / name
+            whole.write_bytes(name.encode())
+            whole.rename(spool / name)  # so that it is never seen half written
+            said.append(service.stdout.readline())
+        service.send_signal(told)
+        rest, errors = service.communicate(timeout=30)
+
+    assert said[0] == b"serving\n"
+    assert service.returncode == (128 + told if told == signal.SIGTERM else 1)
+    assert rest.splitlines()[-1] == b"stopped in good order"
+    assert os.fsdecode(errors) == ("" if told == signal.SIGTERM else "stopped by Ctrl-C\n")
+    for name in ("one", "two"):
+        digest = hashlib.sha256(name.encode()).hexdigest()
+        assert f"{digest} {name}\n".encode() in said
+        assert (spool / f"{name}.done").read_bytes() == name.encode()
+
+
 # --- checksums.py ---------------------------------------------------------------------------------
 
 

@@ -629,7 +629,7 @@ def test_group_must_be_open_and_the_signal_one_that_can_be_handled(sigterm):
             fastpool.cancel_on_signals(group, 1000)
         wrong = in_thread(fastpool.cancel_on_signals, group, signal.SIGTERM)
 
-    assert "must be called by the main thread" in str(wrong)
+    assert "must be called in the main thread" in str(wrong)
 
 
 # --- Real signals ---------------------------------------------------------------------------------

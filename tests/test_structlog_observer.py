@@ -17,7 +17,7 @@ from staging import until
 from structlog.contextvars import bind_contextvars, merge_contextvars
 
 from fastpool import TaskGroup, cancellable
-from fastpool.events import plain
+from fastpool._text import plain
 from fastpool.structlog_observer import StructlogObserver
 
 
