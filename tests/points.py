@@ -32,6 +32,7 @@ OURS = (os.path.dirname(fastpool.__file__),)
 TARGETS = (*OURS, threading.__file__, stdlib_pool.__file__)
 
 running: list[object] = []
+pools: list[stdlib_pool.ThreadPool] = []  # one of a user's own, in the scenario that has one
 ready = threading.Event()
 
 
@@ -137,6 +138,31 @@ def direct(group: TaskGroup) -> None:
     doubles.with_token(CancelToken(), 3)
 
 
+def deadline(group: TaskGroup) -> None:
+    with TaskGroup(1, timeout=60) as inner:
+        inner.with_options(timeout=60).submit(sleeps)
+
+
+def cancelling(group: TaskGroup) -> None:
+    group.submit(sleeps, 60)
+    with fastpool.shield():
+        group.cancel("enough")
+        group.wait()
+
+
+def asking(group: TaskGroup) -> None:
+    with fastpool.cancel_on_signals(group, signal.SIGTERM):
+        group.submit(quick)
+    fastpool.cancel_on_signals(group, signal.SIGTERM, signal.SIGINT)
+    group.submit(sleeps)
+
+
+def shared(group: TaskGroup) -> None:
+    with TaskGroup(pool=pools[0]) as inner:
+        inner.map(sleeps, [0.01, 0.01, 0.01])
+        inner.submit(quick).result()
+
+
 def body(group: TaskGroup) -> None:
     group.submit(sleeps, 0.05)
     for _ in range(50):
@@ -156,6 +182,10 @@ SCENARIOS = {
         callbacks,
         nested,
         direct,
+        deadline,
+        cancelling,
+        asking,
+        shared,
         body,
     )
 }
@@ -235,6 +265,8 @@ class Try:
 
     def __init__(self, what: str, scenario: str, at: int | None) -> None:
         self.what = what.partition("+")[0]
+        if scenario == "shared":
+            pools.append(stdlib_pool.ThreadPool(2))
         self.scenario = SCENARIOS[scenario]
         self.token = CancelToken()
         self.registration = self.token.on_cancel(quick)
@@ -333,8 +365,15 @@ def look_around() -> str:
         time.sleep(0.001)
     if left():
         return "state left"
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return "handler of SIGTERM left"
     if current_token() is not CancelToken.NEVER:
         return "token left"
+    for pool in pools:
+        if pool.map(quick, [1, 2]) != [1, 2]:
+            return "pool broken"
+        pool.close()
+        pool.join()
     with TaskGroup(2) as group:
         if group.map(doubles, range(4)).results() != [0, 2, 4, 6]:
             return "broken: wrong results"
