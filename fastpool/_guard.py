@@ -12,9 +12,10 @@ from fastpool import _marks
 from fastpool._token import CancelToken
 
 if TYPE_CHECKING:
+    from fastpool._run import Entry
     from fastpool._taskgroup import TaskGroup
 
-__all__ = ["after_fork", "at_once", "cancel_on_signals", "hold", "let_go"]
+__all__ = ["after_fork", "at_once", "cancel_on_signals", "hold", "is_guarding", "let_go"]
 
 # What `signal` wraps, at ten times the price: it would be a tenth of a small group.
 _signal: Any = importlib.import_module("_signal")  # Any: no stub has it
@@ -26,6 +27,7 @@ class Guarded(Protocol):
     name: str
     token: CancelToken
     closed: str | None
+    entry: Entry | None
 
 
 class _Guard:
@@ -34,11 +36,12 @@ class _Guard:
     """
 
     def __init__(self) -> None:
-        self.open: dict[Guarded, None] = {}  # those open on the main thread, the outermost first
-        # By signal: those of them that asked for it, and the handler that was there before.
-        self.asked: dict[int, dict[Guarded, None]] = {}
-        self.before: dict[int, Any] = {}  # Any: as `signal` has it
-        self.count = 0  # of the signals since the first of them was entered
+        # By signal: the groups that it stops, the outermost first; the handler there was before.
+        self.wards: dict[int, dict[Guarded, None]] = {SIGINT: {}}
+        self.before: dict[int, Any] = {
+            SIGINT: signal.default_int_handler
+        }  # Any: as `signal` has it
+        self.heard: dict[Guarded, int] = {}  # how many signals each of them has heard
         self.thread: int | None = None  # the main thread that entered them
 
     def handle(self, signum: int, frame: FrameType | None) -> None:
@@ -47,16 +50,19 @@ class _Guard:
 
         It takes no lock and runs no callback.
         """
-        concerned = list(self.asked.get(signum, ()))
-        if signum == signal.SIGINT:
-            concerned = [*self.open, *(run for run in concerned if run not in self.open)]
-            if not concerned:  # it was left on another thread
-                signal.default_int_handler(signum, frame)
-        self.count += 1
-        error = KeyboardInterrupt() if signum == signal.SIGINT else SystemExit(128 + signum)
-        breaks_in = _marks.breaks_in(frame, again=self.count > 1)
+        wards = list(self.wards.get(signum, ()))
+        if not wards:  # they were left on another thread
+            _restore(signum)
+            signal.raise_signal(signum)
+            return
+        again = False
+        for guarded in wards:
+            again |= guarded in self.heard
+            self.heard[guarded] = self.heard.get(guarded, 0) + 1
+        error = KeyboardInterrupt() if signum == SIGINT else SystemExit(128 + signum)
+        breaks_in = _marks.breaks_in(frame, again=again)
         # The innermost first, each by itself: one whose body handles it ends with nothing.
-        for guarded in reversed(concerned):
+        for guarded in reversed(wards):
             guarded.token._interrupt(error)
         if not breaks_in:
             _marks.held += (error,)
@@ -66,6 +72,8 @@ class _Guard:
         finally:
             del error, frame  # its traceback holds this frame: without these names it is no cycle
 
+
+SIGINT = int(signal.SIGINT)  # as a key of a dictionary, the enum's member takes calls to look up
 
 _guard = _Guard()
 _handler = _guard.handle  # one object, to be told from others
@@ -79,17 +87,18 @@ def hold(guarded: Guarded) -> None:
     """
     if not _in_main_thread():
         return
-    handler = _signal.getsignal(signal.SIGINT)
+    handler = _signal.getsignal(SIGINT)
     if handler is not signal.default_int_handler and handler is not _handler:
         return
     try:
-        _guard.open[guarded] = None
+        _guard.wards[SIGINT][guarded] = None
         _guard.thread = threading.get_ident()
         if handler is not _handler:
-            _signal.signal(signal.SIGINT, _handler)
+            _guard.before[SIGINT] = handler
+            _signal.signal(SIGINT, _handler)
     except BaseException as error:
         # An interrupt before ours was in place; or this is a subinterpreter, which has none.
-        _guard.open.pop(guarded, None)
+        _guard.wards[SIGINT].pop(guarded, None)
         if not isinstance(error, ValueError):
             raise
 
@@ -102,39 +111,45 @@ def let_go(guarded: Guarded) -> BaseException | None:
         An interrupt that was held back, and is to be raised now.
     """
     main = _in_main_thread()
-    if _guard.asked:
-        for signum in list(_guard.asked):
-            _stop_asking(guarded, signum)
+    if len(_guard.wards) > 1:
+        for signum, wards in list(_guard.wards.items()):
+            if signum != SIGINT:
+                wards.pop(guarded, None)
+        if main:
+            _tidy()
+    wards = _guard.wards[SIGINT]
     try:
-        if main and guarded in _guard.open and len(_guard.open) == 1:
+        if main and guarded in wards and len(wards) == 1:
             # As soon as it is back, Python's own handler may raise after any call of ours; so
-            # there is none from here on.
-            _restore()
+            # there is none until the group is off the list.
+            _restore(SIGINT)
     finally:
         held: tuple[BaseException, ...] = ()
         if main:
             held, _marks.held = _marks.held, ()
-        if guarded in _guard.open:
-            del _guard.open[guarded]
-        if not _guard.open and not _guard.asked:
-            _guard.count = 0
-    if main and not _guard.open:
-        _restore()  # a finalizer has opened a group in the middle of this
+        if guarded in wards:
+            del wards[guarded]
+        if guarded in _guard.heard:
+            del _guard.heard[guarded]
+    if main and not wards:
+        _restore(SIGINT)  # a finalizer has opened a group in the middle of this
     return held[0] if held else None
 
 
-def _restore() -> None:
-    if _signal.getsignal(signal.SIGINT) is _handler and signal.SIGINT not in _guard.asked:
-        _signal.signal(signal.SIGINT, signal.default_int_handler)
+def _tidy() -> None:
+    """Restore the handlers that nobody needs any more."""
+    for signum, wards in list(_guard.wards.items()):
+        if not wards:
+            _restore(signum)
+            if signum != SIGINT:
+                _guard.wards.pop(signum, None)
+                _guard.before.pop(signum, None)
 
 
-def _stop_asking(guarded: Guarded, signum: int) -> None:
-    asked = _guard.asked.get(signum, {})
-    if asked.pop(guarded, guarded) is None and not asked:
-        del _guard.asked[signum]
-        before = _guard.before.pop(signum)
-        if _signal.getsignal(signum) is _handler and _in_main_thread():
-            _signal.signal(signum, signal.SIG_DFL if before is None else before)
+def _restore(signum: int) -> None:
+    if _signal.getsignal(signum) is _handler:
+        before = _guard.before.get(signum)  # None: it was not set by Python code
+        _signal.signal(signum, signal.SIG_DFL if before is None else before)
 
 
 def _in_main_thread() -> bool:
@@ -142,19 +157,23 @@ def _in_main_thread() -> bool:
 
 
 def at_once(guarded: Guarded) -> bool:
-    """Whether a group is to be left without waiting: a signal came a second time."""
-    return _guard.count > 1 and (
-        guarded in _guard.open or any(guarded in asked for asked in _guard.asked.values())
-    )
+    """Whether a group is to be left without waiting: it has heard a second signal."""
+    return _guard.heard.get(guarded, 0) > 1
+
+
+def is_guarding() -> bool:
+    """Whether a group is open on the main thread, and this is it."""
+    return bool(_guard.wards[SIGINT]) and _in_main_thread()
 
 
 def after_fork() -> None:
     """In a forked child: groups that were open on another thread than this one are none of its."""
     if threading.get_ident() != _guard.thread:
-        _guard.open.clear()
-        _guard.asked.clear()
+        for wards in _guard.wards.values():
+            wards.clear()
         _marks.held = ()
-        _guard.count = 0
+        _guard.heard.clear()
+        _tidy()
 
 
 class cancel_on_signals:
@@ -177,8 +196,8 @@ class cancel_on_signals:
     Raises:
         RuntimeError: If the group is not open.
         TypeError: If that is no group.
-        ValueError: If a signal does not exist or cannot be handled; if the caller is not the main
-            thread, which alone handles signals.
+        ValueError: If a signal does not exist or cannot be handled; if the group was opened, or
+            this is called, in another thread than the main one, which alone handles signals.
 
     Threads:
         To be called and closed in the main thread.
@@ -187,7 +206,7 @@ class cancel_on_signals:
         128 and the signal's number is what a shell reports of a program that a signal has ended.
     """
 
-    __slots__ = ("_run", "_signals")
+    __slots__ = ("_run", "_taken")
 
     def __init__(self, group: TaskGroup, *signals: int) -> None:
         run: Guarded | None = getattr(group, "_run", None)
@@ -199,26 +218,37 @@ class cancel_on_signals:
             raise ValueError(
                 "cancel_on_signals() must be called in the main thread, which handles signals"
             )
-        if run.closed is not None:
+        if run.closed is not None or run.entry is None:
             raise RuntimeError(
                 f"group {run.name!r} is not open; call cancel_on_signals() inside its with block"
             )
+        if run.entry.thread is not threading.main_thread():
+            raise ValueError(
+                f"cancel_on_signals() is for a group of the main thread; group {run.name!r} was "
+                f"opened in {run.entry.thread.name!r}, so cancel it by a token of yours"
+            )
         self._run = run
-        self._signals = signals
+        self._taken: list[int] = []
         try:
             for signum in signals:
-                self._ask(signum)
+                self._take(signum)
         except BaseException:
             self.close()
             raise
 
-    def _ask(self, signum: int) -> None:
+    def _take(self, signum: int) -> None:
         try:
-            before = _signal.getsignal(signum)
-            _guard.asked.setdefault(signum, {})[self._run] = None
-            _guard.before.setdefault(signum, before)
-            if before is not _handler:
-                _signal.signal(signum, _handler)
+            handler = _signal.getsignal(signum)
+            number = int(signum)
+            wards = _guard.wards.setdefault(number, {})
+            if self._run in wards:
+                return  # Ctrl-C, which it hears by itself
+            self._taken.append(number)
+            wards[self._run] = None
+            _guard.thread = threading.get_ident()
+            if handler is not _handler:
+                _guard.before[number] = handler
+                _signal.signal(number, _handler)
         except (TypeError, ValueError, OSError) as error:
             raise ValueError(
                 f"cancel_on_signals() cannot handle signal {signum!r}: {error}"
@@ -226,8 +256,10 @@ class cancel_on_signals:
 
     def close(self) -> None:
         """Restore the handlers now; once is enough."""
-        for signum in self._signals:
-            _stop_asking(self._run, signum)
+        while self._taken:
+            _guard.wards.get(self._taken.pop(), {}).pop(self._run, None)
+        if _in_main_thread():
+            _tidy()
 
     def __enter__(self) -> Self:
         return self

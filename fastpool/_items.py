@@ -126,13 +126,14 @@ class Items:
                 if not yielded & (yielded - 1) and self.succeeded():
                     return
 
-    def abandon(self, index: int) -> None:
-        """Make a call cancelled for good while it runs: it writes into a list of old then."""
+    def abandon(self) -> None:
+        """Make what runs now cancelled for good: workers go on writing into the old list."""
         states = self.states.copy()
-        if type(states[index]) is not int:
+        running = [index for index, state in enumerate(states) if type(state) is not int]
+        for index in running:
             states[index] = CANCELLED
-            self.abandoned |= {index}  # whose value may still be written
-            self.states = states
+        self.abandoned |= set(running)  # whose values may still be written
+        self.states = states
 
     def _stretch(self, index: int) -> Stretch | None:
         """The stretch in which a call is queued or runs; None if that is over."""
@@ -239,8 +240,11 @@ class _Item(Task[R_co]):
         self._items.tokens[self._index] = token  # the next handle's, should this one be dropped
 
     def _abandon(self) -> None:
-        assert self._index is not None
-        self._items.abandon(self._index)
+        if self._index not in self._items.abandoned:
+            self._items.abandon()
+
+    def _is_abandoned(self) -> bool:
+        return self._index in self._items.abandoned
 
     @property
     def _reason(self) -> object:

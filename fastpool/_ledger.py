@@ -283,7 +283,8 @@ class Ledger:
 
     def succeeded(self, task: Task[Any], lane: Lane, value: object) -> None:
         """A task has returned."""
-        if self.abandoned is not None:
+        if task._is_abandoned():
+            self.ended(task, CANCELLED, None)
             self.tell_ended("task_succeeded", task, lane)
             return
         self.ended(task, VALUE, value)
@@ -303,7 +304,8 @@ class Ledger:
     def failed(self, task: Task[Any], lane: Lane, error: BaseException) -> None:
         """A task has raised, whatever it was."""
         traceback = strip(error)
-        if self.abandoned is not None:
+        if task._is_abandoned():
+            self.ended(task, CANCELLED, None)
             self.tell_ended("task_failed", task, lane, error)
             return
         own = self.tokens.get(task)

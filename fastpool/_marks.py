@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -78,8 +79,19 @@ def _is_ours(frame: FrameType) -> bool:
 
 
 def raise_held() -> None:
-    """Raise an interrupt that was held back, if there is one, and this is the main thread."""
+    """
+    Raise an interrupt that was held back, if there is one, and this is the main thread.
+
+    Not where a function of ours further out would swallow it.
+    """
     global held
-    if held and threading.get_ident() == threading.main_thread().ident:
+    if not held or threading.get_ident() != threading.main_thread().ident:
+        return
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _SWALLOWING:
+            return
+        frame = frame.f_back
+    if held:
         error, held = held[0], held[1:]
         raise error

@@ -373,6 +373,9 @@ class Run(Ledger):
 
     def rest(self, lane: Lane) -> bool:
         """A lane has nothing to do. False if work came in meanwhile; it goes on then."""
+        if self.abandoned is not None:
+            lane.run = None  # nobody takes it back
+            return True
         self.idle[lane] = None
         self.passed(lane)
         if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:
@@ -668,18 +671,26 @@ class Run(Ledger):
             What was left behind: a line for each task.
         """
         self.closed = "its with block was left while tasks still ran"
+        self.closing = {GOES_ON: False}
         self.abandoned = why
+        self.halt(why)
+        self.token.cancel(why)
+        running = [
+            (lane, task)
+            for lane in self.lanes.copy()
+            if (task := lane.task) is not None and not task._state
+        ]
         left: list[str] = []
-        for lane in self.lanes.copy():
-            task = lane.task
-            if task is not None and not task._state:
-                task._abandon()
-                left.append(
-                    f"left behind in group {self.name!r}: task {task.name!r}, submitted at "
-                    f"{task.site}, in thread {lane.worker!r}"
-                )
-                self.notify(task)
-                self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
+        for lane, task in running:
+            task._abandon()
+            left.append(
+                f"left behind in group {self.name!r}: task {task.name!r}, submitted at "
+                f"{task.site}, in thread {lane.worker!r}"
+            )
+        for lane, task in running:
+            self.notify(task)
+            self.passed(lane)
+            self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
         if self.backend is not None:
             self.backend.abandon(self)
         return left

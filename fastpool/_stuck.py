@@ -86,7 +86,7 @@ class Vigil:
 def _warn(message: str) -> None:
     try:
         warnings.warn(message, RuntimeWarning, stacklevel=6)  # at the end of the with block
-    except RuntimeWarning as error:  # made an error by a filter: it must not end the wait
+    except Exception as error:  # made an error by a filter, say: it must not end the wait
         unraisable(error, _warn)
 
 

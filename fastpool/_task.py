@@ -321,6 +321,9 @@ class Task(Generic[R_co]):
         """Make it cancelled for good while it runs: what it comes to later is not written here."""
         raise NotImplementedError
 
+    def _is_abandoned(self) -> bool:
+        return False
+
     def _error(self) -> BaseException:
         """What `result` raises for a task that has no value."""
         if self._state == ERROR:
@@ -383,6 +386,9 @@ class _Abandoned:
     """What a handle becomes when its block is left without it: nothing changes its outcome."""
 
     __slots__ = ()
+
+    def _is_abandoned(self) -> bool:
+        return True
 
     if not TYPE_CHECKING:  # to checkers they are what `Task` says
 

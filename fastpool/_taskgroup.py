@@ -275,12 +275,14 @@ class TaskGroup(Submitter):
         # in it that is no cycle, and a failed task's locals die with the caller's names.
         leaving: BaseException | None = None
         failure: Failure | None = None
+        refusal: BaseException | None = None
+        body = error
         try:
-            if not self._finished:
-                self._refuse_leaving()
             while True:
                 try:
-                    leaving = self._leave(error)
+                    refusal = None if self._finished else self._refusal()
+                    if refusal is None:
+                        leaving = self._leave(error)
                     break
                 except BaseException as interrupt:
                     # A signal handler's, from between our lines: it counts as the body's, and the
@@ -289,31 +291,56 @@ class TaskGroup(Submitter):
                         leaving = interrupt
                         break
                     error = interrupt
-            leaving = self._let_go(leaving)
+            if refusal is not None:
+                raise refusal
+            leaving = self._let_go(leaving, body)
             for failure in self._failures:
                 release(failure.exception)
             if leaving is None:
                 return True
             release(leaving)
-            if leaving is error:
+            if leaving is body:
                 return None
             raise_as_it_is(leaving)
         finally:
-            del self, error, traceback, leaving, failure
+            del self, error, traceback, leaving, failure, refusal, body
 
-    def _let_go(self, leaving: BaseException | None) -> BaseException | None:
+    def _let_go(
+        self, leaving: BaseException | None, body: BaseException | None
+    ) -> BaseException | None:
         """Give the signal back; an interrupt that met our last lines leaves like one before."""
         interrupt = _guard.let_go(self._run)
-        if interrupt is None or is_a(leaving, KeyboardInterrupt, SystemExit):
-            return leaving
-        self._failures += (Failure(None, interrupt),)
-        return interrupt
+        if interrupt is not None and not is_a(leaving, KeyboardInterrupt, SystemExit):
+            self._failures += (Failure(None, interrupt),)
+            leaving = interrupt
+        if (
+            is_a(body, GeneratorExit)
+            and is_a(leaving, KeyboardInterrupt, SystemExit)
+            and _guard.is_guarding()
+        ):
+            # A generator that is dropped swallows what leaves it, so the group around raises it.
+            _marks.held += (leaving,)
+            return body
+        return leaving
 
-    def _refuse_leaving(self) -> None:
+    def _refusal(self) -> BaseException | None:
+        """Why the block cannot be left by the calling code, if it cannot."""
         run = self._run
         if self._entered is None or run.over:
-            raise RuntimeError(f"group {run.name!r} cannot be left: it is not open")
-        refuse_own_group(run, here())
+            return RuntimeError(f"group {run.name!r} cannot be left: it is not open")
+        try:
+            refuse_own_group(run, here())
+        except RuntimeError as error:
+            return error
+        return None
+
+    def _take_held(self) -> None:
+        """Record an interrupt that was held back as the body's failure that it is."""
+        try:
+            _marks.raise_held()
+        except BaseException as interrupt:
+            strip(interrupt)
+            self._run._report(interrupt)
 
     def _leave(self, error: BaseException | None) -> BaseException | None:
         """Wait for everything, and say what leaves the block."""
@@ -325,14 +352,11 @@ class TaskGroup(Submitter):
         if _scope.current.get() is not scope:
             self._end_inner(scope)
         _scope.leave(scope)
+        self._take_held()  # it came before
         if error is not None:
             run.token._report(error)
         self._rest()
-        try:
-            _marks.raise_held()
-        except BaseException as interrupt:
-            strip(interrupt)
-            run._report(interrupt)
+        self._take_held()
         if _open_runs.pop(run, run) is run:
             return error  # the interpreter is exiting, and has finished it
         return self._conclude(around, error)
@@ -468,7 +492,7 @@ class TaskGroup(Submitter):
         """What leaves because something failed; `broken` is what the judge raised before."""
         judge = self._run.judge
         try:
-            verdict = judge.end(self._failures)  # always, whatever leaves then
+            verdict = _end(judge, self._failures)  # always, whatever leaves then
             if verdict is not None and not is_a(verdict, BaseException):
                 raise TypeError(
                     f"{type(judge).__name__}.end() must return an exception or None,"
@@ -562,8 +586,18 @@ def _policy(policy: Policy | None) -> Policy:
     return policy
 
 
+@_marks.calls_out
+def _start(policy: Policy) -> Judge:
+    return policy.start()
+
+
+@_marks.calls_out
+def _end(judge: Judge, failures: tuple[Failure, ...]) -> BaseException | None:
+    return judge.end(failures)
+
+
 def _judge(policy: Policy) -> Judge:
-    judge = policy.start()
+    judge = _start(policy)
     if type(judge) is not FirstFailure and not isinstance(judge, Judge):
         raise TypeError(
             f"{policy!r}.start() must give a judge, with outcome() and end(), not {judge!r}"
@@ -571,6 +605,7 @@ def _judge(policy: Policy) -> Judge:
     return judge
 
 
+@_marks.calls_out
 def _observers(observers: Iterable[Observer]) -> tuple[Observer, ...]:
     if not isinstance(observers, Iterable):
         raise TypeError(f"observers must be a collection; write observers=[{observers!r}]")
@@ -688,9 +723,21 @@ def _finish() -> None:
     """At interpreter exit: finish every group that is open, as if its block ended now."""
     for run in list(_open_runs):
         run_callbacks(run.callbacks)
+        if _is_left_behind(run):
+            continue  # its task may never end, and nobody waits for it any more
         run.closed = EXITING  # its tasks may go on submitting, as while a block is left
         _end_open(run, "still open at exit")
     shutdown()
+
+
+def _is_left_behind(run: Run) -> bool:
+    """Whether a group is open in a task that was abandoned."""
+    around: object = run
+    while isinstance(around, Run):
+        if around.abandoned is not None:
+            return True
+        around = None if around.entry is None else around.entry.place._group
+    return False
 
 
 def _after_fork() -> None:

@@ -355,6 +355,7 @@ class CancelToken:
         if self._reason is not None or self.wait(span):
             self._raise()
 
+    @_marks.calls_out
     def each(self, items: Iterable[T]) -> Iterator[T]:
         """
         The items, with a check before every one is taken.

@@ -132,7 +132,7 @@ def with_log(observers: tuple[Observer, ...], group_name: str) -> tuple[Observer
         if isinstance(observer, StructlogObserver):
             try:
                 observer = observer._bound(group_name)
-            except Exception as broken:  # it watches from the side, and changes no outcome
+            except BaseException as broken:  # it watches from the side, and changes no outcome
                 unraisable(broken, observer)
                 continue
         bound.append(observer)

@@ -358,7 +358,8 @@ def look_around() -> str:
 
     def left() -> bool:
         guard = _guard._guard
-        return bool(guard.open or guard.count or _marks.held or _taskgroup._open_runs)
+        wards = any(guard.wards.values())
+        return bool(wards or guard.heard or _marks.held or _taskgroup._open_runs)
 
     until = time.monotonic() + 5
     while left() and time.monotonic() < until:  # a finalizer in another thread may be at it still
