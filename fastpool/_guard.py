@@ -118,6 +118,8 @@ def let_go(guarded: Guarded) -> BaseException | None:
         if main:
             _tidy()
     wards = _guard.wards[SIGINT]
+    # In a callback, say, it would be lost; one of the groups around raises it then.
+    takes = main and (len(wards) < 2 or not _marks.is_swallowed())
     try:
         if main and guarded in wards and len(wards) == 1:
             # As soon as it is back, Python's own handler may raise after any call of ours; so
@@ -125,7 +127,7 @@ def let_go(guarded: Guarded) -> BaseException | None:
             _restore(SIGINT)
     finally:
         held: tuple[BaseException, ...] = ()
-        if main:
+        if takes:
             held, _marks.held = _marks.held, ()
         if guarded in wards:
             del wards[guarded]

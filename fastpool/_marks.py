@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-__all__ = ["breaks_in", "calls_out", "held", "raise_held", "sits_out", "swallows"]
+__all__ = ["breaks_in", "calls_out", "held", "is_swallowed", "raise_held", "sits_out", "swallows"]
 
 F = TypeVar("F", bound=Callable[..., Any])  # Any: it is given back as it is
 
@@ -78,6 +78,16 @@ def _is_ours(frame: FrameType) -> bool:
     return str(frame.f_globals.get("__name__")).partition(".")[0] == _PACKAGE
 
 
+def is_swallowed() -> bool:
+    """Whether a function of ours, further out, would swallow what is raised."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code in _SWALLOWING:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def raise_held() -> None:
     """
     Raise an interrupt that was held back, if there is one, and this is the main thread.
@@ -87,11 +97,6 @@ def raise_held() -> None:
     global held
     if not held or threading.get_ident() != threading.main_thread().ident:
         return
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code in _SWALLOWING:
-            return
-        frame = frame.f_back
-    if held:
+    if not is_swallowed() and held:
         error, held = held[0], held[1:]
         raise error

@@ -401,3 +401,65 @@ _interpreters.destroy(inner)
         "can't start a thread: fastpool needs daemon threads, and a subinterpreter has none; "
         "use it in the main interpreter\n"
     )
+
+
+def test_group_in_an_abandoned_task_does_not_hold_the_program():
+    """
+    Its tasks are left behind with it.
+    """
+    ended = run_script(
+        """
+import time, warnings
+import fastpool
+from fastpool import TaskGroup
+
+warnings.simplefilter("ignore")
+
+def outer():
+    with TaskGroup(1) as inner:
+        inner.submit(time.sleep, 600)
+
+try:
+    with TaskGroup(1, grace=0.1, on_stuck="abandon") as group:
+        task = group.submit(outer)
+        while not any(inner.tasks for inner in fastpool.dump()[0].tasks[0].groups):
+            time.sleep(0.001)
+        group.cancel()
+except fastpool.StuckTaskError:
+    print("left", end="")
+"""
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "left", "")
+
+
+def test_child_that_a_task_forks_has_its_signals_back():
+    """
+    SIGTERM ends it, though a group of the parent's hears that signal.
+    """
+    ended = run_script(
+        """
+import os, signal, time, warnings
+import fastpool
+from fastpool import TaskGroup
+
+warnings.simplefilter("ignore", DeprecationWarning)
+
+def forks():
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.write(writer, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(reader, 1)
+    os.kill(child, signal.SIGTERM)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+with TaskGroup(1) as group:
+    fastpool.cancel_on_signals(group, signal.SIGTERM)
+    print(group.submit(forks).result(), end="")
+"""
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15", "")

@@ -789,3 +789,225 @@ def test_interrupt_at_any_moment_tears_nothing(scenario):
     The same from outside, whenever it comes.
     """
     tried(scenario, "--moments", "12")
+
+
+# --- Further off ----------------------------------------------------------------------------------
+
+
+class Collecting:
+    """A policy under which no failure of a task cancels, and a judge that says what leaves."""
+
+    def start(self):
+        return self
+
+    def outcome(self, task, error):
+        return False
+
+    def end(self, failures):
+        return None
+
+
+def test_task_that_ends_while_others_are_abandoned_has_its_own_end():
+    """
+    It is decided task by task: one that was not left behind is done, with its value.
+    """
+    ends = {name: threading.Event() for name in ("first", "second")}
+
+    def observer(event):
+        if event.name == "task_abandoned" and event.task.name == "first":
+            ends["second"].set()
+            until(lambda: ended or second.done())
+
+    ended = []
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(StuckTaskError),
+        TaskGroup(2, grace=0.01, on_stuck="abandon", observers=[observer]) as group,
+    ):
+        first = group.with_options(name="first").submit(ends["first"].wait, 20)
+        second = group.with_options(name="second").submit(ends["second"].wait, 20)
+        until(lambda: first.running() and second.running())
+        group.cancel()
+    ends["first"].set()
+
+    assert first.cancelled()
+    assert second.wait(timeout=10)
+
+
+def test_signals_are_counted_by_group(sigterm):
+    """
+    A group that heard none of those before is not left at once.
+    """
+    with TaskGroup(1) as outer:
+        with pytest.raises(SystemExit), TaskGroup(1) as inner:
+            fastpool.cancel_on_signals(inner, signal.SIGTERM)
+            for _ in range(2):
+                with pytest.raises(SystemExit):
+                    terminate()
+            terminate()
+        numbers = outer.map(abs, range(5))
+
+    assert numbers.results() == list(range(5))
+
+
+def test_group_that_cleans_up_after_two_interrupts_does_its_work():
+    """
+    Opened after them, under a shield, it has heard nothing.
+    """
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1) as outer:
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+        with fastpool.shield(), TaskGroup(2) as cleanup:
+            cleaned = cleanup.map(abs, [-1, -2])
+        assert cleaned.results() == [1, 2]
+        interrupt()
+
+    assert outer.token.cancelled()
+
+
+@pytest.mark.parametrize("kind", ["sleep", "group"])
+def test_held_interrupt_is_not_raised_where_it_would_be_swallowed(kind, unraised):
+    """
+    A callback that sleeps, or has a group of its own, leaves it to the body.
+    """
+
+    def callback():
+        interrupt()
+        if kind == "sleep":
+            CancelToken().sleep(0.001)
+        else:
+            with TaskGroup(1) as group:
+                group.submit(abs, 1)
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1) as group:
+        token = CancelToken()
+        token.on_cancel(callback)
+        token.cancel()
+        fastpool.checkpoint()
+
+    assert group.token.cancelled()
+    assert not any(isinstance(error, KeyboardInterrupt) for error in unraised)
+
+
+def test_interrupt_in_a_generator_that_is_dropped_reaches_the_group_around():
+    """
+    What leaves a generator as it is dropped is lost, so the group around raises it.
+    """
+
+    def pages():
+        with TaskGroup(1, observers=[observer]):
+            yield 1
+
+    def observer(event):
+        if event.name == "group_closed":
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1) as outer:
+        for _ in pages():
+            break
+
+    assert [type(failure.exception) for failure in outer.failures] == [KeyboardInterrupt]
+
+
+def test_foreign_handler_that_raises_between_our_lines_is_not_lost(monkeypatch):
+    """
+    It counts as the body's: the group is left, and it leaves.
+    """
+    from fastpool import _taskgroup
+
+    def stop(signum, frame):
+        sys.exit("told to stop")
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    monkeypatch.setattr(_taskgroup, "Vigil", interrupted)
+    try:
+        with pytest.raises(SystemExit, match="told to stop"), TaskGroup(1) as group:
+            group.submit(abs, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert len(group.failures) == 1
+
+
+def test_wait_of_another_thread_ends_with_an_abandoned_group():
+    """
+    It does not wait for what was left behind.
+    """
+    release = threading.Event()
+    waiting = []
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0.01, on_stuck="abandon") as group,
+    ):
+        until(group.submit(release.wait, 20).running)
+        thread = threading.Thread(target=lambda: waiting.append(group.wait()))
+        thread.start()
+        until(lambda: group._run.fences)
+        group.cancel()
+    thread.join(10)
+    release.set()
+
+    assert waiting == [None]
+
+
+@pytest.mark.parametrize("where", ["start", "end", "observers", "each"])
+def test_interrupt_in_other_code_of_the_user_is_let_through(where):
+    """
+    A policy, a judge, the iterables that are handed in.
+    """
+    reached = []
+
+    def reach():
+        interrupt()
+        reached.append(where)
+
+    class Policy(Collecting):
+        def start(self):
+            if where == "start":
+                reach()
+            return self
+
+        def end(self, failures):
+            if where == "end":
+                reach()
+
+    class Items:
+        def __iter__(self):
+            reach()
+            return iter(())
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1):
+        if where == "each":
+            CancelToken().each(Items())
+        else:
+            observers = Items() if where == "observers" else ()
+            with TaskGroup(1, policy=Policy(), observers=observers):
+                pass
+
+    assert not reached
+
+
+def test_group_of_another_thread_is_not_for_signals(sigterm):
+    """
+    What is raised would be raised in the main thread, where its body is not.
+    """
+    with TaskGroup(1) as keeper:
+        opened, release = threading.Event(), threading.Event()
+        inner = TaskGroup(1, name="elsewhere")
+
+        def serve():
+            with inner:
+                opened.set()
+                release.wait(20)
+
+        keeper.submit(serve)
+        assert opened.wait(20)
+        with pytest.raises(ValueError, match="group 'elsewhere' was opened in 'fastpool-"):
+            fastpool.cancel_on_signals(inner, signal.SIGTERM)
+        release.set()
