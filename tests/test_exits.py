@@ -419,10 +419,14 @@ def outer():
     with TaskGroup(1) as inner:
         inner.submit(time.sleep, 600)
 
+def inner_runs():
+    tasks = [task for group in fastpool.dump() for task in group.tasks]
+    return any(inner.tasks for task in tasks for inner in task.groups)
+
 try:
     with TaskGroup(1, grace=0.1, on_stuck="abandon") as group:
         task = group.submit(outer)
-        while not any(inner.tasks for inner in fastpool.dump()[0].tasks[0].groups):
+        while not inner_runs():
             time.sleep(0.001)
         group.cancel()
 except fastpool.StuckTaskError:
