@@ -25,7 +25,9 @@ def no_thread_is_left():
     yield
     fastpool.shutdown()
     for thread in set(threading.enumerate()) - before:
-        until(lambda thread=thread: thread.ident)  # a helper that is just being started
+        # A helper may have been just about to start, and would be idle for a while now.
+        until(lambda thread=thread: thread.ident)
+        fastpool.shutdown()
         thread.join(timeout=10)
 
     assert set(threading.enumerate()) <= before
