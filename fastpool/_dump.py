@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
 from fastpool._lane import Lane
 from fastpool._run import DROPPED, Run
 from fastpool._scope import Scope
-from fastpool._stack import is_ours, module_of, own_frames, where
+from fastpool._stack import is_ours, looking, module_of, own_frames, where
 from fastpool._task import Task
 from fastpool._taskgroup import _open_runs
 from fastpool._text import plain, some
@@ -104,11 +104,12 @@ def dump() -> tuple[OpenGroup, ...]:
         Any, also a task's or a signal handler's: it takes no lock and waits for nobody. The
         groups go on meanwhile, so what it says of each was true at some moment of the call.
     """
-    survey = _Survey()
-    try:
-        return survey.groups(None) + survey.left_over()
-    finally:
-        survey.frames.clear()  # among them are our own, which refer to the survey
+    with looking():
+        survey = _Survey()
+        try:
+            return survey.groups(None) + survey.left_over()
+        finally:
+            survey.frames.clear()  # among them are our own, which refer to the survey
 
 
 def print_dump(file: TextIO | None = None) -> None:

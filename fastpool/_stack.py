@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import linecache
+import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from fastpool._lane import Lane
@@ -13,12 +16,31 @@ from fastpool._task import call
 from fastpool._text import plain
 from fastpool.backends.threads import serve_stretch
 
-__all__ = ["called", "is_ours", "module_of", "own_frames", "render", "where"]
+__all__ = ["called", "is_ours", "looking", "module_of", "own_frames", "render", "where"]
 
 LIMIT = 20  # calls that a report shows, the innermost; chosen by feel
 
 # On a thread's stack each task begins with a frame of one of these.
 _STARTS = frozenset({call.__code__, serve_stretch.__code__})
+
+
+@contextlib.contextmanager
+def looking() -> Iterator[None]:
+    """
+    To be in while the frames of other threads are asked for and walked.
+
+    Before Python 3.12 a collection starts in the middle of making a frame object, with a lock of
+    the interpreter's held: what it finalizes may hand over to the thread that is looked at, or
+    wait for ever for one that wants that lock.
+    """
+    pauses = sys.version_info < (3, 12) and gc.isenabled()
+    if pauses:
+        gc.disable()
+    try:
+        yield
+    finally:
+        if pauses:
+            gc.enable()
 
 
 def module_of(frame: FrameType) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpool._gate import Gate
 from fastpool._lane import Lane
-from fastpool._stack import is_ours, own_frames, render
+from fastpool._stack import is_ours, looking, own_frames, render
 from fastpool._syscalls import Look, Seat, cure, look, settle
 from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
@@ -101,9 +101,10 @@ def _details(stuck: list[tuple[Task[Any], Lane]]) -> list[str]:
     """For each task what a reader needs to find out why it goes on."""
     try:
         first = [_look(lane) for _, lane in stuck]
-        frames = sys._current_frames()
-        stacks = [own_frames(lane, frames, ours=True) for _, lane in stuck]
-        del frames  # among them is our own
+        with looking():
+            frames = sys._current_frames()
+            stacks = [own_frames(lane, frames, ours=True) for _, lane in stuck]
+            del frames  # among them is our own
         if any(first):
             Gate().wait(STILL)
         second = [_look(lane) for _, lane in stuck]
