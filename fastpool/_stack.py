@@ -8,7 +8,7 @@ import itertools
 import linecache
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from types import FrameType
 
 from fastpool._lane import Lane
@@ -25,7 +25,7 @@ _STARTS = frozenset({call.__code__, serve_stretch.__code__})
 
 
 @contextlib.contextmanager
-def looking() -> Iterator[None]:
+def looking() -> Generator[None, None, None]:
     """
     To be in while the frames of other threads are asked for and walked.
 
