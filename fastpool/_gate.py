@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from fastpool import _marks
 
 __all__ = ["Gate"]
+
+# Seconds that the main thread sleeps at a time. It alone handles signals, and is not woken by one
+# that comes between the interpreter's last look and the sleep, or that another thread was given.
+SLICE = 0.1
 
 
 class Gate:
@@ -53,13 +58,25 @@ class Gate:
         """
         if _marks.held:
             _marks.raise_held()
-        if timeout is None:
-            return self._lock.acquire()
-        if timeout <= 0:
+        if timeout is not None and timeout <= 0:
             return self._lock.acquire(False)
-        return self._lock.acquire(True, min(timeout, threading.TIMEOUT_MAX))
+        if threading.get_ident() != threading.main_thread().ident:
+            if timeout is None:
+                return self._lock.acquire()
+            return self._lock.acquire(True, min(timeout, threading.TIMEOUT_MAX))
+        if timeout is None:
+            while not self._lock.acquire(True, SLICE):
+                pass
+            return True
+        deadline = time.monotonic() + timeout
+        while not self._lock.acquire(True, min(timeout, SLICE)):
+            timeout = deadline - time.monotonic()
+            if timeout <= 0:
+                return False
+        return True
 
     @_marks.sits_out
     def sit_out(self) -> None:
         """Wait until the gate opens, whatever comes but a second Ctrl-C."""
-        self._lock.acquire()
+        while not self._lock.acquire(True, SLICE):
+            pass

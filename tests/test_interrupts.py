@@ -11,7 +11,7 @@ import threading
 
 import points
 import pytest
-from staging import in_thread, sleeping, until
+from staging import in_thread, is_asleep, sleeping, start, until
 
 import fastpool
 from fastpool import (
@@ -21,6 +21,7 @@ from fastpool import (
     cancellable,
     current_token,
 )
+from fastpool._gate import Gate
 
 
 def interrupt():
@@ -150,6 +151,35 @@ def test_interrupt_that_meets_a_line_of_ours_is_held_back(event, steps):
     assert taken == steps
     assert seen[-1] == "group_closed"
     assert [type(failure.exception) for failure in group.failures] == [KeyboardInterrupt]
+
+
+@pytest.mark.parametrize("sleep", [Gate.wait, lambda gate: gate.wait(60), Gate.sit_out])
+def test_sleeping_main_thread_hears_a_signal_that_does_not_wake_it(watched, sleep):
+    """
+    Nothing wakes it when the signal is given to another thread, as here, or comes when it has
+    looked for signals for the last time and does not sleep yet.
+    """
+    gate = Gate()
+    heard = []
+
+    def hear(signum, frame):
+        heard.append(signum)
+        gate.open()
+
+    def send():
+        until(lambda: is_asleep(threading.main_thread()))
+        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
+
+    before = signal.signal(signal.SIGUSR1, hear)
+    try:
+        sender, outcome = start(send)
+        sleep(gate)
+        sender.join()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+    assert outcome == [None]
+    assert heard == [signal.SIGUSR1]
 
 
 def test_held_interrupt_comes_before_its_echo():
