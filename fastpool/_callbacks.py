@@ -11,6 +11,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
 from fastpool import _clock, _marks
+from fastpool._closing import Closing
 from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
@@ -121,7 +122,7 @@ def run_callbacks(pending: list[tuple[Callback, CancelToken]]) -> None:
         entry.run_in(token)
 
 
-class Registration:
+class Registration(Closing):
     """
     A callback's place on a token, as `CancelToken.on_cancel` returns it.
 
@@ -166,17 +167,6 @@ class Registration:
     def let_go(self) -> None:
         """Hold the token no longer."""
         self._token = None
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Interrupts:

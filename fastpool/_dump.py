@@ -9,9 +9,10 @@ import threading
 import time
 import weakref
 from dataclasses import dataclass
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, TextIO
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
+from fastpool._closing import Closing
 from fastpool._lane import Lane
 from fastpool._run import DROPPED, Run
 from fastpool._scope import Scope
@@ -125,7 +126,7 @@ def print_dump(file: TextIO | None = None) -> None:
     print(_text(dump()), file=sys.stderr if file is None else file)
 
 
-class dump_on_signal:
+class dump_on_signal(Closing):
     """
     Have a signal print the dump to standard error: `kill -USR1` tells what a program is at.
 
@@ -173,17 +174,6 @@ class dump_on_signal:
         if signal.getsignal(self._signum) is self._handler:
             # None: it was not set by Python code, which cannot set it again.
             signal.signal(self._signum, signal.SIG_DFL if self._before is None else self._before)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _check_main_thread(what: str) -> None:

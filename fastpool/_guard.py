@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fastpool import _marks
+from fastpool._closing import Closing
 from fastpool._token import CancelToken
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def after_fork() -> None:
         _tidy()
 
 
-class cancel_on_signals:
+class cancel_on_signals(Closing):
     """
     Have a group stop in good order on signals, as it does on Ctrl-C by itself.
 
@@ -262,14 +263,3 @@ class cancel_on_signals:
             _guard.wards.get(self._taken.pop(), {}).pop(self._run, None)
         if _in_main_thread():
             _tidy()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -9,10 +9,33 @@ import sys
 import threading
 import time
 
+from fastpool import cancellable
+
 
 def resize(width):
     """A task that a message can name."""
     return width
+
+
+def fail(error):
+    """A task that fails."""
+    raise error
+
+
+@cancellable
+def sleeper(token, started=None):
+    """A task that sleeps until it is told to stop, and may say that it has begun."""
+    if started is not None:
+        started.set()
+    token.sleep(60)
+
+
+def started_sleeper(group):
+    """A task that is known to be asleep on its token, or about to be."""
+    started = threading.Event()
+    task = group.submit(sleeper, started)
+    assert started.wait(timeout=10)
+    return task
 
 
 def until(condition, *, within=None):

@@ -1170,7 +1170,7 @@ def test_functions_run_in_other_processes(method):
     Every kind that has a name can be sent to a pool of processes.
     """
     if method not in multiprocessing.get_all_start_methods():
-        pytest.skip("not on this system")
+        pytest.skip(f"this system cannot start processes by {method}")
     with multiprocessing.get_context(method).Pool(1) as pool:
         plain_result = pool.apply_async(len, ("u",)).get(timeout=30)
         results = {

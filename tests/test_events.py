@@ -13,14 +13,13 @@ import weakref
 from collections import Counter
 
 import pytest
-from staging import in_thread, is_asleep, start, until
+from staging import fail, in_thread, is_asleep, sleeper, start, started_sleeper, until
 
 import fastpool
 from fastpool import (
     CancelToken,
     GroupClosedError,
     TaskGroup,
-    cancellable,
     current_token,
 )
 from fastpool._ledger import Ledger
@@ -29,25 +28,6 @@ from fastpool._run import Run
 ENDS = {"task_succeeded", "task_failed", "task_cancelled"}
 
 request = contextvars.ContextVar("request", default=None)
-
-
-@cancellable
-def sleeper(token, started=None):
-    if started is not None:
-        started.set()
-    token.sleep(60)
-
-
-def fail(error):
-    raise error
-
-
-def started_sleeper(group):
-    """A task that is known to be asleep on its token, or about to be."""
-    started = threading.Event()
-    task = group.submit(sleeper, started)
-    assert started.wait(timeout=10)
-    return task
 
 
 def names(seen, task=None):

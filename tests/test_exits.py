@@ -126,16 +126,21 @@ def test_group_that_was_dropped_open_is_not_cut_off():
     """
     ended = run_script(
         """
-import atexit, os, threading, time, warnings
+import atexit, os, sys, threading, time, warnings
 from fastpool import TaskGroup
 
 warnings.simplefilter("ignore")
 running = threading.Event()
 
+def main_thread_waits():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    return frame.f_globals["__name__"] == "fastpool._gate"
+
 def work():
     running.set()
     over.wait(20)
-    time.sleep(0.1)  # it would be cut off, if nobody waited for it
+    while not main_thread_waits():  # for this task: else it is cut off in here
+        time.sleep(0.001)
     os.write(1, b"done")
 
 over = threading.Event()

@@ -10,7 +10,7 @@ import traceback
 import weakref
 
 import pytest
-from staging import is_asleep, until
+from staging import fail, is_asleep, sleeper, started_sleeper, until
 
 import fastpool
 from fastpool import (
@@ -27,26 +27,6 @@ from fastpool import (
     use_token,
 )
 from fastpool._ledger import Ledger
-
-
-@cancellable
-def sleeper(token, started=None):
-    if started is not None:
-        started.set()
-    token.sleep(60)
-
-
-def fail(error):
-    raise error
-
-
-def started_sleeper(group):
-    """A task that is known to be asleep on its token, or about to be."""
-    started = threading.Event()
-    task = group.submit(sleeper, started)
-    assert started.wait(timeout=10)
-    return task
-
 
 # --- The first failure -------------------------------------------------------------------------
 

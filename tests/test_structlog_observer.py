@@ -13,10 +13,10 @@ import warnings
 
 import pytest
 import structlog
-from staging import until
+from staging import fail, sleeper, until
 from structlog.contextvars import bind_contextvars, merge_contextvars
 
-from fastpool import TaskGroup, cancellable
+from fastpool import TaskGroup
 from fastpool._text import plain
 from fastpool.structlog_observer import StructlogObserver
 
@@ -37,17 +37,6 @@ def lines():
     found = []
     structlog.configure(processors=into(found))
     return found
-
-
-@cancellable
-def sleeper(token, started=None):
-    if started is not None:
-        started.set()
-    token.sleep(60)
-
-
-def fail(error):
-    raise error
 
 
 def run_script(source):
