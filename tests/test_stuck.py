@@ -672,5 +672,6 @@ def test_thread_that_has_ended_is_not_looked_at():
     thread.start()
     thread.join()
 
-    assert fastpool._syscalls.look(thread.native_id) is None
+    # `join` returns a little before the system's thread has gone.
+    until(lambda: fastpool._syscalls.look(thread.native_id) is None)
     assert settle(None, Look(None, (), 0)) is None
