@@ -247,11 +247,12 @@ threading.Thread(target=serve).start()
         """
 def serve():
     with TaskGroup(1) as group:
-        group.submit(abs, 1).result()
+        group.submit(warm.set)
         main.join(20)
         group.submit(print, "ran")
-main = threading.main_thread()
+warm, main = threading.Event(), threading.main_thread()
 threading.Thread(target=serve).start()
+warm.wait(20)
 """,
         "ran",
     ),

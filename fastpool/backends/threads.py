@@ -390,6 +390,8 @@ class Leased:
         try:
             lane, _ = pool.reserve.popitem()
         except KeyError:
+            lane = None
+        if lane is None:
             pool.start(run.enlist)
         else:
             run.enlist(lane)
