@@ -689,6 +689,8 @@ class Run(Ledger):
             )
         for lane, task in running:
             self.notify(task)
+            # Off the list first: a wait that begins now does not find it, or is told here.
+            self.lanes.pop(lane, None)
             self.passed(lane)
             self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
         if self.backend is not None:

@@ -986,6 +986,39 @@ def test_wait_of_another_thread_ends_with_an_abandoned_group():
     assert waiting == [None]
 
 
+def test_wait_that_begins_as_its_group_is_abandoned_ends():
+    """
+    What was left behind just before the wait was there to be told of it is not waited for.
+    """
+    begins, gone, release = (threading.Event() for _ in range(3))
+
+    class Fences(dict):
+        def __setitem__(self, gate, pending):
+            super().__setitem__(gate, pending)
+            begins.set()
+            gone.wait(10)
+
+    def observer(event):
+        if event.name == "task_abandoned":
+            gone.set()
+            until(lambda: outcome or any(group._run.fences.values()))
+
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0.01, on_stuck="abandon", observers=[observer]) as group,
+    ):
+        until(group.submit(release.wait, 20).running)
+        group._run.fences = Fences()
+        thread, outcome = start(group.wait)
+        begins.wait(10)
+        group.cancel()
+    thread.join(5)
+    release.set()
+
+    assert outcome == [None]
+
+
 @pytest.mark.parametrize("where", ["start", "end", "observers", "each"])
 def test_interrupt_in_other_code_of_the_user_is_let_through(where):
     """
