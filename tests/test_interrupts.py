@@ -969,21 +969,19 @@ def test_wait_of_another_thread_ends_with_an_abandoned_group():
     It does not wait for what was left behind.
     """
     release = threading.Event()
-    waiting = []
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(StuckTaskError),
         TaskGroup(1, grace=0.01, on_stuck="abandon") as group,
     ):
         until(group.submit(release.wait, 20).running)
-        thread = threading.Thread(target=lambda: waiting.append(group.wait()))
-        thread.start()
+        thread, outcome = start(group.wait)
         until(lambda: group._run.fences)
         group.cancel()
     thread.join(10)
     release.set()
 
-    assert waiting == [None]
+    assert outcome == [None]
 
 
 def test_wait_that_begins_as_its_group_is_abandoned_ends():
