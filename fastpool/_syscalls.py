@@ -141,8 +141,7 @@ def _seat(name: str, args: tuple[int, ...]) -> Seat:
     if name in _ON_FD:
         return Seat(name, args[0], _kind(args[0]))
     if name in ("open", "openat"):
-        path = _memory(args[name == "openat"], 4096).partition(b"\0")[0]
-        return Seat(name, None, os.fsdecode(path))
+        return Seat(name, None, os.fsdecode(_string(args[name == "openat"])))
     if name in ("poll", "ppoll") and args[1] == 1:
         # A Python socket with a timeout polls before it reads.
         polled = _memory(args[0], 8)
@@ -157,12 +156,24 @@ def _seat(name: str, args: tuple[int, ...]) -> Seat:
     return Seat(name)
 
 
+def _string(address: int) -> bytes:
+    """A path in our own memory, up to its end."""
+    found = b""
+    # Page by page: there may be none behind the one that it ends in.
+    while len(found) < 4096 and b"\0" not in found:
+        start = address + len(found)
+        piece = _memory(start, 4096 - start % 4096)
+        if not piece:
+            break
+        found += piece
+    return found.partition(b"\0")[0]
+
+
 def _memory(address: int, size: int) -> bytes:
     """Our own memory, which may be gone by now: then nothing."""
     try:
         with open("/proc/self/mem", "rb", buffering=0) as file:
-            # Not across the end of a page: the next one may not be there.
-            return os.pread(file.fileno(), min(size, 4096 - address % 4096), address)
+            return os.pread(file.fileno(), size, address)
     except (OSError, OverflowError):
         return b""
 

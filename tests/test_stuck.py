@@ -3,7 +3,9 @@ What a task that does not stop is reported with: where it sits, and what to call
 """
 
 import concurrent.futures
+import ctypes
 import fcntl
+import mmap
 import os
 import platform
 import queue
@@ -239,6 +241,30 @@ def test_select_is_named(pipe, way):
 
     assert "It sits in the system call " in said
     assert "use fastpool.blocking.select(...)." in said
+
+
+@LINUX
+@pytest.mark.parametrize("pages", [1, 2])
+def test_path_is_read_to_its_end(tmp_path, pages):
+    """
+    Be it that it goes on in the next page, or that there is none behind it.
+    """
+    number = {"x86_64": 257, "aarch64": 56}.get(platform.machine())
+    if number is None:
+        pytest.skip(f"nobody has told the number of openat on {platform.machine()}")
+    path, page = b"/tmp/pipe\0", mmap.PAGESIZE
+    with open(tmp_path / "memory", "w+b") as file:
+        file.truncate(2 * page)
+        with mmap.mmap(file.fileno(), 2 * page) as memory:
+            start = page - len(path) if pages == 1 else page - 4
+            memory[start : start + len(path)] = path
+            file.truncate(pages * page)  # what is mapped behind the end cannot be read
+            first = ctypes.c_char.from_buffer(memory)
+            looked = Look(number, (0, ctypes.addressof(first) + start, 0, 0, 0, 0), 7)
+            seat = settle(looked, looked)
+            del first
+
+    assert seat == Seat("openat", None, "/tmp/pipe")
 
 
 @LINUX
