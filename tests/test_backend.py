@@ -7,13 +7,14 @@ import random
 import threading
 
 import pytest
-from staging import is_asleep, until
+from staging import in_thread, is_asleep, until
 
 import fastpool
 from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGroup
 from fastpool._lane import Lane
 from fastpool._run import Run
 from fastpool.backends import Backend
+from fastpool.backends.threads import _GrowingPool
 
 
 class Batches:
@@ -345,6 +346,27 @@ def test_helper_that_comes_as_the_group_ends_begins_nothing(make_pool, monkeypat
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_pool_that_is_closed_as_the_interpreter_terminates_it_ends():
+    """
+    Although a thread of it goes on, which was left behind.
+    """
+    release = threading.Event()
+    pool = _GrowingPool()
+    pool.apply_async(release.wait, (20,))
+    put = pool._change_notifier.put
+
+    def close_first(item):
+        pool._change_notifier.put = put
+        pool.close()
+        put(item)
+
+    pool._change_notifier.put = close_first
+    outcome = in_thread(pool._terminate)
+    release.set()
+
+    assert outcome is None
+
+
 def test_child_of_a_fork_has_a_working_fastpool():
     """
     The parent's open group is closed there and waited for by nobody; new ones work, deadlines too.

@@ -55,6 +55,7 @@ class _GrowingPool(ThreadPool):
         _pool: list[_WorkerThread]
         _inqueue: Any
         _change_notifier: Any
+        _worker_handler: Any
 
         def _repopulate_pool(self) -> None: ...
 
@@ -78,6 +79,25 @@ class _GrowingPool(ThreadPool):
         except BaseException:
             self._processes -= 1
             raise
+
+    @classmethod
+    def _terminate_pool(cls, *args: Any) -> None:
+        """What the interpreter calls as it ends, and `terminate()`."""
+        handler = args[5]
+        handler.terminated = True
+        super()._terminate_pool(*args)  # type: ignore[misc] # the stub has it not
+
+    def close(self) -> None:
+        """
+        As any `ThreadPool`; but one that is being terminated stays so.
+
+        Its last thread may close it just as the interpreter ends: told to close, the handler
+        would wait for a job that goes on, and who terminates it for the handler.
+        """
+        super().close()
+        if getattr(self._worker_handler, "terminated", False):
+            self._worker_handler._state = "TERMINATE"
+            self._change_notifier.put(None)
 
     def _give_up(self) -> None:
         """The constructor could not start all its threads: end those that it did start."""
