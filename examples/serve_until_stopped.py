@@ -45,12 +45,15 @@ def main() -> None:
     """Serve the folder that was named, and say that it is over."""
     if len(sys.argv) != 2:
         sys.exit("usage: serve_until_stopped.py FOLDER")
+    folder = Path(sys.argv[1])
+    if not folder.is_dir():
+        sys.exit(f"no folder: {folder}")
     try:
-        serve(Path(sys.argv[1]))
-    except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C")
-    finally:
-        print("stopped in good order", flush=True)
+        serve(folder)
+    except KeyboardInterrupt as stop:
+        # The notes name what was left behind, if that was the second one.
+        print("stopped by Ctrl-C", *getattr(stop, "__notes__", ()), sep="\n", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,6 @@ class _Helper:
         self.ends = False  # after what it is at
 
     def run(self) -> None:
-        _helpers[self] = None
         self._serve()
         _helpers.pop(self, None)
 
@@ -260,7 +259,7 @@ class _Helper:
                     return
 
 
-_helpers: dict[_Helper, None] = {}  # all that live
+_helpers: dict[_Helper, None] = {}  # all that live, or are about to
 _idle_helpers: dict[_Helper, None] = {}
 
 
@@ -279,9 +278,11 @@ def run_in_helper(job: Callable[[], object]) -> None:
     except KeyError:
         helper = _Helper()
         helper.job = job
+        _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
         try:
             helper.thread = start_thread(helper.run, "fastpool-helper")
         except (RuntimeError, MemoryError):
+            _helpers.pop(helper, None)
             job()  # late is better than never
         return
     helper.job = job

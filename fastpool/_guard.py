@@ -16,7 +16,15 @@ if TYPE_CHECKING:
     from fastpool._run import Entry
     from fastpool._taskgroup import TaskGroup
 
-__all__ = ["after_fork", "at_once", "cancel_on_signals", "hold", "is_guarding", "let_go"]
+__all__ = [
+    "after_fork",
+    "at_once",
+    "cancel_on_signals",
+    "has_heard",
+    "hold",
+    "is_guarding",
+    "let_go",
+]
 
 # What `signal` wraps, at ten times the price: it would be a tenth of a small group.
 _signal: Any = importlib.import_module("_signal")  # Any: no stub has it
@@ -56,9 +64,11 @@ class _Guard:
             _restore(signum)
             signal.raise_signal(signum)
             return
-        again = False
-        for guarded in wards:
-            again |= guarded in self.heard
+        again = any(guarded in self.heard for guarded in wards)
+        # Those that did not ask for this signal, and are open in one that did, are left with it.
+        open_here = list(self.wards[SIGINT])  # the outermost first
+        first = open_here.index(wards[0]) if wards[0] in open_here else len(open_here)
+        for guarded in dict.fromkeys(wards + open_here[first:]):
             self.heard[guarded] = self.heard.get(guarded, 0) + 1
         error = KeyboardInterrupt() if signum == SIGINT else SystemExit(128 + signum)
         breaks_in = _marks.breaks_in(frame, again=again)
@@ -67,7 +77,10 @@ class _Guard:
             guarded.token._interrupt(error)
         if not breaks_in:
             _marks.held += (error,)
-            return
+            if not (again and _marks.is_in_others_code(frame)):
+                return
+            # What it calls would hold the program for ever, so it ends, with one of its own.
+            error = type(error)(*error.args)
         try:
             raise error
         finally:
@@ -162,6 +175,11 @@ def _in_main_thread() -> bool:
 def at_once(guarded: Guarded) -> bool:
     """Whether a group is to be left without waiting: it has heard a second signal."""
     return _guard.heard.get(guarded, 0) > 1
+
+
+def has_heard(guarded: Guarded) -> bool:
+    """Whether a group has heard a signal."""
+    return guarded in _guard.heard
 
 
 def is_guarding() -> bool:

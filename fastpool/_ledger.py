@@ -84,6 +84,7 @@ class Ledger:
         "disturbed",
         "failures",
         "first",
+        "foreign",
         "group",
         "halted",
         "halted_by",
@@ -118,6 +119,7 @@ class Ledger:
         self.halted = False  # no queued task starts any more
         self.halted_by: object = None  # why not
         self.over = False  # the block has been left, the lanes are gone
+        self.foreign = False  # it is the group of the process that this one was forked from
         # Why the block was left though something ran; what that leaves is nobody's any more.
         self.abandoned: str | None = None
 
@@ -422,9 +424,9 @@ class Ledger:
         Whoever meets the recorded failure does so, or would hear of a cancelled sibling before
         its own token is set.
         """
-        if self.over or self.token.cancelled() or not self.stopping():
+        if self.over or self.foreign or self.token.cancelled() or not self.stopping():
             return
-        if self.judging is None:
+        if self.judging is None and self.failures:
             task, error = self.failures[0].task, self.failures[0].exception
             if task is not None and not task._state:
                 self.ended(task, ERROR, (error, strip(error), 0))
@@ -505,6 +507,7 @@ class Ledger:
         context = copy_context() if context is None else context.copy()
         context.run(self._tell, event)
 
+    @_marks.swallows
     def _tell(self, event: Event) -> None:
         current.set(OUTSIDE)  # they are no part of the group, and are not cancelled with it
         for observer in self.observers:

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
-__all__ = ["breaks_in", "calls_out", "held", "is_swallowed", "raise_held", "sits_out", "swallows"]
+__all__ = [
+    "breaks_in",
+    "calls_out",
+    "held",
+    "is_in_others_code",
+    "is_swallowed",
+    "raise_held",
+    "sits_out",
+    "swallows",
+]
 
 F = TypeVar("F", bound=Callable[..., Any])  # Any: it is given back as it is
 
@@ -72,6 +81,15 @@ def breaks_in(frame: FrameType | None, *, again: bool) -> bool:
             nearest = code
         frame = frame.f_back
     return nearest is None or nearest in _CALLING_OUT or (again and nearest in _SITTING_OUT)
+
+
+def is_in_others_code(frame: FrameType | None) -> bool:
+    """Whether a frame is not ours, and was called by a function that does no more than that."""
+    if frame is None or _is_ours(frame):
+        return False
+    while frame is not None and not _is_ours(frame):
+        frame = frame.f_back
+    return frame is not None and frame.f_code in _CALLING_OUT | _SWALLOWING
 
 
 def _is_ours(frame: FrameType) -> bool:

@@ -27,6 +27,7 @@ from fastpool._task import (
     label,
     site,
 )
+from fastpool._text import some
 from fastpool._token import CancelToken
 from fastpool._waiting import (
     InHand,
@@ -34,6 +35,7 @@ from fastpool._waiting import (
     tell_helpers,
     wait_for,
     wait_for_all,
+    waited_for,
     waiting,
 )
 from fastpool.events import Observer
@@ -54,6 +56,12 @@ ENDED = "its with block has ended"
 EXITING = "the interpreter is exiting"
 DROPPED = "it was dropped without leaving its with block"
 GOES_ON = "goes on"  # the one key in `Run.closing`
+
+
+def _waits_for(lane: Lane) -> str:
+    """What the task of a lane waits for, for a line about it."""
+    tasks = [f"task {task.name!r} of group {task._run.name!r}" for task in waited_for(lane)]
+    return f", waiting for {some(tasks)}" if tasks else ""
 
 
 class Entry(NamedTuple):
@@ -685,7 +693,7 @@ class Run(Ledger):
             task._abandon()
             left.append(
                 f"left behind in group {self.name!r}: task {task.name!r}, submitted at "
-                f"{task.site}, in thread {lane.worker!r}"
+                f"{task.site}, in thread {lane.worker!r}{_waits_for(lane)}"
             )
         for lane, task in running:
             self.notify(task)
@@ -709,4 +717,6 @@ class Run(Ledger):
         for belongings in (self.lanes, self.idle, self.called, self.recalled, self.claims):
             belongings.clear()
         self.backend = None
+        self.halted_by = self.closed
+        self.foreign = True
         self.halted = self.disturbed = True

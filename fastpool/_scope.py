@@ -281,7 +281,11 @@ class timeout(_Limited):
     def __enter__(self) -> CancelToken:
         token = CancelToken()
         token._link(current_token(), strongly=True)
-        token._limit(self._seconds)
+        try:
+            token._limit(self._seconds)
+        except BaseException:  # no thread for the deadline, say
+            token._unlink()
+            raise
         return self._enter(token)
 
 

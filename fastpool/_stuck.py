@@ -11,8 +11,9 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from fastpool._gate import Gate
+from fastpool._guard import has_heard
 from fastpool._lane import Lane
-from fastpool._stack import is_ours, looking, own_frames, render
+from fastpool._stack import is_ours, looking, module_of, own_frames, render
 from fastpool._syscalls import Look, Seat, cure, look, settle
 from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from fastpool._run import Run
     from fastpool._task import Task
 
-__all__ = ["Vigil"]
+__all__ = ["Vigil", "warn"]
 
 # Seconds between two looks at a thread. One that computes gives up the interpreter's lock every
 # five thousandths, one that sits in a call has not moved.
@@ -72,22 +73,31 @@ class Vigil:
             if task is not None and not task._state and (context or not run.observers):
                 stuck.append((task, lane))
                 contexts.append(context)
+        way_out = "\n  A second Ctrl-C leaves the block without it." if has_heard(run) else ""
         # Where they are is looked at before anybody is told, who may let them go on.
         reports = [
-            f"{_headline(task, lane, waited)}{details}"
+            f"{_headline(task, lane, waited)}{details}{way_out}"
             for (task, lane), details in zip(stuck, _details(stuck), strict=True)
         ]
         for (task, lane), context, report in zip(stuck, contexts, reports, strict=True):
             if not task._state:  # it has stopped after all
                 run.emit("task_stuck", task, context=context, worker=lane.worker)
-                _warn(report)
+                warn(report)
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
+    """Warn of what still runs, at the line that leaves the block."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and is_ours(frame):
+        frame = frame.f_back
+    file, line, module = "<exit>", 0, None
+    if frame is not None:
+        file, line, module = frame.f_code.co_filename, frame.f_lineno, module_of(frame)
     try:
-        warnings.warn(message, RuntimeWarning, stacklevel=6)  # at the end of the with block
+        # Without a registry, in which a report that reads like an earlier one would be dropped.
+        warnings.warn_explicit(message, RuntimeWarning, file, line, module)
     except Exception as error:  # made an error by a filter, say: it must not end the wait
-        unraisable(error, _warn)
+        unraisable(error, warn)
 
 
 def _headline(task: Task[Any], lane: Lane, waited: float) -> str:

@@ -23,7 +23,7 @@ from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
 from fastpool._lane import here
 from fastpool._run import DROPPED, EXITING, UNENTERED, Entry, Run
-from fastpool._stuck import Vigil
+from fastpool._stuck import Vigil, warn
 from fastpool._submitter import Submitter
 from fastpool._task import PLAIN, Failure, Options, Task
 from fastpool._token import CancelToken, Cause
@@ -41,10 +41,14 @@ R = TypeVar("R")
 
 GRACE = 5.0  # seconds a cancelled task may take before we say so; chosen by feel
 ATTENTION = 1e-4  # seconds, about what it takes to wake a thread and have its answer
+ROOM = 200  # calls deep that leaving may go where the stack was at its end
+TRIES = 100  # to leave a block: more than signals can be in the way of
 NOTED = 5  # failures that a note names beside the one that leaves; the rest are counted
 
 _numbers = itertools.count(1)
+_locks: dict[str, threading.Lock] = {}  # "stretch" guards the recursion limit while we change it
 _open_runs: dict[Run, None] = {}  # those whose block has been entered and not left
+_exiting: list[bool] = []  # not empty once the interpreter exits
 _dropped: deque[Run] = deque()  # those of them whose group was dropped; the next to come ends them
 
 # In its frame a group is entered for somebody else.
@@ -125,6 +129,7 @@ class TaskGroup(Submitter):
         self._failures: tuple[Failure, ...] = ()
         self._winner: Task[Any] | None = None
         self._finished = False  # at interpreter exit, its block still open
+        self._concluding = False  # everything has come to rest, and who ends it is settled
         self._left_behind: list[str] = []  # tasks that were abandoned, a line each
         self._left_over: object = None  # the queue's rest, which the run must not keep
 
@@ -229,15 +234,20 @@ class TaskGroup(Submitter):
             self._open(judge, observers, sys._getframe(1))
             _marks.raise_held()  # before the body begins
         except BaseException as error:
-            if self._entered is None:  # no thread for the deadline, say
-                run.token._seal()
+            stretched = _stretch(ROOM) if type(error) is RecursionError else 0
+            try:
+                if self._entered is not None:
+                    self.__exit__(type(error), error, error.__traceback__)
+                    raise
+                run.token._seal()  # no thread for the deadline, say
                 _open_runs.pop(run, None)
                 interrupt = _guard.let_go(run)
                 if interrupt is not None:
                     raise interrupt from error
-            else:
-                self.__exit__(type(error), error, error.__traceback__)
-            raise
+                raise
+            finally:
+                if stretched:
+                    _stretch(-stretched)
         return self
 
     def _open(self, judge: Judge, observers: tuple[Observer, ...], frame: FrameType) -> None:
@@ -250,12 +260,18 @@ class TaskGroup(Submitter):
         token._limit(self._timeout)
         if _dropped:
             _end_dropped()
-        if frame.f_code is _ENTER_CONTEXT and frame.f_back is not None:
-            frame = frame.f_back  # whoever told the stack to
+        if frame.f_code in (_ENTER_CONTEXT, map.__code__) and frame.f_back is not None:
+            frame = frame.f_back  # whoever told the stack to, or asked for a whole group
         run.entry = Entry(
             place, frame.f_code, frame.f_lasti, threading.current_thread(), time.monotonic()
         )
         _open_runs[run] = None
+        # Entered first and looked at then, as `_finish` does it the other way round.
+        if _exiting and threading.current_thread().daemon:
+            raise RuntimeError(
+                f"cannot enter group {run.name!r} in {threading.current_thread().name!r}: the "
+                "interpreter is exiting, and would cut off what a daemon thread is at"
+            )
         self._entered = place, _scope.enter(token, run)
         run.open(
             self,
@@ -277,20 +293,29 @@ class TaskGroup(Submitter):
         failure: Failure | None = None
         refusal: BaseException | None = None
         body = error
+        tries = stretched = 0
+        asked = self._finished
         try:
             while True:
                 try:
-                    refusal = None if self._finished else self._refusal()
+                    if not asked:
+                        refusal = self._refusal()
+                        asked = True
                     if refusal is None:
                         leaving = self._leave(error)
                     break
                 except BaseException as interrupt:
                     # A signal handler's, from between our lines: it counts as the body's, and the
-                    # group is left all the same.
-                    if self._run.over:
+                    # group is left all the same. Or the stack is at its end.
+                    tries += 1
+                    at_end = type(interrupt) is RecursionError and not stretched
+                    if tries > TRIES or self._entered is None or (self._run.over and not at_end):
                         leaving = interrupt
                         break
                     error = interrupt
+                    if at_end:
+                        with contextlib.suppress(RecursionError):
+                            stretched = _stretch(ROOM)
             if refusal is not None:
                 raise refusal
             leaving = self._let_go(leaving, body)
@@ -303,6 +328,8 @@ class TaskGroup(Submitter):
                 return None
             raise_as_it_is(leaving)
         finally:
+            if stretched:
+                _stretch(-stretched)
             del self, error, traceback, leaving, failure, refusal, body
 
     def _let_go(
@@ -349,6 +376,8 @@ class TaskGroup(Submitter):
             return error
         assert self._entered is not None
         around, scope = self._entered
+        if self._concluding:
+            return self._conclude(around, error)
         if _scope.current.get() is not scope:
             self._end_inner(scope)
         _scope.leave(scope)
@@ -359,6 +388,7 @@ class TaskGroup(Submitter):
         self._take_held()
         if _open_runs.pop(run, run) is run:
             return error  # the interpreter is exiting, and has finished it
+        self._concluding = True
         return self._conclude(around, error)
 
     def _end_inner(self, scope: _scope.Scope) -> None:
@@ -427,6 +457,8 @@ class TaskGroup(Submitter):
             leaving = StuckTaskError(f"group {run.name!r} was left while tasks still ran")
         if leaving is not None:
             self._annotate(leaving, outermost=around._group is None)
+            if self._left_behind and is_a(leaving, SystemExit):
+                warn("\n".join(self._left_behind))  # no traceback shows its notes
         run.emit("group_closed", since=opened, error=leaving)
         return leaving
 
@@ -501,6 +533,8 @@ class TaskGroup(Submitter):
         except BaseException as error:
             strip(error)
             verdict = error
+            if is_a(error, KeyboardInterrupt):  # no fault of the judge's
+                self._failures += (Failure(None, error),)
         for failure in self._failures:
             if is_a(failure.exception, KeyboardInterrupt, SystemExit):
                 return failure.exception
@@ -666,6 +700,13 @@ def map(
         del group, batch  # what leaves holds this frame in its traceback
 
 
+def _stretch(room: int) -> int:
+    """Let the stack grow by so many calls, or no more; returns what it was given."""
+    with _locks.setdefault("stretch", threading.Lock()):
+        sys.setrecursionlimit(sys.getrecursionlimit() + room)
+    return room
+
+
 def shutdown() -> None:
     """
     End the threads that fastpool keeps warm, and wait for them.
@@ -688,7 +729,7 @@ def _warn_about(run: Run, what: str) -> None:
     message = f"group {run.name!r}, entered at {entry.site}, {what}"
     try:
         warnings.warn_explicit(message, ResourceWarning, file, int(line))
-    except ResourceWarning as error:  # made an error by a filter: nobody here could be given it
+    except Exception as error:  # made an error by a filter, or not to be shown: the group ends
         unraisable(error, _warn_about)
 
 
@@ -715,18 +756,23 @@ def _end_open(run: Run, why: str) -> None:
         return  # it has been left meanwhile
     group._finished = True
     leaving = group._conclude(_scope.current_place(), None)
-    if leaving is not None:
-        unraisable(leaving, f"group {run.name!r}, {why}")
+    if leaving is not None:  # the hook does not show the notes
+        notes = getattr(leaving, "__notes__", ())
+        unraisable(leaving, "; ".join([f"group {run.name!r}, {why}", *notes]))
 
 
 def _finish() -> None:
     """At interpreter exit: finish every group that is open, as if its block ended now."""
+    _exiting.append(True)
     for run in list(_open_runs):
         run_callbacks(run.callbacks)
         if _is_left_behind(run):
             continue  # its task may never end, and nobody waits for it any more
         run.closed = EXITING  # its tasks may go on submitting, as while a block is left
         _end_open(run, "still open at exit")
+        interrupt = _guard.let_go(run)
+        if interrupt is not None:
+            unraisable(interrupt, "the interpreter's exit")
     shutdown()
 
 

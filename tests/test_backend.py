@@ -400,3 +400,30 @@ def test_child_of_a_fork_has_a_working_fastpool():
 
     assert os.waitstatus_to_exitcode(status) == 0
     assert after.result() == 8
+
+
+def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):
+    """
+    It does what it was started for, and does not stay.
+    """
+    begins = threading.Event()
+    start_thread = fastpool._clock.start_thread
+    done = []
+
+    def slowly(target, name):
+        def run():
+            begins.wait(10)
+            target()
+
+        return start_thread(run, name)
+
+    fastpool.shutdown()
+    monkeypatch.setattr(fastpool._clock, "start_thread", slowly)
+    fastpool._clock.run_in_helper(lambda: done.append(True))
+    (helper,) = fastpool._clock._helpers
+    fastpool.shutdown()
+    begins.set()
+    helper.thread.join(5)
+
+    assert not helper.thread.is_alive()
+    assert done == [True]

@@ -384,3 +384,24 @@ def test_group_left_in_another_thread_is_no_disorder():
         again = other.submit(pow, 2, 3).result()
 
     assert value == again == 8
+
+
+def test_warning_that_cannot_be_shown_does_not_keep_the_block_from_being_left(
+    monkeypatch, unraised
+):
+    """
+    Standard error is closed, say. It goes to the hook.
+    """
+
+    def broken(*args, **kwargs):
+        raise ValueError("I/O operation on closed file")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        monkeypatch.setattr(warnings, "showwarning", broken)
+        with TaskGroup(1, name="outer"):
+            inner = TaskGroup(1, name="inner")
+            inner.__enter__()
+
+    assert [str(error) for error in unraised] == ["I/O operation on closed file"]
+    inner.__exit__(None, None, None)

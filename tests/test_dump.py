@@ -596,3 +596,13 @@ def test_names_are_public():
     """
     for name in ("OpenGroup", "RunningTask", "dump", "dump_on_signal", "print_dump"):
         assert name in fastpool.__all__
+
+
+def test_group_of_map_is_named_with_the_line_that_called_it():
+    """
+    It has no with block of the caller's.
+    """
+    found = []
+    fastpool.map(lambda item: found.extend(dump()), [1])
+
+    assert found[0].site == f"{__file__}:{sys._getframe().f_lineno - 2}"

@@ -117,7 +117,81 @@ group.submit(fail)
         "group_opened task_submitted task_started task_failed 1 failure\ngroup_closed "
     )
     assert "ValueError: too late" in ended.stderr
-    assert "still open at exit" in ended.stderr
+    assert "still open at exit; in task 'fail', submitted at " in ended.stderr
+
+
+def test_daemon_thread_enters_no_group_any_more():
+    """
+    Its tasks would be cut off. Other code may: a callback of the exit's, a finalizer.
+    """
+    ended = run_script(
+        """
+import atexit, threading
+
+@atexit.register  # called after fastpool's own, since registered before it
+def late():
+    print(fastpool.map(abs, [-1]))
+    thread = threading.Thread(target=enter, name="feed", daemon=True)
+    go.set()
+    feed.join(20)
+
+def enter():
+    go.wait(20)
+    try:
+        with fastpool.TaskGroup(1, name="jobs") as group:
+            print("entered")
+    except RuntimeError as error:
+        print(error)
+
+import fastpool
+go = threading.Event()
+feed = threading.Thread(target=enter, name="feed", daemon=True)
+feed.start()
+"""
+    )
+
+    assert ended.stdout == (
+        "[1]\ncannot enter group 'jobs' in 'feed': the interpreter is exiting, and would cut off "
+        "what a daemon thread is at\n"
+    )
+    assert ended.stderr == ""
+
+
+def test_handles_of_a_parents_group_answer_in_a_forked_child():
+    """
+    They are cancelled there, with that reason, and nothing of the parent's is run.
+    """
+    ended = run_script(
+        """
+import os, warnings
+import fastpool
+from fastpool import TaskCancelledError, TaskGroup
+
+warnings.simplefilter("ignore")  # newer versions warn of a fork with threads
+with TaskGroup(1) as group:
+    group.token.on_cancel(lambda: os.write(1, b"told"))
+    sleeper = group.submit(fastpool.sleep, 60)
+    batch = group.map(abs, [1, 2])
+    while not sleeper.running():
+        pass
+    child = os.fork()
+    if not child:
+        for task in (sleeper, *batch.tasks):
+            try:
+                task.result()
+            except TaskCancelledError as error:
+                assert "the process that this one was forked from" in str(error)
+            assert task.done() and task.cancelled() and not task.cancel()
+            assert task.wait(1) and repr(task)
+        assert group.failures == ()
+        os.write(1, b"fine")
+        os._exit(0)
+    os.waitpid(child, 0)
+    sleeper.cancel()
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("fine", "")
 
 
 def test_group_that_was_dropped_open_is_not_cut_off():

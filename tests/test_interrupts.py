@@ -2,6 +2,7 @@
 Ctrl-C: who hears it, where it is raised, and what is left behind.
 """
 
+import io
 import os
 import re
 import signal
@@ -1072,3 +1073,120 @@ def test_group_of_another_thread_is_not_for_signals(sigterm):
         with pytest.raises(ValueError, match="group 'elsewhere' was opened in 'fastpool-"):
             fastpool.cancel_on_signals(inner, signal.SIGTERM)
         release.set()
+
+
+def test_second_signal_leaves_a_group_inside_at_once():
+    """
+    One that did not ask for it, and what it leaves behind is named where no traceback does it.
+    """
+    release = threading.Event()
+
+    def stubborn():
+        for count in (0, 1):
+            until(lambda count=count: len(inner.failures) == count)
+            os.kill(os.getpid(), signal.SIGTERM)
+        release.wait(20)
+
+    with (
+        pytest.warns(RuntimeWarning, match="left behind in group 'inner': task 'stubborn'"),
+        pytest.raises(SystemExit) as caught,
+        TaskGroup(1) as outer,
+    ):
+        fastpool.cancel_on_signals(outer, signal.SIGTERM)
+        with TaskGroup(1, name="inner") as inner:
+            inner.submit(stubborn)
+    release.set()
+
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert any("left behind in group 'inner'" in note for note in caught.value.__notes__)
+
+
+def printed():
+    """What is open now, as it is printed."""
+    file = io.StringIO()
+    fastpool.print_dump(file)
+    return file.getvalue()
+
+
+def test_what_is_left_behind_is_named_with_what_it_waits_for():
+    """
+    A task that waits for a group of its own, say.
+    """
+    begun, release, reported = (threading.Event() for _ in range(3))
+
+    def holds():
+        begun.set()
+        release.wait(20)
+
+    def waits():
+        with TaskGroup(1, name="inner") as inner:
+            inner.submit(holds)
+
+    def observer(event):
+        if event.name == "task_stuck":
+            reported.set()
+
+    def interrupt_again():
+        reported.wait(10)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with (
+        pytest.warns(RuntimeWarning, match="A second Ctrl-C leaves the block without it"),
+        pytest.raises(KeyboardInterrupt) as caught,
+        TaskGroup(1, name="outer", grace=0.01, observers=[observer]) as group,
+    ):
+        start(interrupt_again)
+        group.submit(waits)
+        begun.wait(10)
+        until(lambda: "group 'inner': leaving" in printed())
+        interrupt()
+    release.set()
+
+    (note,) = caught.value.__notes__
+    assert note.startswith("left behind in group 'outer': task 'waits'")
+    assert note.endswith(", waiting for task 'holds' of group 'inner'")
+
+
+def test_second_interrupt_ends_a_call_that_would_swallow_the_first(unraised):
+    """
+    An observer that blocks, or a callback, holds nobody for ever.
+    """
+    seen = []
+
+    def block(event=None):
+        if event is None or event.name == "group_opened":
+            interrupt()  # held back
+            seen.append("once")
+            interrupt()
+            seen.append("twice")
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(observers=[block]):
+        pass
+    with pytest.raises(KeyboardInterrupt), TaskGroup() as group:
+        group.token.on_cancel(block)
+        group.cancel()
+        fastpool.checkpoint()
+
+    assert seen == ["once", "once"]
+    assert [type(error) for error in unraised] == [KeyboardInterrupt] * 2
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_interrupt_that_meets_the_judge_at_the_end_is_recorded(breaks):
+    """
+    It leaves, whatever the judge raised before.
+    """
+
+    class Policy(Collecting):
+        def outcome(self, task, error):
+            if breaks:
+                raise ValueError("broken")
+            return False
+
+        def end(self, failures):
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt) as caught, TaskGroup(1, policy=Policy()) as group:
+        group.submit(abs, 1)
+
+    assert [failure.exception for failure in group.failures] == [caught.value]

@@ -178,3 +178,40 @@ def test_finalizer_may_wait_for_a_task_in_the_middle_of_a_judge():
 
     assert answers == [404]
     assert outcomes == ["first", "abs"]
+
+
+def test_block_is_left_where_the_stack_is_at_its_end():
+    """
+    With the error that says so, wherever it comes, and with the limit that there was.
+    """
+    said = run_limited(
+        """
+def walk():
+    with TaskGroup(2):
+        walk()
+
+for depth in range(8):
+    def down(left):
+        return down(left - 1) if left else walk()
+    try:
+        down(depth)
+    except RecursionError:
+        print("ended")
+
+def leave(group, left):
+    return leave(group, left - 1) if left else group.__exit__(None, None, None)
+
+limit = sys.getrecursionlimit()
+for depth in range(limit - 60, limit):
+    group = TaskGroup(2)
+    group.__enter__()
+    try:
+        leave(group, depth)
+    except RecursionError:
+        if group._entered:
+            group.__exit__(None, None, None)
+print(sys.getrecursionlimit() == limit, fastpool.dump())
+"""
+    )
+
+    assert said == ["ended"] * 8 + ["True", "()"]

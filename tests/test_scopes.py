@@ -8,10 +8,12 @@ import threading
 import pytest
 from staging import in_thread, start
 
+import fastpool
 from fastpool import (
     Cancelled,
     CancelToken,
     TaskGroup,
+    _clock,
     checkpoint,
     current_token,
     shield,
@@ -371,3 +373,22 @@ def test_shield_in_a_cancelled_task_lets_its_clean_up_finish():
 
     assert task.cancelled()
     assert done == [1]
+
+
+def test_block_whose_deadline_gets_no_thread_leaves_nothing_behind(monkeypatch):
+    """
+    The system's error is raised, and the token around holds nothing of it.
+    """
+    fastpool.shutdown()
+
+    def refuse(target, name):
+        raise RuntimeError("can't start new thread")
+
+    root = CancelToken()
+    monkeypatch.setattr(_clock, "start_thread", refuse)
+    with use_token(root):
+        with pytest.raises(RuntimeError, match="can't start new thread"), timeout(60):
+            pass
+        assert current_token() is root
+
+    assert not root._entries

@@ -701,3 +701,22 @@ def test_thread_that_has_ended_is_not_looked_at():
     # `join` returns a little before the system's thread has gone.
     until(lambda: fastpool._syscalls.look(thread.native_id) is None)
     assert settle(None, Look(None, (), 0)) is None
+
+
+def test_report_that_reads_like_an_earlier_one_is_shown_too():
+    """
+    Python shows a warning once for each text and line, unless it is told otherwise.
+    """
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        for _ in range(2):
+            release = threading.Event()
+            let_go = [lambda event, release=release: event.name == "task_stuck" and release.set()]
+            with TaskGroup(1, name="same", grace=0.01, observers=let_go) as group:
+                task = group.submit(release.wait, 20)
+                until(task.running)
+                group.cancel()
+
+    first, second = (str(warning.message).partition("\n")[0] for warning in told)
+    assert first == second
+    assert {warning.filename for warning in told} == {__file__}
