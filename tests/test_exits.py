@@ -122,7 +122,7 @@ group.submit(fail)
 
 def test_daemon_thread_enters_no_group_any_more():
     """
-    Its tasks would be cut off. Other code may: a callback of the exit's, a finalizer.
+    Its tasks would be cut off.
     """
     ended = run_script(
         """
@@ -130,8 +130,6 @@ import atexit, threading
 
 @atexit.register  # called after fastpool's own, since registered before it
 def late():
-    print(fastpool.map(abs, [-1]))
-    thread = threading.Thread(target=enter, name="feed", daemon=True)
     go.set()
     feed.join(20)
 
@@ -151,7 +149,7 @@ feed.start()
     )
 
     assert ended.stdout == (
-        "[1]\ncannot enter group 'jobs' in 'feed': the interpreter is exiting, and would cut off "
+        "cannot enter group 'jobs' in 'feed': the interpreter is exiting, and would cut off "
         "what a daemon thread is at\n"
     )
     assert ended.stderr == ""
