@@ -60,16 +60,14 @@ class Gate:
             _marks.raise_held()
         if timeout is not None and timeout <= 0:
             return self._lock.acquire(False)
-        if threading.get_ident() != threading.main_thread().ident:
-            if timeout is None:
-                return self._lock.acquire()
-            return self._lock.acquire(True, min(timeout, threading.TIMEOUT_MAX))
+        is_main = threading.get_ident() == threading.main_thread().ident
+        longest = SLICE if is_main else threading.TIMEOUT_MAX
         if timeout is None:
-            while not self._lock.acquire(True, SLICE):
+            while not self._lock.acquire(True, longest):
                 pass
             return True
         deadline = time.monotonic() + timeout
-        while not self._lock.acquire(True, min(timeout, SLICE)):
+        while not self._lock.acquire(True, min(timeout, longest)):
             timeout = deadline - time.monotonic()
             if timeout <= 0:
                 return False

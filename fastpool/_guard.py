@@ -47,9 +47,8 @@ class _Guard:
     def __init__(self) -> None:
         # By signal: the groups that it stops, the outermost first; the handler there was before.
         self.wards: dict[int, dict[Guarded, None]] = {SIGINT: {}}
-        self.before: dict[int, Any] = {
-            SIGINT: signal.default_int_handler
-        }  # Any: as `signal` has it
+        # Any: as `signal` has it
+        self.before: dict[int, Any] = {SIGINT: signal.default_int_handler}
         self.heard: dict[Guarded, int] = {}  # how many signals each of them has heard
         self.thread: int | None = None  # the main thread that entered them
 
