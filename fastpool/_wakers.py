@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fastpool._shutdown import shut_down, shut_down_connection, shut_down_stream
+
 __all__ = ["Waker", "find", "register"]
 
 
@@ -16,7 +18,13 @@ class Waker(NamedTuple):
 
 
 # Read and written with single, atomic dict operations only, so no lock guards it.
-_wakers: dict[type | str, Waker] = {}
+# The standard library's stand here by name, so that they hold without anything being imported.
+_wakers: dict[type | str, Waker] = {
+    "socket.socket": Waker(shut_down, slow=False),  # TLS's is a subclass
+    "http.client.HTTPConnection": Waker(shut_down_connection, slow=False),
+    "http.client.HTTPResponse": Waker(shut_down_stream, slow=False),
+    "urllib.response.addinfourl": Waker(shut_down_stream, slow=False),
+}
 
 
 def register(

@@ -1,0 +1,57 @@
+"""How a socket is interrupted, and what reads from one; nothing is imported for it."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import sys
+from typing import Any
+
+__all__ = ["shut_down", "shut_down_connection", "shut_down_stream"]
+
+_AT_ONCE = struct.pack("ll", 0, 1)  # one microsecond, as a `struct timeval`
+
+
+def shut_down(sock: Any) -> None:  # Any: to name the type would be to import it
+    """
+    Have every thread that is blocked on a socket come back, and every later call return at once.
+
+    Reads find the end of the stream, or an empty datagram; writes, `accept` and `connect` an
+    `OSError`. The socket is of no use any more, except to be closed.
+
+    Args:
+        sock: A socket of any kind. Nothing happens to one that is closed.
+    """
+    import socket  # it is there: the object is its
+
+    # Always the plain socket's methods: TLS's own would talk to the peer, or take its state away
+    # from under the thread that reads.
+    plain = socket.socket
+    with contextlib.suppress(OSError):  # an unconnected datagram socket says ENOTCONN, and wakes
+        # With a timeout Python waits by `poll` and reads without blocking; a datagram socket, or
+        # a Unix listener, that is shut down is then readable without end and has nothing to
+        # read. A read that may block sees that nothing can come, and returns.
+        plain.setblocking(sock, True)
+        if sys.platform == "linux":
+            # A `connect` that begins only now does not look at what is shut down, and would
+            # wait for its answer; so it waits no longer than this.
+            plain.setsockopt(sock, socket.SOL_SOCKET, socket.SO_SNDTIMEO, _AT_ONCE)
+        plain.shutdown(sock, socket.SHUT_RDWR)
+
+
+def shut_down_connection(connection: Any) -> None:  # Any: as above
+    """The same for an `http.client.HTTPConnection`; nothing happens to one without a socket."""
+    sock = connection.sock
+    if sock is not None:
+        shut_down(sock)
+
+
+def shut_down_stream(stream: Any) -> None:  # Any: as above
+    """The same for what reads from a socket: a response, or a file that `makefile` made."""
+    import socket
+
+    while stream is not None and not isinstance(stream, socket.socket):
+        inner = [name for name in ("fp", "raw", "_sock") if hasattr(stream, name)]
+        stream = getattr(stream, inner[0]) if inner else None  # None once it is closed
+    if stream is not None:
+        shut_down(stream)
