@@ -2,6 +2,7 @@
 What every test file may ask for.
 """
 
+import gc
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from multiprocessing.pool import ThreadPool
 
 import pytest
 import structlog
+from servers import descriptors
 from staging import note_sleep, sleeping, until
 
 import fastpool
@@ -39,6 +41,20 @@ def no_configuration_is_left():
     yield
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
+
+
+@pytest.fixture
+def no_descriptor_is_left():
+    """The test closes what it opens, and so does the library."""
+
+    def count():
+        fastpool.shutdown()
+        gc.collect()  # the queues of an ended pool are a cycle
+        return descriptors()
+
+    before = count()
+    yield
+    until(lambda: count() <= before)
 
 
 @pytest.fixture

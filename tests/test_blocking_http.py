@@ -2,7 +2,6 @@
 HTTP requests hear the token, wherever the server stalls; else they are as the standard library's.
 """
 
-import gc
 import http.client
 import http.server
 import os
@@ -17,7 +16,6 @@ import pytest
 from servers import (
     cancel_while_blocked,
     certificate,
-    descriptors,
     full,
     is_blocked,
     read_request,
@@ -25,7 +23,6 @@ from servers import (
 )
 from staging import until
 
-import fastpool
 from fastpool import Cancelled, CancelToken, TaskGroup, blocking, current_token, use_token
 from fastpool.blocking import _http
 
@@ -35,14 +32,7 @@ ENDLESS = b"HTTP/1.1 200 OK\r\n\r\n"
 MISSING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 1000\r\n\r\n"
 
 
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left():
-    """Every test closes what it opens, and so does the library."""
-    before = descriptors()
-    yield
-    fastpool.shutdown()
-    gc.collect()  # the queues of an ended pool are a cycle
-    assert descriptors() == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,6 @@ Sockets hear the token: connecting, reading, writing, listening; TCP, UDP, Unix 
 """
 
 import contextlib
-import gc
 import os
 import signal
 import socket
@@ -13,21 +12,13 @@ import sys
 import threading
 
 import pytest
-from servers import cancel_while_blocked, certificate, descriptors, full, is_blocked, served
+from servers import cancel_while_blocked, certificate, full, is_blocked, served
 from staging import start, until
 
 import fastpool
 from fastpool import Cancelled, CancelToken, TaskGroup, blocking, current_token, use_token
 
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left():
-    """Every test closes what it opens, and so does the library."""
-    before = descriptors()
-    yield
-    fastpool.shutdown()
-    gc.collect()  # the queues of an ended pool are a cycle
-    assert descriptors() == before
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 
 @pytest.fixture
@@ -112,11 +103,10 @@ def test_blocked_read_is_left_at_a_cancel(kind, timeout, cover):
 
         assert type(outcome) is Cancelled
         assert outcome.reason == "enough"
-        if kind == "tls":
-            assert isinstance(outcome.__context__, OSError)
-        else:
-            assert seen == [b""]  # what makes the check on leaving necessary
-            assert mine.recv(10) == b""  # at once
+        # What looks like success makes the check on leaving necessary; since Python 3.13 TLS
+        # raises an error instead.
+        assert seen == [b""] or (kind == "tls" and isinstance(outcome.__context__, OSError))
+        assert kind == "tls" or mine.recv(10) == b""  # at once
 
 
 @pytest.mark.parametrize("timeout", [None, 50], ids=["", "timeout"])
@@ -581,9 +571,10 @@ def test_interrupt_ends_a_connect_in_the_body(family, path):
     thread.join()
 
 
+@pytest.mark.filterwarnings("ignore:unclosed <ssl.SSLSocket:ResourceWarning")
 def test_interrupt_ends_a_handshake_in_the_body():
     """
-    No socket is left behind.
+    No socket is left behind; before Python 3.13 it closes with the traceback, and a warning.
     """
     _, client = certificate()
     with served(silent) as address, pytest.raises(KeyboardInterrupt), TaskGroup(1):

@@ -264,7 +264,8 @@ def secure(sock: socket.socket, context: ssl.SSLContext, name: str | None) -> ss
     try:
         with interruptible(sock):
             # Not in two steps: there are contexts that look at the certificate after the
-            # handshake, in this very method.
+            # handshake, in this very method. (Before Python 3.13 it leaves the closing of what
+            # Ctrl-C interrupts to the garbage collector.)
             wrapped = call_out(context.wrap_socket, sock, server_hostname=name)
     except BaseException:
         (wrapped or sock).close()
