@@ -44,6 +44,8 @@ nitpick_ignore_regex = [
     # What only the library makes is in signatures that nobody calls.
     ("py:.*", r"fastpool\._[a-z]+\.\w+"),
     ("py:.*", r"Callback|Context|FrameType|Options|R_co|Run|Ts"),
+    # An alias of a tuple is cut at its commas.
+    ("py:.*", r"tuple\[.*"),
 ]
 
 html_theme = "furo"
