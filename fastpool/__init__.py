@@ -5,8 +5,7 @@ Blocking calls in threads, run as a group that fails fast.
 `multiprocessing.pool.ThreadPool`; the first exception stops everything else.
 """
 
-from typing import TYPE_CHECKING
-
+from fastpool import blocking as blocking
 from fastpool._batch import Batch, as_completed
 from fastpool._callbacks import Registration
 from fastpool._cancellable import Cancellable, cancellable
@@ -27,19 +26,6 @@ from fastpool.exceptions import (
     WorkerDiedError,
 )
 from fastpool.policies import FailFast, Judge, Policy
-
-if TYPE_CHECKING:
-    from fastpool import blocking as blocking
-else:
-
-    def __getattr__(name):
-        # Imported when somebody asks for it: it brings half of the standard library along.
-        if name == "blocking":
-            import fastpool.blocking
-
-            return fastpool.blocking
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
 
 __all__ = [
     "Batch",

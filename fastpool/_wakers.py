@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastpool._shutdown import shut_down, shut_down_connection, shut_down_stream
-
-__all__ = ["Waker", "find", "register"]
+__all__ = ["Waker", "find", "provide", "register"]
 
 
 class Waker(NamedTuple):
@@ -18,12 +17,15 @@ class Waker(NamedTuple):
 
 
 # Read and written with single, atomic dict operations only, so no lock guards it.
-# The standard library's stand here by name, so that they hold without anything being imported.
-_wakers: dict[type | str, Waker] = {
-    "socket.socket": Waker(shut_down, slow=False),  # TLS's is a subclass
-    "http.client.HTTPConnection": Waker(shut_down_connection, slow=False),
-    "http.client.HTTPResponse": Waker(shut_down_stream, slow=False),
-    "urllib.response.addinfourl": Waker(shut_down_stream, slow=False),
+_wakers: dict[type | str, Waker] = {}
+
+# The rooms above that know how other people's types are interrupted. Each is imported when the
+# first object of such a type is met, and says so by `provide`.
+_ROOMS: dict[str, str] = {
+    "http.client.HTTPConnection": "_shutdown",
+    "http.client.HTTPResponse": "_shutdown",
+    "socket.socket": "_shutdown",
+    "urllib.response.addinfourl": "_shutdown",
 }
 
 
@@ -49,10 +51,21 @@ def register(
     _wakers[kind] = Waker(how, slow)
 
 
+def provide(
+    kind: str, how: Callable[[Any], object], *, slow: bool = False
+) -> None:  # Any: see `Waker`
+    """The same for what we know ourselves: it does not replace what a user has registered."""
+    _wakers.setdefault(kind, Waker(how, slow))
+
+
 def find(thing: object) -> Waker | None:
     """How to interrupt `thing`: what was registered for the nearest of its classes, or None."""
     for kind in type(thing).__mro__:
-        waker = _wakers.get(kind) or _wakers.get(f"{kind.__module__}.{kind.__qualname__}")
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        waker = _wakers.get(kind) or _wakers.get(name)
+        if waker is None and name in _ROOMS:
+            importlib.import_module(f"fastpool.blocking.{_ROOMS[name]}")
+            waker = _wakers.get(name)
         if waker is not None:
             return waker
     return None

@@ -1,12 +1,36 @@
 """
 Blocking calls that hear the token: each waits on the current one, and ends when it is set.
 
-Each is shaped as the call it stands for.
+Each is shaped as the call it stands for, and raises `Cancelled` as soon as the token is set.
 """
 
-from fastpool._scope import sleep
-from fastpool._wakers import register
-from fastpool.blocking._http import urlopen
-from fastpool.blocking._sockets import connect, interruptible
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["connect", "interruptible", "register", "sleep", "urlopen"]
+from fastpool._scope import sleep as sleep
+from fastpool._wakers import register as register
+
+if TYPE_CHECKING:
+    from fastpool.blocking._http import urlopen as urlopen
+    from fastpool.blocking._sockets import connect as connect
+    from fastpool.blocking._sockets import interruptible as interruptible
+else:
+    _HOMES = {
+        "connect": "_sockets",
+        "interruptible": "_sockets",
+        "urlopen": "_http",
+    }
+    __all__ = ["register", "sleep", *_HOMES]
+
+    def __getattr__(name):
+        # A module is imported with the first of its names that somebody asks for: all of them
+        # together bring half of the standard library along.
+        home = _HOMES.get(name)
+        if home is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+        globals()[name] = found
+        return found
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
 from fastpool import _marks
 from fastpool._callbacks import Interrupts
 from fastpool._scope import current_token
-from fastpool._shutdown import shut_down
+from fastpool.blocking._shutdown import shut_down
 
 if TYPE_CHECKING:
     import ssl

@@ -1,18 +1,21 @@
-"""How a socket is interrupted, and what reads from one; nothing is imported for it."""
+"""How a socket is interrupted, and what reads from one."""
 
 from __future__ import annotations
 
 import contextlib
+import socket
 import struct
 import sys
 from typing import Any
 
-__all__ = ["shut_down", "shut_down_connection", "shut_down_stream"]
+from fastpool import _wakers
+
+__all__ = ["shut_down"]
 
 _AT_ONCE = struct.pack("ll", 0, 1)  # one microsecond, as a `struct timeval`
 
 
-def shut_down(sock: Any) -> None:  # Any: to name the type would be to import it
+def shut_down(sock: socket.socket) -> None:
     """
     Have every thread that is blocked on a socket come back, and every later call return at once.
 
@@ -22,8 +25,6 @@ def shut_down(sock: Any) -> None:  # Any: to name the type would be to import it
     Args:
         sock: A socket of any kind. Nothing happens to one that is closed.
     """
-    import socket  # it is there: the object is its
-
     # Always the plain socket's methods: TLS's own would talk to the peer, or take its state away
     # from under the thread that reads.
     plain = socket.socket
@@ -39,19 +40,23 @@ def shut_down(sock: Any) -> None:  # Any: to name the type would be to import it
         plain.shutdown(sock, socket.SHUT_RDWR)
 
 
-def shut_down_connection(connection: Any) -> None:  # Any: as above
+def _shut_down_connection(connection: Any) -> None:  # Any: its type is not imported here
     """The same for an `http.client.HTTPConnection`; nothing happens to one without a socket."""
     sock = connection.sock
     if sock is not None:
         shut_down(sock)
 
 
-def shut_down_stream(stream: Any) -> None:  # Any: as above
+def _shut_down_stream(stream: Any) -> None:  # Any: files of many kinds, one in the other
     """The same for what reads from a socket: a response, or a file that `makefile` made."""
-    import socket
-
     while stream is not None and not isinstance(stream, socket.socket):
         inner = [name for name in ("fp", "raw", "_sock") if hasattr(stream, name)]
         stream = getattr(stream, inner[0]) if inner else None  # None once it is closed
     if stream is not None:
         shut_down(stream)
+
+
+_wakers.provide("socket.socket", shut_down)  # TLS's is a subclass
+_wakers.provide("http.client.HTTPConnection", _shut_down_connection)
+_wakers.provide("http.client.HTTPResponse", _shut_down_stream)
+_wakers.provide("urllib.response.addinfourl", _shut_down_stream)
