@@ -17,7 +17,7 @@ from multiprocessing.pool import ThreadPool
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from fastpool import _clock, _guard, _marks, _scope, structlog_observer
+from fastpool import _clock, _descriptor, _guard, _marks, _scope, structlog_observer
 from fastpool._callbacks import run_callbacks
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
@@ -788,6 +788,7 @@ def _is_left_behind(run: Run) -> bool:
 
 def _after_fork() -> None:
     """In a forked child: no thread came along, and the parent's groups are not ours."""
+    _descriptor.after_fork()  # before anything is cancelled here
     threads.after_fork()
     _clock.after_fork()
     _guard.after_fork()

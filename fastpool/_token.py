@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
 
 from fastpool import _clock, _marks, _wakers
 from fastpool._callbacks import Callback, Interrupts, Registration, keys, run_callbacks
+from fastpool._descriptor import Descriptor
 from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool.exceptions import Cancelled
@@ -48,8 +49,9 @@ class Cause:
 
 # Stands where the cause stands in a token that nothing can set any more.
 _SEALED = Cause(None, source=0)
-# The key in a token's entries under which its cause stands.
+# The keys in a token's entries under which its cause and its descriptor stand.
 _CAUSE = 0
+_DESCRIPTOR = -1
 
 
 class CancelToken:
@@ -222,6 +224,8 @@ class CancelToken:
                 if type(entry) is Gate:
                     if token._entries.pop(key, None) is not None:
                         entry.open()
+                elif type(entry) is Descriptor:
+                    entry.open()  # and leave it: who watches the number needs it open
                 elif ours and type(entry) is Callback:
                     pending.append((entry, token))
         pending.sort(key=lambda pair: pair[0].key, reverse=True)
@@ -380,7 +384,31 @@ class CancelToken:
                 return
             yield item
 
-    def _add_sleeper(self, gate: Gate) -> int:
+    def fileno(self) -> int:
+        """
+        A file descriptor that becomes readable when the token is set, for `select` and its kin.
+
+        It is made by the first call, and closed when the token is gone. It is the token's: do
+        not read from it, and do not close it.
+
+        Returns:
+            The descriptor, the same each time.
+
+        Raises:
+            OSError: If the process has no descriptors left.
+
+        Threads:
+            Safe from any thread.
+        """
+        held = self._entries.get(_DESCRIPTOR)
+        if held is None:
+            held = self._entries.setdefault(_DESCRIPTOR, Descriptor())
+        assert isinstance(held, Descriptor)
+        if self._reason is not None:  # looked at after it stands among the entries
+            held.open()
+        return held.fileno()
+
+    def _add_sleeper(self, gate: Gate | Descriptor) -> int:
         """Have a gate opened when the token is set. Look at the token after, not before."""
         key = next(keys)
         self._entries[key] = gate
