@@ -11,10 +11,11 @@ from multiprocessing.pool import ThreadPool
 
 import pytest
 import structlog
-from servers import descriptors
+from blocked import descriptors
 from staging import note_sleep, sleeping, until
 
 import fastpool
+from fastpool import CancelToken
 
 # A shell that was told to run us in the background has us, and our children, ignore Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -52,6 +53,7 @@ def no_descriptor_is_left():
         gc.collect()  # the queues of an ended pool are a cycle
         return descriptors()
 
+    CancelToken.NEVER.fileno()  # is there for good, once somebody has asked for it
     before = count()
     yield
     until(lambda: count() <= before)

@@ -1,5 +1,5 @@
 """
-Real servers that stall where a test wants them to, and how to know that a thread is blocked.
+Real servers that stall where a test wants them to.
 """
 
 import contextlib
@@ -10,65 +10,6 @@ import ssl
 import subprocess
 import tempfile
 import threading
-import time
-
-from staging import start, until
-
-from fastpool import CancelToken, _syscalls, use_token
-
-# The system calls in which a thread waits for a socket, and for nothing else.
-_WAITING = {
-    number
-    for number, name in _syscalls._NUMBERS[os.uname().machine].items()
-    if name in {"accept", "accept4", "connect", "poll", "ppoll", "read", "recvfrom", "recvmsg"}
-    or name in {"sendmsg", "sendto", "write"}
-}
-
-
-def descriptors():
-    """How many this process has open."""
-    return len(os.listdir("/proc/self/fd"))
-
-
-def _look(number):
-    """The system call that a thread sits in, and how often it has gone to sleep so far."""
-    with open(f"/proc/self/task/{number}/syscall") as file:
-        call = file.read()
-    with open(f"/proc/self/task/{number}/status") as file:
-        slept = next(line for line in file if line.startswith("voluntary_ctxt_switches"))
-    return call, slept
-
-
-def is_blocked(number):
-    """Whether the thread with that native number sleeps in a call for a socket, and goes on to."""
-    seen = _look(number)
-    call = seen[0].split()[0]
-    if not call.isdigit() or int(call) not in _WAITING:
-        return False
-    time.sleep(0.005)
-    return _look(number) == seen
-
-
-def cancel_while_blocked(act):
-    """
-    Run a function in a thread under a token, and cancel that once the thread is blocked.
-
-    Returns:
-        What the function returned or raised.
-    """
-    token = CancelToken()
-
-    def run():
-        with use_token(token):
-            return act()
-
-    thread, outcome = start(run)
-    until(lambda: outcome or is_blocked(thread.native_id))
-    assert not outcome, outcome
-    token.cancel("enough")
-    thread.join(timeout=10)
-    assert outcome, "it hangs"
-    return outcome[0]
 
 
 @contextlib.contextmanager

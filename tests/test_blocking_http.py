@@ -13,14 +13,8 @@ import urllib.request
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from servers import (
-    cancel_while_blocked,
-    certificate,
-    full,
-    is_blocked,
-    read_request,
-    served,
-)
+from blocked import cancel_while_blocked, is_blocked
+from servers import certificate, full, read_request, served
 from staging import until
 
 from fastpool import Cancelled, CancelToken, TaskGroup, blocking, current_token, use_token

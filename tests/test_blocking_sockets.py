@@ -12,7 +12,8 @@ import sys
 import threading
 
 import pytest
-from servers import cancel_while_blocked, certificate, full, is_blocked, served
+from blocked import cancel_while_blocked, is_blocked
+from servers import certificate, full, served
 from staging import start, until
 
 import fastpool

@@ -1,0 +1,78 @@
+"""
+How a test knows that a thread is blocked, and sets its token then.
+"""
+
+import os
+import time
+
+from staging import start, until
+
+from fastpool import CancelToken, _syscalls, use_token
+
+# The system calls in which a thread waits for a file, a socket or another process; and not for
+# the interpreter or one of its locks.
+FOR_FILES = {
+    number
+    for number, name in _syscalls._NUMBERS[os.uname().machine].items()
+    if name in {"accept", "accept4", "connect", "open", "openat", "poll", "ppoll", "read"}
+    or name in {"recvfrom", "recvmsg", "sendmsg", "sendto", "wait4", "waitid", "write"}
+}
+
+
+def descriptors():
+    """How many this process has open."""
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _look(number):
+    """The system call that a thread sits in, and how often it has gone to sleep so far."""
+    with open(f"/proc/self/task/{number}/syscall") as file:
+        call = file.read()
+    with open(f"/proc/self/task/{number}/status") as file:
+        slept = next(line for line in file if line.startswith("voluntary_ctxt_switches"))
+    return call, slept
+
+
+def is_blocked(number, among=FOR_FILES):
+    """Whether the thread with that native number sleeps in one of those calls, and goes on to."""
+    seen = _look(number)
+    call = seen[0].split()[0]
+    if not call.isdigit() or (among is not None and int(call) not in among):
+        return False
+    time.sleep(0.005)
+    return _look(number) == seen
+
+
+def under(token, fn, *args):
+    """A thread that calls a function under a token, and the list for what comes of it."""
+
+    def call():
+        with use_token(token):
+            return fn(*args)
+
+    return start(call)
+
+
+def ended(thread, outcome):
+    """What came of it."""
+    thread.join(timeout=20)
+    assert outcome, "it hangs"
+    return outcome[0]
+
+
+def cancel_while_blocked(fn, *args, among=FOR_FILES):
+    """
+    Call a function in a thread under a token, and cancel that once the thread is blocked.
+
+    Args:
+        among: In which system calls; `None`: in any.
+
+    Returns:
+        What the function returned or raised.
+    """
+    token = CancelToken()
+    thread, outcome = under(token, fn, *args)
+    until(lambda: outcome or is_blocked(thread.native_id, among))
+    assert not outcome, outcome
+    token.cancel("enough")
+    return ended(thread, outcome)
