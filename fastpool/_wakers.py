@@ -25,6 +25,7 @@ _ROOMS: dict[str, str] = {
     "http.client.HTTPConnection": "_shutdown",
     "http.client.HTTPResponse": "_shutdown",
     "socket.socket": "_shutdown",
+    "subprocess.Popen": "_children",
     "urllib.response.addinfourl": "_shutdown",
 }
 

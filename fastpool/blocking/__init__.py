@@ -11,13 +11,29 @@ from fastpool._scope import sleep as sleep
 from fastpool._wakers import register as register
 
 if TYPE_CHECKING:
+    from fastpool.blocking._abandon import abandon as abandon
+    from fastpool.blocking._abandon import abandoned as abandoned
+    from fastpool.blocking._children import run as run
+    from fastpool.blocking._files import flock as flock
+    from fastpool.blocking._files import open_fifo as open_fifo
+    from fastpool.blocking._files import read as read
+    from fastpool.blocking._files import select as select
     from fastpool.blocking._http import urlopen as urlopen
     from fastpool.blocking._sockets import connect as connect
     from fastpool.blocking._sockets import interruptible as interruptible
+    from fastpool.blocking._terminal import input as input
 else:
     _HOMES = {
+        "abandon": "_abandon",
+        "abandoned": "_abandon",
         "connect": "_sockets",
+        "flock": "_files",
+        "input": "_terminal",
         "interruptible": "_sockets",
+        "open_fifo": "_files",
+        "read": "_files",
+        "run": "_children",
+        "select": "_files",
         "urlopen": "_http",
     }
     __all__ = ["register", "sleep", *_HOMES]

@@ -1,0 +1,121 @@
+"""What cannot be interrupted at all: a call in a thread that a cancel leaves behind."""
+
+from __future__ import annotations
+
+import contextvars
+import warnings
+from collections.abc import Callable
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from fastpool import _clock
+from fastpool._gate import Gate
+from fastpool._scope import current_token
+from fastpool._text import plain
+from fastpool._unraisable import unraisable
+
+__all__ = ["abandon", "abandoned"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def abandon(fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
+    """
+    Call what nothing can interrupt, in a thread that a cancel leaves behind.
+
+    For the look-up of a host's name, a mount whose server is gone, a computation in C. The thread
+    runs until the call returns, does not hold the program when it ends, and what the call leaves
+    is dropped. A `RuntimeWarning` names the function; `abandoned()` tells which still run.
+
+    Args:
+        fn: Called with `args` and `kwargs`, in a copy of the caller's context, token included.
+
+    Returns:
+        What it returns.
+
+    Raises:
+        Cancelled: As soon as the current token is set.
+        BaseException: What it raises.
+        RuntimeError: If no thread can be started.
+    """
+    token = current_token()
+    token.check()
+    call = _Call(lambda: fn(*args, **kwargs), plain(getattr(fn, "__qualname__", repr(fn))))
+    _clock.start_thread(call.run, f"fastpool-abandon-{call.name}")
+    key = token._add_sleeper(call.gate)
+    try:
+        while not (call.ended() or token.cancelled()):
+            call.gate.wait()
+    finally:
+        token._remove(key)
+        left = call.leave()
+        if left:
+            _warn(call.name)
+    if left:
+        token.check()
+    return call.unwrap()
+
+
+def _warn(name: str) -> None:
+    try:
+        message = f"{name}() was left behind by a cancel: its thread runs until it returns"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    except Warning as error:  # made an error by a filter: it must not pass for what is raised
+        unraisable(error, _warn)
+
+
+def abandoned() -> tuple[str, ...]:
+    """
+    The calls that were left behind and still run.
+
+    Returns:
+        The names of the functions, in the order in which they were left.
+    """
+    return tuple(call.name for call in list(_left))
+
+
+_left: dict[_Call[Any], None] = {}
+
+
+class _Call(Generic[R]):
+    """A call in a thread of its own, which is left behind unless it ends first."""
+
+    __slots__ = ("_claims", "_context", "_error", "_fn", "_value", "gate", "name")
+
+    def __init__(self, fn: Callable[[], R], name: str) -> None:
+        self.name = name
+        self.gate = Gate()
+        self._fn = fn
+        self._context = contextvars.copy_context()
+        self._value: tuple[R, ...] = ()
+        self._error: BaseException | None = None
+        self._claims: dict[None, str] = {}  # `setdefault` is atomic: what came first stays
+
+    def run(self) -> None:
+        try:
+            self._value = (self._context.run(self._fn),)
+        except BaseException as error:
+            self._error = error
+        if self._claims.setdefault(None, "ended") == "left":
+            _left.pop(self, None)
+        self.gate.open()
+
+    def ended(self) -> bool:
+        return self._claims.get(None) == "ended"
+
+    def leave(self) -> bool:
+        """Leave it behind; False if it has ended first."""
+        _left[self] = None  # before it can end, and take itself off
+        if self._claims.setdefault(None, "left") == "left":
+            return True
+        _left.pop(self, None)
+        return False
+
+    def unwrap(self) -> R:
+        error, self._error = self._error, None
+        if error is None:
+            return self._value[0]
+        try:
+            raise error
+        finally:
+            del error  # its traceback holds this frame: without the name it is no cycle
