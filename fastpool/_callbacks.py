@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING
 
-from fastpool import _clock, _marks
+from fastpool import _clock, _marks, _wakers
 from fastpool._closing import Closing
 from fastpool._errors import is_a
 from fastpool._gate import Gate
@@ -24,6 +24,9 @@ __all__ = ["Callback", "Interrupts", "Registration", "keys", "run_callbacks"]
 
 keys = itertools.count(1)  # orders tokens and callbacks by age; `next` of it is atomic
 
+FIRST_PAUSE = 0.001  # seconds until an interruption that could not be made is tried again
+LONGEST_PAUSE = 0.05  # seconds; mostly the second try is the last
+
 
 class Callback:
     """
@@ -33,6 +36,7 @@ class Callback:
     __slots__ = (
         "_claims",
         "_context",
+        "_pause",
         "_waiters",
         "finished",
         "function",
@@ -50,6 +54,7 @@ class Callback:
         self._context: contextvars.Context | None = contextvars.copy_context()
         self._claims: dict[None, object] = {}  # `setdefault` is atomic: one alone gets it
         self._waiters: list[Gate] = []
+        self._pause: Gate | None = None
 
     def claim(self, mine: object) -> bool:
         """Whether it is the caller who decides what becomes of it."""
@@ -77,9 +82,19 @@ class Callback:
         assert context is not None
         assert function is not None
         try:
-            context.run(function)
+            if context.run(function) is _wakers.AGAIN:
+                self._call_again(context, function)
         except BaseException as error:  # even an exit: it must not pass for the canceller's
             unraisable(error, function)
+
+    def _call_again(self, context: contextvars.Context, function: Callable[[], object]) -> None:
+        """Go on calling, with growing pauses, until somebody waits for the end of it."""
+        self._pause = gate = Gate()  # and look then: `join` says that it waits, and opens then
+        pause = FIRST_PAUSE
+        while not self._waiters and not gate.wait(pause):
+            if context.run(function) is not _wakers.AGAIN:
+                return
+            pause = min(2 * pause, LONGEST_PAUSE)
 
     def finish(self, token: CancelToken) -> None:
         """It has run, or never will."""
@@ -108,6 +123,9 @@ class Callback:
             frame = frame.f_back
         gate = Gate()
         self._waiters.append(gate)  # and look then: `finish` sets first and opens then
+        pause = self._pause
+        if pause is not None:
+            pause.open()
         while not self.finished:
             gate.sit_out()
 

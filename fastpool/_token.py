@@ -482,9 +482,10 @@ class CancelToken:
         if callable(what):
             return Interrupts(self, what, slow=False)
         kind = type(what)
+        instead = _wakers.advice(what)
         raise TypeError(
             f"interrupts() does not know how to interrupt {kind.__module__}.{kind.__qualname__}; "
-            "give it a function that does"
+            + ("give it a function that does" if instead is None else f"use {instead}")
         )
 
     def _close_callbacks(self) -> None:

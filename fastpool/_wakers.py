@@ -6,7 +6,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-__all__ = ["Waker", "find", "provide", "register"]
+__all__ = ["AGAIN", "Waker", "advice", "find", "provide", "register"]
 
 
 class Waker(NamedTuple):
@@ -15,6 +15,13 @@ class Waker(NamedTuple):
     how: Callable[[Any], object]  # Any: it takes the registered type, which only its owner knows
     slow: bool
 
+
+AGAIN = object()
+"""
+Returned by a slow way of interrupting that could not interrupt anything yet, or cannot know.
+
+It is called again after a pause, until the block is left.
+"""
 
 # Read and written with single, atomic dict operations only, so no lock guards it.
 _wakers: dict[type | str, Waker] = {}
@@ -25,8 +32,25 @@ _ROOMS: dict[str, str] = {
     "http.client.HTTPConnection": "_shutdown",
     "http.client.HTTPResponse": "_shutdown",
     "socket.socket": "_shutdown",
+    "sqlite3.Connection": "_sqlite",
     "subprocess.Popen": "_children",
+    "threading.Barrier": "_waits",
+    "threading.Condition": "_waits",
     "urllib.response.addinfourl": "_shutdown",
+}
+
+# What to call instead of interrupting what cannot be woken without harm to others.
+_INSTEAD: dict[str, str] = {
+    "_queue.SimpleQueue": "fastpool.blocking.get(queue)",
+    "_thread.RLock": "fastpool.blocking.acquire(lock)",
+    "_thread.lock": "fastpool.blocking.acquire(lock)",
+    "concurrent.futures._base.Future": "fastpool.blocking.wait(future)",
+    "multiprocessing.process.BaseProcess": "fastpool.blocking.wait(process)",
+    "multiprocessing.queues.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
+    "queue.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
+    "threading.Event": "fastpool.blocking.wait(event)",
+    "threading.Semaphore": "fastpool.blocking.acquire(semaphore)",
+    "threading.Thread": "fastpool.blocking.wait(thread)",
 }
 
 
@@ -62,7 +86,7 @@ def provide(
 def find(thing: object) -> Waker | None:
     """How to interrupt `thing`: what was registered for the nearest of its classes, or None."""
     for kind in type(thing).__mro__:
-        name = f"{kind.__module__}.{kind.__qualname__}"
+        name = _name(kind)
         waker = _wakers.get(kind) or _wakers.get(name)
         if waker is None and name in _ROOMS:
             importlib.import_module(f"fastpool.blocking.{_ROOMS[name]}")
@@ -70,3 +94,13 @@ def find(thing: object) -> Waker | None:
         if waker is not None:
             return waker
     return None
+
+
+def advice(thing: object) -> str | None:
+    """What to call instead of interrupting `thing`, if that is known."""
+    known = (_INSTEAD.get(_name(kind)) for kind in type(thing).__mro__)
+    return next(filter(None, known), None)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
