@@ -19,22 +19,32 @@ if TYPE_CHECKING:
     from fastpool.blocking._files import read as read
     from fastpool.blocking._files import select as select
     from fastpool.blocking._http import urlopen as urlopen
+    from fastpool.blocking._queues import get as get
+    from fastpool.blocking._queues import put as put
     from fastpool.blocking._sockets import connect as connect
     from fastpool.blocking._sockets import interruptible as interruptible
+    from fastpool.blocking._sqlite import execute as execute
     from fastpool.blocking._terminal import input as input
+    from fastpool.blocking._waits import acquire as acquire
+    from fastpool.blocking._waits import wait as wait
 else:
     _HOMES = {
         "abandon": "_abandon",
         "abandoned": "_abandon",
+        "acquire": "_waits",
         "connect": "_sockets",
+        "execute": "_sqlite",
         "flock": "_files",
+        "get": "_queues",
         "input": "_terminal",
         "interruptible": "_sockets",
         "open_fifo": "_files",
+        "put": "_queues",
         "read": "_files",
         "run": "_children",
         "select": "_files",
         "urlopen": "_http",
+        "wait": "_waits",
     }
     __all__ = ["register", "sleep", *_HOMES]
 

@@ -1,0 +1,102 @@
+"""SQLite: queries in progress, and waiting for a lock on the file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastpool import _wakers
+from fastpool._scope import current_token
+from fastpool.blocking._conditions import slices
+
+if TYPE_CHECKING:
+    import sqlite3
+
+__all__ = ["execute"]
+
+
+def execute(
+    connection: sqlite3.Connection,
+    sql: str,
+    # Any: whatever SQLite has an adapter for
+    parameters: Sequence[Any] | Mapping[str, Any] = (),
+    /,
+) -> sqlite3.Cursor:
+    """
+    `connection.execute(sql, parameters)`, until the current token is set.
+
+    A query in progress is interrupted at once; so it is inside
+    `with token.interrupts(connection):`, which fetching rows needs as well. Waiting for another
+    connection's lock is what only this function ends, within 0.05 seconds: SQLite does not look
+    up while it waits, so it is told to wait for moments only, until the connection's own
+    timeout has passed. A commit may wait, too: `execute(connection, "COMMIT")`.
+
+    Args:
+        connection: It is usable afterwards, and its timeout is as before. What an interrupted
+            statement has written is rolled back, and where it was part of a transaction it may
+            have ended that: `connection.in_transaction` tells.
+        sql: One statement.
+        parameters: Its parameters, as `sqlite3` takes them.
+
+    Returns:
+        A cursor. Its rows are computed as they are fetched.
+
+    Raises:
+        Cancelled: As soon as the token is set.
+        sqlite3.OperationalError: If the database is still locked when the connection's timeout
+            has passed; and what else `sqlite3` raises.
+
+    Threads:
+        As the connection's. On the main thread, Ctrl-C is heard when the statement has ended,
+        as is every signal: run long ones in a task.
+
+    Source:
+        https://www.sqlite.org/c3ref/interrupt.html and https://www.sqlite.org/c3ref/busy_timeout.html
+    """
+    import sqlite3
+
+    before = _busy_timeout(connection)
+    deadline = time.monotonic() + before / 1000
+    try:
+        with current_token().interrupts(connection):
+            for seconds in slices(None):
+                begun = time.monotonic()
+                moment = max(0, min(int(seconds * 1000), int((deadline - begun) * 1000)))
+                _busy_timeout(connection, moment)
+                try:
+                    return connection.execute(sql, parameters)
+                except sqlite3.OperationalError as error:
+                    if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
+                        raise
+                    # It does not wait where two would wait for each other.
+                    now = time.monotonic()
+                    if now - begun < moment / 2000 or now >= deadline or moment == 0:
+                        raise
+    finally:
+        _busy_timeout(connection, before)
+    raise AssertionError("slices() of no timeout never ends")
+
+
+def _busy_timeout(connection: sqlite3.Connection, milliseconds: int | None = None) -> int:
+    """How long a connection waits for a lock; set first, if it is given."""
+    cursor = connection.cursor()
+    cursor.row_factory = None  # the connection's could make anything of the row
+    setting = "" if milliseconds is None else f" = {milliseconds}"
+    found: int = cursor.execute(f"PRAGMA busy_timeout{setting}").fetchone()[0]
+    return found
+
+
+def _interrupt(connection: sqlite3.Connection) -> object:
+    """End the query in progress; again and again, for SQLite forgets it if there is none yet."""
+    sqlite3 = sys.modules["sqlite3"]
+    try:
+        connection.interrupt()
+    except sqlite3.ProgrammingError:
+        return None  # it was closed
+    return _wakers.AGAIN
+
+
+# SQLite takes no lock to interrupt. Slow, since it may have to be done more than once.
+_wakers.provide("sqlite3.Connection", _interrupt, slow=True)
