@@ -190,18 +190,18 @@ class Registration(Closing):
 class Interrupts:
     """What `CancelToken.interrupts` returns."""
 
-    __slots__ = ("_interrupt", "_registrations", "_slow", "_token")
+    __slots__ = ("_registrations", "_slow", "_token", "interrupt")
 
     def __init__(self, token: CancelToken, interrupt: Callable[[], object], slow: bool) -> None:
         self._token = token
-        self._interrupt = interrupt
+        self.interrupt = interrupt
         self._slow = slow
         self._registrations: list[Registration] = []  # one for each block that is in it
 
     def __enter__(self) -> None:
         token = self._token
         token.check()
-        registration = token._register(Callback(self._interrupt, slow=self._slow))
+        registration = token._register(Callback(self.interrupt, slow=self._slow))
         if token.cancelled():
             # Set since the check: the interruption has come too early to wake anything.
             registration.close()

@@ -420,7 +420,7 @@ def test_interrupt_ends_a_request_in_the_body(said):
     """
 
     def ctrl_c():
-        until(lambda: is_blocked(os.getpid()))
+        until(lambda: is_blocked(os.getpid(), None))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=ctrl_c)

@@ -540,7 +540,7 @@ def interrupt_once_blocked():
     """A thread that sends Ctrl-C to this process once the main thread is blocked."""
 
     def ctrl_c():
-        until(lambda: is_blocked(os.getpid()))
+        until(lambda: is_blocked(os.getpid(), None))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=ctrl_c)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextvars
 import warnings
 from collections.abc import Callable
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from fastpool import _clock
-from fastpool._gate import Gate
 from fastpool._scope import current_token
 from fastpool._text import plain
 from fastpool._unraisable import unraisable
+from fastpool.blocking._elsewhere import Call
 
 __all__ = ["abandon", "abandoned"]
 
@@ -77,25 +76,18 @@ def abandoned() -> tuple[str, ...]:
 _left: dict[_Call[Any], None] = {}
 
 
-class _Call(Generic[R]):
+class _Call(Call[R]):
     """A call in a thread of its own, which is left behind unless it ends first."""
 
-    __slots__ = ("_claims", "_context", "_error", "_fn", "_value", "gate", "name")
+    __slots__ = ("_claims", "name")
 
     def __init__(self, fn: Callable[[], R], name: str) -> None:
+        super().__init__(fn)
         self.name = name
-        self.gate = Gate()
-        self._fn = fn
-        self._context = contextvars.copy_context()
-        self._value: tuple[R, ...] = ()
-        self._error: BaseException | None = None
         self._claims: dict[None, str] = {}  # `setdefault` is atomic: what came first stays
 
     def run(self) -> None:
-        try:
-            self._value = (self._context.run(self._fn),)
-        except BaseException as error:
-            self._error = error
+        super().run()
         if self._claims.setdefault(None, "ended") == "left":
             _left.pop(self, None)
         self.gate.open()
@@ -110,12 +102,3 @@ class _Call(Generic[R]):
             return True
         _left.pop(self, None)
         return False
-
-    def unwrap(self) -> R:
-        error, self._error = self._error, None
-        if error is None:
-            return self._value[0]
-        try:
-            raise error
-        finally:
-            del error  # its traceback holds this frame: without the name it is no cycle

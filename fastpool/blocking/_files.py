@@ -14,6 +14,7 @@ from typing import IO, Any, Protocol, TypeVar
 from fastpool import _clock, _marks
 from fastpool._scope import current_token
 from fastpool._token import CancelToken
+from fastpool.blocking._elsewhere import sit_in
 from fastpool.blocking._polling import IN, OUT, poll
 
 __all__ = ["flock", "open_fifo", "read", "select"]
@@ -163,22 +164,21 @@ def _fifo_opener(token: CancelToken) -> Callable[[str, int], int]:
                 # may not have got as far as to wait yet.
                 closing.callback(os.close, os.open(target, os.O_RDWR | os.O_NONBLOCK))
 
-            fd = -1
+            opened: list[int] = []
+
+            def opens() -> None:
+                opened.append(os.open(target, flags, 0o666))
+
             try:
                 with token.interrupts(come):
-                    fd = _open(target, flags)
+                    sit_in(come, opens)
             except BaseException:
-                if fd >= 0:
+                for fd in opened:
                     os.close(fd)
                 raise
-            return fd
+            return opened[0]
 
     return opener
-
-
-@_marks.calls_out
-def _open(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o666)
 
 
 def flock(fd: int | HasFileno, operation: int, /) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import http.client
 import io
+import select
 import socket
 import ssl
 import urllib.request
@@ -13,7 +14,9 @@ from collections.abc import Generator, Iterable
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from fastpool._scope import current_token
-from fastpool.blocking._sockets import DEFAULT, call_out, connect, secure
+from fastpool.blocking._elsewhere import call_out, sit_in
+from fastpool.blocking._shutdown import shut_down
+from fastpool.blocking._sockets import DEFAULT, connect, secure
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -100,8 +103,13 @@ class _Reader(io.RawIOBase):
         self._sock: socket.socket = stream._sock
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
+        count: int | None
         with current_token().interrupts(self._sock):
-            count: int | None = call_out(self._stream.readinto, buffer)
+            if _has_something(self._sock):
+                count = call_out(self._stream.readinto, buffer)
+            else:
+                cut = functools.partial(shut_down, self._sock)
+                count = sit_in(cut, self._stream.readinto, buffer)
         return count
 
     def readable(self) -> bool:
@@ -114,6 +122,16 @@ class _Reader(io.RawIOBase):
     def close(self) -> None:
         super().close()
         self._stream.close()
+
+
+def _has_something(sock: socket.socket) -> bool:
+    """Whether there is something to read, for all that one can tell without reading it."""
+    if isinstance(sock, ssl.SSLSocket) and sock.pending():
+        return True
+    try:
+        return bool(select.select([sock], [], [], 0)[0])
+    except ValueError:  # its number is above what `select` can tell of
+        return False
 
 
 class _Response(http.client.HTTPResponse):
@@ -137,7 +155,10 @@ class _HTTPConnection(http.client.HTTPConnection):
         if self.sock is None and self.auto_open:
             self.connect()
         with current_token().interrupts(self):
-            call_out(super().send, data)
+            if isinstance(data, bytes) and self.sock is not None:
+                sit_in(functools.partial(shut_down, self.sock), super().send, data)
+            else:  # read from what is the user's own
+                call_out(super().send, data)
 
 
 class _HTTPSConnection(_HTTPConnection, http.client.HTTPSConnection):

@@ -8,22 +8,18 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
-from fastpool import _marks
 from fastpool._callbacks import Interrupts
 from fastpool._scope import current_token
+from fastpool.blocking._elsewhere import call_out, sit_in
 from fastpool.blocking._shutdown import shut_down
 
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["DEFAULT", "call_out", "connect", "interruptible", "secure"]
-
-P = ParamSpec("P")
-T = TypeVar("T")
+__all__ = ["DEFAULT", "connect", "interruptible", "secure"]
 
 # Any: what stands there is nothing but an object, and is handed on as a number of seconds.
 DEFAULT: Any = vars(socket)["_GLOBAL_DEFAULT_TIMEOUT"]
@@ -33,12 +29,6 @@ Address: TypeAlias = tuple[str | bytes | None, str | bytes | int | None] | str |
 Source: TypeAlias = tuple[str, int]
 
 SLICE = 0.02  # seconds between two looks at the token; 50 system calls a second
-
-
-@_marks.calls_out
-def call_out(fn: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Call what blocks, or is not ours: Ctrl-C may break in."""
-    return fn(*args, **kwargs)
 
 
 def interruptible(sock: socket.socket) -> Interrupts:
@@ -195,7 +185,7 @@ def _connect_to(
         if source is not None:
             sock.bind(source)
         with interruptible(sock):
-            call_out(sock.connect, target)
+            sit_in(partial(shut_down, sock), sock.connect, target)
     except BaseException:
         sock.close()
         raise
@@ -260,14 +250,21 @@ def secure(sock: socket.socket, context: ssl.SSLContext, name: str | None) -> ss
         Cancelled: As soon as the current token is set.
         OSError: If the handshake fails.
     """
-    wrapped: ssl.SSLSocket | None = None
+    wrapped: list[ssl.SSLSocket] = []
+
+    def wrap() -> None:
+        # Not in two steps: there are contexts that look at the certificate after the handshake,
+        # in this very method. (Before Python 3.13 it leaves the closing of what Ctrl-C interrupts
+        # to the garbage collector.)
+        wrapped.append(context.wrap_socket(sock, server_hostname=name))
+
+    cutting = interruptible(sock)
     try:
-        with interruptible(sock):
-            # Not in two steps: there are contexts that look at the certificate after the
-            # handshake, in this very method. (Before Python 3.13 it leaves the closing of what
-            # Ctrl-C interrupts to the garbage collector.)
-            wrapped = call_out(context.wrap_socket, sock, server_hostname=name)
+        with cutting:
+            sit_in(cutting.interrupt, wrap)
     except BaseException:
-        (wrapped or sock).close()
+        for each in wrapped:
+            each.close()
+        sock.close()
         raise
-    return wrapped
+    return wrapped[0]
