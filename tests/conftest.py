@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 from contextlib import ExitStack
+from multiprocessing import resource_tracker
 from multiprocessing.pool import ThreadPool
 
 import pytest
@@ -44,8 +45,18 @@ def no_configuration_is_left():
     structlog.contextvars.clear_contextvars()
 
 
+@pytest.fixture(scope="session")
+def tracker():
+    """
+    A process of the standard library's, and a pipe to it, which are there for good.
+
+    From Python 3.14 on the first `ThreadPool` starts it, for the lock of a queue that it has.
+    """
+    resource_tracker.ensure_running()
+
+
 @pytest.fixture
-def no_descriptor_is_left():
+def no_descriptor_is_left(tracker):
     """The test closes what it opens, and so does the library."""
 
     def count():

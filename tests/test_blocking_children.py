@@ -32,7 +32,7 @@ def children():
 
 
 @pytest.fixture(autouse=True)
-def no_child_is_left():
+def no_child_is_left(tracker):
     """What the library starts it reaps as well."""
     before = children()
     yield

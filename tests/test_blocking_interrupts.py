@@ -4,7 +4,7 @@ Ctrl-C ends every blocking call of the main thread, also if the signal does not 
 
 import concurrent.futures
 import fcntl
-import multiprocessing.resource_tracker
+import multiprocessing
 import os
 import queue
 import signal
@@ -24,12 +24,6 @@ from fastpool import TaskGroup, blocking
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
 SPAWN = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tracker():
-    """A process of the standard library's, with a pipe to it, that is there for good."""
-    multiprocessing.resource_tracker.ensure_running()
 
 
 @pytest.fixture
