@@ -42,7 +42,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(fastpool\.([a-z_]+\.)*)?_?[A-Z][0-9]?(\.args|\.kwargs)?"),
     ("py:.*", r"fastpool\.([a-z_]+\.)*_[A-Z]\w*"),
     # What only the library makes is in signatures that nobody calls.
-    ("py:.*", r"fastpool\._[a-z]+\.\w+"),
+    ("py:.*", r"fastpool\.(blocking\.)?_[a-z]+\.\w+"),
     ("py:.*", r"Callback|Context|FrameType|Options|R_co|Run|Ts"),
     # An alias of a tuple is cut at its commas.
     ("py:.*", r"tuple\[.*"),
