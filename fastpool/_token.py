@@ -481,12 +481,14 @@ class CancelToken:
             return Interrupts(self, functools.partial(waker.how, what), waker.slow)
         if callable(what):
             return Interrupts(self, what, slow=False)
-        kind = type(what)
+        kind = f"{type(what).__module__}.{type(what).__qualname__}"
         instead = _wakers.advice(what)
-        raise TypeError(
-            f"interrupts() does not know how to interrupt {kind.__module__}.{kind.__qualname__}; "
-            + ("give it a function that does" if instead is None else f"use {instead}")
-        )
+        if instead is None:
+            raise TypeError(
+                f"interrupts() does not know how to interrupt {kind}; register a way with "
+                f"fastpool.blocking.register({kind!r}, how), or give it a function that does"
+            )
+        raise TypeError(f"interrupts() cannot interrupt {kind}; use {instead}")
 
     def _close_callbacks(self) -> None:
         """

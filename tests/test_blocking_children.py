@@ -15,7 +15,7 @@ import pytest
 from staging import start, until
 
 import fastpool.blocking as blocking
-from fastpool import Cancelled, CancelToken, TaskGroup, use_token
+from fastpool import Cancelled, CancelToken, TaskGroup, _marks, use_token
 from fastpool.blocking import _children
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
@@ -348,3 +348,62 @@ def test_child_is_not_left_running_if_it_cannot_be_watched(monkeypatch):
     monkeypatch.delattr(os, "pidfd_open")
     with pytest.raises(OSError, match="too many open files"):
         blocking.run(["sleep", "60"])
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+
+def interrupted_run(script, path, act):
+    """Run a script in the body of a group in the main thread, while another thread acts."""
+    thread, outcome = start(act)
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1):
+        blocking.run(["sh", "-c", script, "sh", str(path)], grace=50)
+    thread.join(timeout=10)
+
+    assert outcome == [None]
+    assert not is_running(int(path.read_text().split()[0]))
+
+
+def is_ready(path):
+    return path.exists() and path.read_text().endswith("ready\n")
+
+
+def test_second_interrupt_cuts_the_grace_short(tmp_path):
+    """
+    The first asks the command to end, which it does not; it is killed then, and reaped.
+    """
+    path, asked = tmp_path / "pids", tmp_path / "pids.asked"
+    script = "trap 'echo > $1.asked' TERM; echo $$ ready > $1; while :; do sleep 0.01; done"
+
+    def act():
+        until(lambda: is_ready(path))
+        signal.raise_signal(signal.SIGINT)
+        until(asked.exists)
+        signal.raise_signal(signal.SIGINT)
+
+    interrupted_run(script, path, act)
+
+
+def test_first_interrupt_leaves_a_command_that_is_ending_its_grace(tmp_path):
+    """
+    It had been cancelled before; the interrupt is raised when it has ended in its own way.
+    """
+    path, asked = tmp_path / "pids", tmp_path / "pids.asked"
+    script = (
+        "trap 'echo > $1.asked; while [ ! -e $1.go ]; do sleep 0.01; done; echo > $1.clean; exit'"
+        " TERM; echo $$ ready > $1; while :; do sleep 0.01; done"
+    )
+    token = CancelToken()
+
+    def act():
+        until(lambda: is_ready(path))
+        token.cancel()
+        until(asked.exists)
+        signal.raise_signal(signal.SIGINT)
+        until(lambda: _marks.held)
+        (tmp_path / "pids.go").touch()
+
+    with use_token(token):
+        interrupted_run(script, path, act)
+
+    assert (tmp_path / "pids.clean").exists()

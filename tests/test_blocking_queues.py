@@ -20,6 +20,7 @@ import fastpool.blocking
 from fastpool import Cancelled, CancelToken, use_token
 
 blocking = fastpool.blocking
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 KINDS = [queues.Queue, queues.LifoQueue, queues.PriorityQueue]
 
 
@@ -183,7 +184,9 @@ def test_interrupting_a_queue_says_what_to_call():
     """
     To wake a plain `get` would do nothing: it goes on waiting for an item.
     """
-    for queue in (queues.PriorityQueue(), queues.SimpleQueue()):
+    between = multiprocessing.get_context("spawn").Queue()
+    between.close()
+    for queue in (queues.PriorityQueue(), queues.SimpleQueue(), between):
         with pytest.raises(TypeError, match=r"use fastpool\.blocking\.get\(queue\)"):
             CancelToken().interrupts(queue)
 

@@ -276,6 +276,32 @@ assert not hasattr(fastpool.blocking, "nothing")
     assert (done.returncode, done.stdout) == (0, "cancelled\n"), done.stderr
 
 
+@pytest.mark.parametrize("kind", ["socket.socket", "'socket.socket'"], ids=["type", "name"])
+def test_users_way_is_not_replaced_by_ours(kind):
+    """
+    Whether ours has been looked up by then or not.
+    """
+    script = f"""
+import socket
+from fastpool import Cancelled, CancelToken, blocking
+seen = []
+blocking.register({kind}, seen.append)
+blocking.connect  # brings ours
+a, b = socket.socketpair()
+token = CancelToken()
+try:
+    with a, b, token.interrupts(a):
+        token.cancel()
+except Cancelled:
+    print(seen == [a])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=50, check=False
+    )
+
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
 # --- Connecting -----------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import fastpool.blocking
 from fastpool import Cancelled, CancelToken, current_token, use_token
 
 blocking = fastpool.blocking
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 ENDLESS = (
     "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT seen(x + 1) FROM n) SELECT max(x) FROM n"
 )

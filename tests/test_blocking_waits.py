@@ -20,6 +20,7 @@ import fastpool.blocking
 from fastpool import Cancelled, CancelToken, TaskGroup, use_token
 
 blocking = fastpool.blocking
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 ROUNDS = int(os.environ.get("FASTPOOL_ROUNDS", "1500"))
 
 
