@@ -141,6 +141,24 @@ def test_queue_that_nothing_can_wake_is_looked_at_again():
     assert type(ended(thread, outcome)) is Cancelled
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 13), reason="a timed get ends in time there")
+def test_simple_queue_is_never_waited_for_by_its_own_timeout():
+    """
+    It would wait without end, if another thread were faster as the time runs out.
+    """
+    calls = []
+
+    class Noted(queues.SimpleQueue):
+        def get(self, block=True, timeout=None):
+            calls.append((block, timeout))
+            return super().get(block, timeout)
+
+    with pytest.raises(queues.Empty):
+        blocking.get(Noted(), 0.01)
+
+    assert set(calls) == {(False, None)}
+
+
 def test_queues_between_processes_hear_the_token():
     """
     Getting from an empty one and putting into a full one; items come through.

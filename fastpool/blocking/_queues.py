@@ -43,7 +43,8 @@ def get(queue: Gettable[T], timeout: float | None = None) -> T:
             `multiprocessing` whose `get` takes a timeout. A `Queue` wakes at once on cancel,
             and so does a `multiprocessing.Queue`. Nothing can wake `SimpleQueue.get`, nor that
             of a manager's queue: an item is got at once there, and a cancel heard within 0.05
-            seconds, at which the call wakes to look.
+            seconds, at which the call wakes to look. Before Python 3.13, where a timed
+            `SimpleQueue.get` may never end, it is the item that is got so late.
         timeout: Longest wait, in seconds. `None` waits without limit, `0` only looks.
 
     Returns:
@@ -71,6 +72,17 @@ def get(queue: Gettable[T], timeout: float | None = None) -> T:
         from fastpool.blocking import _processes  # which is for systems that have `poll`
 
         item = _processes.get(queue, timeout)
+        return item
+    elif sys.version_info < (3, 13) and isinstance(queue, queues.SimpleQueue):
+        # Its own timed `get` waits without end there, if another thread takes the item for which
+        # it was woken as the time runs out.
+        for seconds in slices(timeout):
+            try:
+                item = queue.get(False)
+                return item
+            except queues.Empty:
+                current_token().sleep(seconds)
+        item = queue.get(False)
         return item
     elif isinstance(queue, queues.SimpleQueue) or _is_from_manager(queue):
         for seconds in slices(timeout):
