@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
+from benchmarks import blocked
 from benchmarks.jobs import Failing, clock, nothing
 from benchmarks.measure import in_process, medians
 from fastpool import CancelToken, TaskGroup, cancellable, current_token
@@ -411,6 +412,19 @@ def observers(size: Size) -> list[Result]:
     return [Result("observers", name, taken[name] * 1e6, None, "us") for name in able]
 
 
+def blocking(size: Size) -> list[Result]:
+    """From the cancel until a blocked thread is out of its call, against waking it by hand."""
+    results = []
+    for name, operation in blocked.OPERATIONS.items():
+        able = {
+            "fastpool": functools.partial(blocked.by_token, operation),
+            name: functools.partial(blocked.by_hand, operation),
+        }
+        # What ours does beyond that is to look for the registrations, and to raise.
+        results += compared("blocking", medians(able, size.rounds), {name: 1 / 5}, "us", 1e6)
+    return results
+
+
 ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "submit": submit,
     "map": map_,
@@ -422,6 +436,7 @@ ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "memory": memory,
     "check": check,
     "register": register,
+    "blocking": blocking,
     "direct-call": direct_call,
     "import": importing,
     "parts": parts,

@@ -69,32 +69,39 @@ class Callback:
             _clock.run_in_helper(lambda: self._run(token, mine))
 
     def _run(self, token: CancelToken, mine: object) -> None:
+        again = False
         try:
-            if self.claim(mine):
-                self._call()
+            again = self.claim(mine) and self._call()
         finally:
             if self._claims.get(None) is mine:
-                self.finish(token)
+                if not again:
+                    self.finish(token)
+                elif self.slow:
+                    self._call_again(token)
+                else:
+                    _clock.run_in_helper(lambda: self._call_again(token))
 
     @_marks.swallows
-    def _call(self) -> None:
+    def _call(self) -> bool:
+        """Call the function; whether it wants to be called again."""
         context, function = self._context, self.function
         assert context is not None
         assert function is not None
         try:
-            if context.run(function) is _wakers.AGAIN:
-                self._call_again(context, function)
+            return context.run(function) is _wakers.AGAIN
         except BaseException as error:  # even an exit: it must not pass for the canceller's
             unraisable(error, function)
+            return False
 
-    def _call_again(self, context: contextvars.Context, function: Callable[[], object]) -> None:
+    def _call_again(self, token: CancelToken) -> None:
         """Go on calling, with growing pauses, until somebody waits for the end of it."""
-        self._pause = gate = Gate()  # and look then: `join` says that it waits, and opens then
-        pause = FIRST_PAUSE
-        while not self._waiters and not gate.wait(pause):
-            if context.run(function) is not _wakers.AGAIN:
-                return
-            pause = min(2 * pause, LONGEST_PAUSE)
+        try:
+            self._pause = gate = Gate()  # and look then: `join` says that it waits, opens then
+            pause = FIRST_PAUSE
+            while not self._waiters and not gate.wait(pause) and self._call():
+                pause = min(2 * pause, LONGEST_PAUSE)
+        finally:
+            self.finish(token)
 
     def finish(self, token: CancelToken) -> None:
         """It has run, or never will."""
@@ -132,7 +139,9 @@ class Callback:
 
 # What is on a thread's stack while it decides on a callback, or runs it. Asked of the stack and
 # not noted in a variable, which an interrupt between two lines would leave wrong.
-_RUNNING = frozenset({Callback._run.__code__, Callback.run_in.__code__, Callback.finish.__code__})
+_RUNNING = frozenset(
+    fn.__code__ for fn in (Callback._run, Callback._call_again, Callback.run_in, Callback.finish)
+)
 
 
 def run_callbacks(pending: list[tuple[Callback, CancelToken]]) -> None:

@@ -18,9 +18,9 @@ class Waker(NamedTuple):
 
 AGAIN = object()
 """
-Returned by a slow way of interrupting that could not interrupt anything yet, or cannot know.
+Returned by a way of interrupting that could not interrupt anything yet, or cannot know.
 
-It is called again after a pause, until the block is left.
+It is called again after a pause, on a helper thread, until the block is left.
 """
 
 # Read and written with single, atomic dict operations only, so no lock guards it.

@@ -98,5 +98,5 @@ def _interrupt(connection: sqlite3.Connection) -> object:
     return _wakers.AGAIN
 
 
-# SQLite takes no lock to interrupt. Slow, since it may have to be done more than once.
-_wakers.provide("sqlite3.Connection", _interrupt, slow=True)
+# Not slow: SQLite takes no lock to interrupt.
+_wakers.provide("sqlite3.Connection", _interrupt)

@@ -1,0 +1,165 @@
+"""Calls that block, and what gets a thread out of each: a token's cancel, or a call by hand."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import queue
+import select
+import socket
+import sqlite3
+import statistics
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from benchmarks.jobs import clock
+from fastpool import Cancelled, CancelToken, blocking, use_token
+
+__all__ = ["OPERATIONS", "Operation", "by_hand", "by_token"]
+
+SAMPLES = 5  # of which the median is what a round has measured
+BLOCKED = 0.01  # seconds after which a thread surely sits in its call
+
+ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+
+# What blocks under a token, what blocks by itself, and what wakes the latter.
+Operation = tuple[Callable[[], object], Callable[[], object], Callable[[], object]]
+
+
+@contextlib.contextmanager
+def recv() -> Iterator[Operation]:
+    here, there = socket.socketpair()
+
+    def under_token() -> None:
+        with blocking.interruptible(here):
+            here.recv(1)
+
+    with here, there:
+        yield under_token, lambda: here.recv(1), lambda: here.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def read() -> Iterator[Operation]:
+    (fd, writer), (wake, waker) = os.pipe(), os.pipe()
+    try:
+        yield (
+            lambda: blocking.read(fd, 1),
+            lambda: select.select([fd, wake], [], []),
+            lambda: os.write(waker, b"x"),
+        )
+    finally:
+        for end in (fd, writer, wake, waker):
+            os.close(end)
+
+
+@contextlib.contextmanager
+def get() -> Iterator[Operation]:
+    items: queue.Queue[None] = queue.Queue()
+    yield lambda: blocking.get(items), items.get, lambda: items.put(None)
+
+
+@contextlib.contextmanager
+def wait() -> Iterator[Operation]:
+    event = threading.Event()
+    yield lambda: blocking.wait(event), event.wait, event.set
+
+
+@contextlib.contextmanager
+def run() -> Iterator[Operation]:
+    command = ["sleep", "60"]
+    children: list[subprocess.Popen[bytes]] = []
+
+    def by_itself() -> None:
+        with subprocess.Popen(command) as child:
+            children.append(child)
+
+    yield lambda: blocking.run(command), by_itself, lambda: children.pop().terminate()
+
+
+@contextlib.contextmanager
+def query() -> Iterator[Operation]:
+    connection = sqlite3.connect(":memory:", check_same_thread=False)
+
+    def by_itself() -> None:
+        with contextlib.suppress(sqlite3.OperationalError):
+            connection.execute(ENDLESS).fetchone()
+
+    with contextlib.closing(connection):
+        yield lambda: blocking.execute(connection, ENDLESS), by_itself, connection.interrupt
+
+
+@contextlib.contextmanager
+def urlopen() -> Iterator[Operation]:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host, port = silent.getsockname()
+        client = http.client.HTTPConnection(host, port)
+
+        def under_token() -> None:
+            with blocking.urlopen(f"http://{host}:{port}"):
+                pass
+
+        def by_itself() -> None:
+            client.request("GET", "/")
+            with contextlib.suppress(http.client.HTTPException):
+                client.getresponse()
+
+        with contextlib.closing(client):
+            yield under_token, by_itself, lambda: client.sock.shutdown(socket.SHUT_RDWR)
+
+
+OPERATIONS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
+    "socket.recv": recv,
+    "os.read of a pipe": read,
+    "Queue.get": get,
+    "Event.wait": wait,
+    "subprocess.run": run,
+    "sqlite3 query": query,
+    "urlopen, headers": urlopen,
+}
+
+
+def by_token(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
+    """Seconds from a token's cancel until the thread is out of the call, with `Cancelled`."""
+
+    def sample() -> float:
+        token = CancelToken()
+        with operation() as (under_token, _, _):
+
+            def call() -> None:
+                with use_token(token), contextlib.suppress(Cancelled):
+                    under_token()
+                    raise AssertionError("it has returned")
+
+            return _time_to_end(call, token.cancel)
+
+    return statistics.median(sample() for _ in range(SAMPLES))
+
+
+def by_hand(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
+    """Seconds from what wakes the plain call until the thread is out of it."""
+
+    def sample() -> float:
+        with operation() as (_, by_itself, wake):
+            return _time_to_end(by_itself, wake)
+
+    return statistics.median(sample() for _ in range(SAMPLES))
+
+
+def _time_to_end(call: Callable[[], object], wake: Callable[[], object]) -> float:
+    ended: list[float] = []
+
+    def work() -> None:
+        call()
+        ended.append(clock())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    time.sleep(BLOCKED)
+    start = clock()
+    wake()
+    thread.join()
+    return ended[0] - start
