@@ -7,6 +7,8 @@ import concurrent.futures
 import gc
 import multiprocessing
 import os
+import signal
+import subprocess
 import threading
 import time
 
@@ -307,6 +309,25 @@ def test_cancel_wakes_who_waits_for_a_process():
     assert blocking.wait(process, 0) is True
     assert descriptors() <= before
     process.close()
+
+
+def test_cancel_wakes_who_waits_for_a_command():
+    """
+    The same for a child of `subprocess`, which is reaped when its end is seen.
+    """
+    with subprocess.Popen(["sleep", "60"]) as child:
+        before = descriptors()
+
+        def asleep():
+            return descriptors() > before
+
+        assert type(cancelled_in(lambda: blocking.wait(child), asleep)) is Cancelled
+        assert child.poll() is None
+        assert blocking.wait(child, 0.01) is False
+        child.kill()
+        assert blocking.wait(child) is True
+        assert child.returncode == -signal.SIGKILL
+        assert blocking.wait(child, 0) is True
 
 
 @pytest.mark.parametrize("wrong", [None, asyncio.Event(), 404])

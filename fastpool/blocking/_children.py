@@ -10,15 +10,15 @@ import signal
 import subprocess
 import time
 from collections.abc import Sequence
-from types import TracebackType
-from typing import IO, Any, Self
+from typing import IO, Any
 
 from fastpool import _clock, _wakers
+from fastpool._closing import Closing
 from fastpool._scope import current_token
 from fastpool._token import CancelToken
 from fastpool.blocking._polling import poll
 
-__all__ = ["GRACE", "run"]
+__all__ = ["GRACE", "run", "wait"]
 
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL; less than a group's own grace, or it would warn
 
@@ -113,6 +113,16 @@ def run(
     return done
 
 
+def wait(popen: subprocess.Popen[Any], timeout: float | None) -> bool:
+    """Whether a process ends in time, unless the current token is set first; it is reaped then."""
+    if popen.poll() is None:
+        with _Child(popen) as child:
+            if not child.carry_on(current_token(), timeout):
+                return False
+        popen.wait()
+    return True
+
+
 def _interrupt(popen: subprocess.Popen[Any]) -> None:
     """What `CancelToken.interrupts` does to a process that somebody else waits for."""
     if popen.returncode is None:
@@ -123,7 +133,7 @@ def _interrupt(popen: subprocess.Popen[Any]) -> None:
 _wakers.provide("subprocess.Popen", _interrupt, slow=True)
 
 
-class _Child:
+class _Child(Closing):
     """
     A process of ours: what goes in and comes out, its end, and signals that meet nobody else.
     """
@@ -159,15 +169,7 @@ class _Child:
         _clock.run_in_helper(wait)
         return end
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for fd in list(self._files):
             self._close(fd)
         os.close(self._end)

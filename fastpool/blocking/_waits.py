@@ -5,8 +5,9 @@ from __future__ import annotations
 import concurrent.futures
 import inspect
 import multiprocessing.process
+import subprocess
 import threading
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 from fastpool import _clock, _wakers
 from fastpool._scope import current_token
@@ -81,7 +82,8 @@ def wait(
     | threading.Condition
     | concurrent.futures.Future[object]
     | threading.Thread
-    | multiprocessing.process.BaseProcess,
+    | multiprocessing.process.BaseProcess
+    | subprocess.Popen[Any],
     timeout: float | None = None,
 ) -> bool:
     """
@@ -91,10 +93,10 @@ def wait(
         thing: What to wait for. A `threading.Event`: until it is set. A `threading.Condition`,
             which you hold: until it is notified; you hold it again afterwards, also when
             `Cancelled` is raised. A `concurrent.futures.Future`: until it is done; its
-            outcome is yours to ask for. A `multiprocessing.Process`: until it has ended. All
-            these wake at once on cancel. A `threading.Thread`, until it has ended: nothing
-            else can wake who waits for it, so a cancel is heard within 0.05 seconds, at which
-            the call wakes to look.
+            outcome is yours to ask for. A `multiprocessing.Process` or a `subprocess.Popen`: until
+            it has ended; a cancel leaves it running. All these wake at once on cancel. A
+            `threading.Thread`, until it has ended: nothing else can wake who waits for it, so
+            a cancel is heard within 0.05 seconds, at which the call wakes to look.
         timeout: Longest wait, in seconds. `None` waits without limit, `0` only looks.
 
     Returns:
@@ -135,6 +137,10 @@ def wait(
         from fastpool.blocking import _processes  # which is for systems that have `poll`
 
         return _processes.wait(thing, span)
+    if isinstance(thing, subprocess.Popen):
+        from fastpool.blocking import _children  # as well
+
+        return _children.wait(thing, span)
     raise TypeError(
         f"wait() wants an event, a condition, a future, a thread or a process, not {thing!r}"
     )
