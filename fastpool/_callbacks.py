@@ -224,5 +224,21 @@ class Interrupts:
         traceback: TracebackType | None,
     ) -> None:
         self._registrations.pop().close()
-        if not is_a(error, Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit):
+        if not is_a(error, Cancelled, GeneratorExit) and not _follows_exit(error):
             self._token.check()
+
+
+def _follows_exit(error: BaseException | None) -> bool:
+    """
+    Whether it is an interrupt or an exit, or came up while one was on its way.
+
+    The clean-up after Ctrl-C meets what that has interrupted: to a group, a `Cancelled` in place
+    of its error would be the echo of a cancel, and nothing would be left of the interrupt.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if is_a(error, KeyboardInterrupt, SystemExit):
+            return True
+        seen.add(id(error))
+        error = error.__context__
+    return False

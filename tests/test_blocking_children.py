@@ -141,7 +141,7 @@ def test_cancel_ends_a_command_and_its_children(tmp_path, way):
     pids, took = cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
 
     assert took < 1.5
-    assert not any(map(is_running, pids))
+    until(lambda: not any(map(is_running, pids)))  # killed, but one may be about to go
 
 
 def test_command_that_ignores_sigterm_is_killed_after_its_grace(tmp_path, way):
@@ -152,7 +152,7 @@ def test_command_that_ignores_sigterm_is_killed_after_its_grace(tmp_path, way):
     pids, took = cancelled_once_ready(script, tmp_path / "pids", grace=0.3)
 
     assert 0.3 <= took < 3
-    assert not any(map(is_running, pids))
+    until(lambda: not any(map(is_running, pids)))  # killed, but one may be about to go
 
 
 def test_grandchild_has_its_grace_after_the_command_has_ended(tmp_path):
@@ -333,7 +333,7 @@ def test_older_kernels_are_signalled_by_number(tmp_path, monkeypatch):
     script = "sleep 60 & echo $$ $! ready > $1; wait"
     pids, _ = cancelled_once_ready(script, tmp_path / "pids")
 
-    assert not any(map(is_running, pids))
+    until(lambda: not any(map(is_running, pids)))  # killed, but one may be about to go
 
 
 def test_child_is_not_left_running_if_it_cannot_be_watched(monkeypatch):
@@ -407,3 +407,53 @@ def test_first_interrupt_leaves_a_command_that_is_ending_its_grace(tmp_path):
         interrupted_run(script, path, act)
 
     assert (tmp_path / "pids.clean").exists()
+
+
+def test_stopped_command_ends_in_good_order(tmp_path):
+    """
+    It is told to go on, or it would not hear that it is to end.
+    """
+    script = (
+        'trap "echo ended > $1.ended; exit" TERM; (sleep 0.1; echo ready >> $1) & '
+        "echo $$ >> $1; kill -STOP $$; sleep 60"
+    )
+    path = tmp_path / "pids"
+    cancelled_once_ready(script, path, grace=30)
+
+    assert (tmp_path / "pids.ended").read_text() == "ended\n"
+
+
+def test_command_that_may_not_be_ended_is_named(monkeypatch, way):
+    """
+    One that has become another user's, say; nobody waits for it.
+    """
+
+    def refuse(*args):
+        raise PermissionError("Operation not permitted")
+
+    started = []
+    token = CancelToken()
+
+    class Noted(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            started.append(self)
+
+    monkeypatch.setattr(subprocess, "Popen", Noted)
+    with monkeypatch.context() as patch:
+        patch.setattr(signal, "pidfd_send_signal", refuse)
+        patch.setattr(os, "killpg", refuse)
+
+        def call():
+            with use_token(token):
+                blocking.run(["sleep", "60"])
+
+        thread, outcome = start(call)
+        until(lambda: started)
+        with pytest.warns(RuntimeWarning, match=r"goes on as process \d+: it has become another"):
+            token.cancel()
+            thread.join(20)
+    started[0].kill()
+    started[0].wait()
+
+    assert [type(error) for error in outcome] == [Cancelled]

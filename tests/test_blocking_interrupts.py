@@ -17,9 +17,10 @@ from contextlib import ExitStack
 import pytest
 from blocked import is_blocked
 from servers import certificate, full, read_request, served
-from staging import start, until
+from staging import is_asleep, start, until
 
 from fastpool import TaskGroup, blocking
+from fastpool.blocking import _elsewhere
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
@@ -244,3 +245,25 @@ def test_call_hears_a_signal_that_does_not_wake_it(call, closing, tmp_path, monk
     sender.join()
 
     assert outcome == [None]
+
+
+def test_interruption_that_fails_does_not_replace_ctrl_c(watched, unraised):
+    """
+    It goes to the hook.
+    """
+    release = threading.Event()
+
+    def interrupt():
+        release.set()
+        raise PermissionError("may not be written to")
+
+    def send():
+        until(lambda: is_asleep(threading.main_thread()))
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    thread, _ = start(send)
+    with pytest.raises(KeyboardInterrupt):
+        _elsewhere.sit_in(interrupt, release.wait, 20)
+    thread.join(10)
+
+    assert [type(error) for error in unraised] == [PermissionError]

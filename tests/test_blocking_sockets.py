@@ -10,6 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from blocked import cancel_while_blocked, is_blocked
@@ -633,3 +634,49 @@ def test_failure_of_a_sibling_ends_a_read():
 
     assert reader.cancelled()
     assert fastpool.current_token() is CancelToken.NEVER
+
+
+def test_signal_does_not_make_a_unix_socket_pass_for_connected(tmp_path):
+    """
+    Python takes it for that, while it waits for its place in the listener's queue.
+    """
+    path = str(tmp_path / "full")
+    heard = []
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.append(True))
+    try:
+        with contextlib.ExitStack() as closing:
+            listener = closing.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(path)
+            listener.listen(0)
+            first = closing.enter_context(socket.socket(socket.AF_UNIX))
+            first.connect(path)  # takes the only place
+
+            def disturb():
+                while len(heard) < 20:
+                    signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+                    time.sleep(0.002)
+                closing.enter_context(listener.accept()[0])
+
+            thread, outcome = start(disturb)
+            sock = closing.enter_context(blocking.connect(path))
+            thread.join(20)
+
+            assert sock.getpeername() == path
+            assert outcome == [None]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def test_lookup_that_fails_does_not_hide_the_cancel(monkeypatch):
+    """
+    It would pass for a failure of the connection's.
+    """
+    token = CancelToken()
+
+    def fail(*args):
+        token.cancel()
+        raise socket.gaierror("no such name")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with use_token(token), pytest.raises(Cancelled):
+        blocking.connect(("nowhere.invalid", 80))

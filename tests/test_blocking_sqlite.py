@@ -188,3 +188,26 @@ def test_connection_that_is_closed_in_its_block_is_no_trouble(connect, unraised)
         token.cancel()
 
     assert unraised == []
+
+
+def test_statement_that_ended_before_the_token_was_heard_is_told():
+    """
+    What it has done is done, and whoever thinks it was not would do it twice.
+    """
+    token = CancelToken()
+
+    class Late(sqlite3.Connection):
+        def execute(self, *args):
+            cursor = super().execute(*args)
+            token.cancel()
+            return cursor
+
+    connection = sqlite3.connect(":memory:", factory=Late, isolation_level=None)
+    with use_token(token):
+        cursor = blocking.execute(connection, "CREATE TABLE done (x)")
+        with pytest.raises(Cancelled):
+            blocking.execute(connection, "CREATE TABLE more (x)")
+
+    assert isinstance(cursor, sqlite3.Cursor)
+    assert connection.cursor().execute("SELECT name FROM sqlite_schema").fetchall() == [("done",)]
+    connection.close()

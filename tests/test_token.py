@@ -988,3 +988,21 @@ def test_signal_handler_may_cancel_at_any_moment():
         signal.signal(signal.SIGALRM, before)
 
     assert token.reason == "by signal"
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_error_of_a_clean_up_after_an_interrupt_is_not_replaced(kind):
+    """
+    A `Cancelled` in its place would pass for an echo, and the interrupt would be lost.
+    """
+    token = CancelToken()
+    broken = BrokenPipeError("the clean-up's")
+    with pytest.raises(BrokenPipeError) as caught, token.interrupts(lambda: None):
+        try:
+            token.cancel()
+            raise kind
+        finally:
+            raise broken
+
+    assert caught.value is broken
+    assert type(broken.__context__) is kind

@@ -9,6 +9,7 @@ import select
 import signal
 import subprocess
 import time
+import warnings
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -48,7 +49,8 @@ def run(
     Ctrl-C at the terminal does not reach it there; it ends by the way of the token, as by any
     cancel: the whole group gets SIGTERM, and SIGKILL when `grace` is over, or all have ended. What
     the command has started is ended with it, and what has left the group is not waited for, even
-    if it holds the pipes.
+    if it holds the pipes. A group of its own is in the terminal's background, where one that
+    reads from the terminal is stopped: give such a command `stdin=subprocess.DEVNULL`.
 
     Args:
         command: The program and its arguments; and the others: as for `subprocess.run`.
@@ -101,10 +103,12 @@ def run(
                 assert timeout is not None
                 raise subprocess.TimeoutExpired(popen.args, timeout, *child.partial())
         except BaseException:
+            obeys = True
             try:
-                child.stop(patience)
+                obeys = child.stop(patience)
             finally:
-                popen.wait()  # killed by now, whatever came
+                if obeys:
+                    popen.wait()  # killed by now, whatever came
             raise
     code = popen.wait()
     done = subprocess.CompletedProcess(popen.args, code, *child.output())
@@ -256,21 +260,34 @@ class _Child(Closing):
 
     # --- Signals ------------------------------------------------------------------------------
 
-    def stop(self, grace: float | None) -> None:
+    def stop(self, grace: float | None) -> bool:
         """
         End it and its group: SIGTERM, some seconds of grace, SIGKILL. It is left to be reaped.
 
         A second Ctrl-C leaves out what is left of the grace.
         What comes out is read on meanwhile, or a full pipe could keep it from ending.
+
+        Returns:
+            True; or False if it has not ended, since the system forbids it.
         """
         try:
             if grace is None or grace > 0:
                 self._signal(signal.SIGTERM)
+                self._signal(signal.SIGCONT)  # one that was stopped hears nothing else
                 self._give(_deadline(grace))
         finally:
-            self._signal(signal.SIGKILL)
+            obeys = self._signal(signal.SIGKILL)
+        if not obeys:
+            warnings.warn(
+                f"command {self._popen.args!r} goes on as process {self._popen.pid}: it has become "
+                "another user's, and may not be ended",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return False
         while not self._ended:
             self._step(None, None)
+        return True
 
     def _give(self, deadline: float | None) -> None:
         """Wait until all of its group have ended, or time is up."""
@@ -286,17 +303,25 @@ class _Child(Closing):
             self._step(None, pause if left is None else min(pause, left))
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _signal(self, signum: int) -> None:
+    def _signal(self, signum: int) -> bool:
         """
         Signal its group if it has one of its own, else itself; nobody once it has been reaped.
 
         As long as it has not been, its number cannot be given to another.
+
+        Returns:
+            False if the system forbids it.
         """
         if self._is_ours():
-            with contextlib.suppress(ProcessLookupError):
+            try:
                 if self._pidfd < 0 or not self._signal_by_pidfd(signum):
                     pid = self._popen.pid
                     (os.killpg if os.getpgid(pid) == pid else os.kill)(pid, signum)
+            except ProcessLookupError:
+                return True
+            except PermissionError:
+                return False
+        return True
 
     def _signal_by_pidfd(self, signum: int) -> bool:
         """The same by what is this process for ever, even if a thread reaps it just now."""
@@ -304,6 +329,8 @@ class _Child(Closing):
             signal.pidfd_send_signal(self._pidfd, signum, None, _GROUP)
         except ProcessLookupError:  # it leads no group
             signal.pidfd_send_signal(self._pidfd, signum)
+        except PermissionError:
+            raise
         except OSError:  # the system is too old
             return False
         return True

@@ -9,6 +9,7 @@ from typing import Generic, ParamSpec, TypeVar
 
 from fastpool import _clock, _marks
 from fastpool._gate import Gate
+from fastpool._unraisable import unraisable
 
 __all__ = ["Call", "call_out", "sit_in"]
 
@@ -86,7 +87,10 @@ def sit_in(
         while not call.ended():
             call.gate.wait()
     except BaseException:
-        interrupt()
+        try:
+            interrupt()
+        except Exception as error:  # it must not come in the place of the other
+            unraisable(error, interrupt)
         while not call.ended():
             call.gate.sit_out()
         raise

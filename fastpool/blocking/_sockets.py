@@ -162,8 +162,13 @@ def _connect_tcp(
     source: Source | None,
 ) -> socket.socket:
     host, port = address
-    current_token().check()
-    found = call_out(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+    token = current_token()
+    token.check()
+    try:
+        found = call_out(socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)
+    except OSError:
+        token.check()
+        raise
     failure = OSError(f"connect() found no address for {address!r}")
     try:
         for family, kind, protocol, _, target in found:
@@ -227,8 +232,23 @@ def _wait_for_place(sock: socket.socket, path: str | bytes, timeout: float | Non
             if deadline is not None and time.monotonic() >= deadline:
                 raise TimeoutError("timed out") from None
         else:
-            _limit_send(sock, 0)
-            return
+            if _has_peer(sock):
+                _limit_send(sock, 0)
+                return
+
+
+def _has_peer(sock: socket.socket) -> bool:
+    """
+    Whether it is connected. After a signal Python asks whether it can be written to, which a Unix
+    socket says that waits for its place.
+    """
+    try:
+        sock.getpeername()
+    except OSError as error:
+        if error.errno != errno.ENOTCONN:
+            raise
+        return False
+    return True
 
 
 def _limit_send(sock: socket.socket, seconds: float) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastpool import _wakers
 from fastpool._scope import current_token
 from fastpool.blocking._conditions import slices
+from fastpool.exceptions import Cancelled
 
 if TYPE_CHECKING:
     import sqlite3
@@ -44,7 +45,8 @@ def execute(
         A cursor. Its rows are computed as they are fetched.
 
     Raises:
-        Cancelled: As soon as the token is set.
+        Cancelled: As soon as the token is set, unless the statement has ended by then: what it
+            has done is told, and the next check raises.
         sqlite3.OperationalError: If the database is still locked when the connection's timeout
             has passed; and what else `sqlite3` raises.
 
@@ -59,6 +61,7 @@ def execute(
 
     before = _busy_timeout(connection)
     deadline = time.monotonic() + before / 1000
+    cursor: sqlite3.Cursor | None = None
     try:
         with current_token().interrupts(connection):
             for seconds in slices(None):
@@ -66,7 +69,8 @@ def execute(
                 moment = max(0, min(int(seconds * 1000), int((deadline - begun) * 1000)))
                 _busy_timeout(connection, moment)
                 try:
-                    return connection.execute(sql, parameters)
+                    cursor = connection.execute(sql, parameters)
+                    break
                 except sqlite3.OperationalError as error:
                     if error.sqlite_errorcode != sqlite3.SQLITE_BUSY:
                         raise
@@ -74,9 +78,13 @@ def execute(
                     now = time.monotonic()
                     if now - begun < moment / 2000 or now >= deadline or moment == 0:
                         raise
+    except Cancelled:
+        if cursor is None:
+            raise
     finally:
         _busy_timeout(connection, before)
-    raise AssertionError("slices() of no timeout never ends")
+    assert cursor is not None  # `slices` of no timeout never ends
+    return cursor
 
 
 def _busy_timeout(connection: sqlite3.Connection, milliseconds: int | None = None) -> int:
