@@ -31,6 +31,8 @@ _wakers: dict[type | str, Waker] = {}
 _ROOMS: dict[str, str] = {
     "http.client.HTTPConnection": "_shutdown",
     "http.client.HTTPResponse": "_shutdown",
+    "psycopg.Connection": "_postgres",
+    "psycopg.Cursor": "_postgres",
     "socket.socket": "_shutdown",
     "sqlite3.Connection": "_sqlite",
     "subprocess.Popen": "_children",
@@ -48,6 +50,9 @@ _INSTEAD: dict[str, str] = {
     "multiprocessing.process.BaseProcess": "fastpool.blocking.wait(process)",
     "multiprocessing.queues.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
     "queue.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
+    "redis.client.PubSub": "a pubsub() of a client by fastpool.blocking.redis_client(client)",
+    "redis.client.Redis": "fastpool.blocking.redis_client(client), once, and its calls hear",
+    "redis.connection.AbstractConnection": "fastpool.blocking.redis_client(client)",
     "threading.Event": "fastpool.blocking.wait(event)",
     "threading.Semaphore": "fastpool.blocking.acquire(semaphore)",
     "threading.Thread": "fastpool.blocking.wait(thread)",

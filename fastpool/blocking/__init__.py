@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fastpool.blocking._http import urlopen as urlopen
     from fastpool.blocking._queues import get as get
     from fastpool.blocking._queues import put as put
+    from fastpool.blocking._redis import redis_client as redis_client
     from fastpool.blocking._sockets import connect as connect
     from fastpool.blocking._sockets import interruptible as interruptible
     from fastpool.blocking._sqlite import execute as execute
@@ -41,6 +42,7 @@ else:
         "open_fifo": "_files",
         "put": "_queues",
         "read": "_files",
+        "redis_client": "_redis",
         "run": "_children",
         "select": "_files",
         "urlopen": "_http",
