@@ -11,6 +11,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.pool import ThreadPool
 
 import pytest
+import services
 import structlog
 from blocked import descriptors
 from staging import note_sleep, sleeping, until
@@ -68,6 +69,20 @@ def no_descriptor_is_left(tracker):
     before = count()
     yield
     until(lambda: count() <= before)
+
+
+@pytest.fixture(scope="session")
+def postgres():
+    """What to connect to a PostgreSQL server with."""
+    with services.postgres() as connection:
+        yield connection
+
+
+@pytest.fixture(scope="session")
+def redis_socket():
+    """The path of a Redis server's socket."""
+    with services.redis() as path:
+        yield path
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import time
 from contextlib import ExitStack
 
 import pytest
+import services
 from blocked import is_blocked
 from servers import certificate, full, read_request, served
 from staging import is_asleep, start, until
@@ -183,6 +184,12 @@ def awaits_body(closing, path):
         response.read()
 
 
+def asks_redis(closing, path):
+    redis = services.client("redis")
+    host, port = closing.enter_context(served(silent))
+    blocking.redis_client(redis.Redis(host, port, socket_timeout=None)).ping()
+
+
 CALLS = [
     selects,
     selects_nothing,
@@ -209,6 +216,7 @@ CALLS = [
     shakes_hands,
     awaits_headers,
     awaits_body,
+    asks_redis,
 ]
 
 

@@ -2,13 +2,11 @@
 The Python blocks of the README and of the documentation, run as a reader would run them.
 """
 
-from pathlib import Path
-
 import pytest
+from pages import ROOT, run
 from sybil import Document
-from sybil.parsers.myst import DocTestDirectiveParser, PythonCodeBlockParser, SkipParser
+from sybil.parsers.myst import PythonCodeBlockParser
 
-ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -17,13 +15,9 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     """
     The blocks of a page run one after the other, in one namespace, in an empty folder.
     """
-    document = Document.parse(
-        str(page), PythonCodeBlockParser(), DocTestDirectiveParser(), SkipParser()
-    )
     monkeypatch.chdir(tmp_path)
 
-    for example in document:
-        example.evaluate()
+    run(page)
 
 
 def test_readme_opens_with_an_example():
