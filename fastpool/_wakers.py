@@ -39,6 +39,8 @@ _ROOMS: dict[str, str] = {
     "threading.Barrier": "_waits",
     "threading.Condition": "_waits",
     "urllib.response.addinfourl": "_shutdown",
+    "urllib3.util.ssltransport.SSLTransport": "_shutdown",
+    "websockets.sync.connection.Connection": "_shutdown",
 }
 
 # What to call instead of interrupting what cannot be woken without harm to others.
@@ -47,15 +49,21 @@ _INSTEAD: dict[str, str] = {
     "_thread.RLock": "fastpool.blocking.acquire(lock)",
     "_thread.lock": "fastpool.blocking.acquire(lock)",
     "concurrent.futures._base.Future": "fastpool.blocking.wait(future)",
+    "httpx.Client": "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport())",
+    "httpx.Response": "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport())",
     "multiprocessing.process.BaseProcess": "fastpool.blocking.wait(process)",
     "multiprocessing.queues.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
     "queue.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
     "redis.client.PubSub": "a pubsub() of a client by fastpool.blocking.redis_client(client)",
     "redis.client.Redis": "fastpool.blocking.redis_client(client), once, and its calls hear",
     "redis.connection.AbstractConnection": "fastpool.blocking.redis_client(client)",
+    "requests.models.Response": "fastpool.blocking.with_requests.HTTPAdapter() in its session",
+    "requests.sessions.Session": "fastpool.blocking.with_requests.HTTPAdapter() in it",
     "threading.Event": "fastpool.blocking.wait(event)",
     "threading.Semaphore": "fastpool.blocking.acquire(semaphore)",
     "threading.Thread": "fastpool.blocking.wait(thread)",
+    "urllib3.poolmanager.PoolManager": "fastpool.blocking.with_urllib3.PoolManager()",
+    "urllib3.response.BaseHTTPResponse": "fastpool.blocking.with_urllib3.PoolManager()",
 }
 
 

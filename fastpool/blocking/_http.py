@@ -15,13 +15,12 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from fastpool._scope import current_token
 from fastpool.blocking._elsewhere import call_out, sit_in
-from fastpool.blocking._shutdown import shut_down
 from fastpool.blocking._sockets import DEFAULT, connect, secure
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
-__all__ = ["urlopen"]
+__all__ = ["Connection", "has_something", "urlopen"]
 
 Data: TypeAlias = bytes | bytearray | memoryview | IO[bytes] | Iterable[bytes]
 
@@ -104,12 +103,12 @@ class _Reader(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         count: int | None
-        with current_token().interrupts(self._sock):
-            if _has_something(self._sock):
+        cutting = current_token().interrupts(self._sock)
+        with cutting:
+            if has_something(self._sock):
                 count = call_out(self._stream.readinto, buffer)
             else:
-                cut = functools.partial(shut_down, self._sock)
-                count = sit_in(cut, self._stream.readinto, buffer)
+                count = sit_in(cutting.interrupt, self._stream.readinto, buffer)
         return count
 
     def readable(self) -> bool:
@@ -124,7 +123,7 @@ class _Reader(io.RawIOBase):
         self._stream.close()
 
 
-def _has_something(sock: socket.socket) -> bool:
+def has_something(sock: socket.socket) -> bool:
     """Whether there is something to read, for all that one can tell without reading it."""
     if isinstance(sock, ssl.SSLSocket) and sock.pending():
         return True
@@ -142,23 +141,28 @@ class _Response(http.client.HTTPResponse):
         self.fp = io.BufferedReader(_Reader(self.fp.detach()))
 
 
-class _HTTPConnection(http.client.HTTPConnection):
-    """A connection that is made, sent to and read from under the current token."""
+class Connection(http.client.HTTPConnection):
+    """A connection that is sent to and read from under the current token."""
 
     response_class = _Response
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:  # Any: handed on
-        super().__init__(*args, **kwargs)
-        self._create_connection = connect
 
     def send(self, data: Any) -> None:  # Any: handed on
         if self.sock is None and self.auto_open:
             self.connect()
-        with current_token().interrupts(self):
-            if isinstance(data, bytes) and self.sock is not None:
-                sit_in(functools.partial(shut_down, self.sock), super().send, data)
+        cutting = current_token().interrupts(self)
+        with cutting:
+            if isinstance(data, bytes):
+                sit_in(cutting.interrupt, super().send, data)
             else:  # read from what is the user's own
                 call_out(super().send, data)
+
+
+class _HTTPConnection(Connection):
+    """One that is made under the current token, too."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:  # Any: handed on
+        super().__init__(*args, **kwargs)
+        self._create_connection = connect
 
 
 class _HTTPSConnection(_HTTPConnection, http.client.HTTPSConnection):

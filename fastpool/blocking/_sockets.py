@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import time
+from collections.abc import Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
@@ -19,7 +20,7 @@ from fastpool.blocking._shutdown import shut_down
 if TYPE_CHECKING:
     import ssl
 
-__all__ = ["DEFAULT", "connect", "interruptible", "secure"]
+__all__ = ["DEFAULT", "connect", "connect_tcp", "interruptible", "secure"]
 
 # Any: what stands there is nothing but an object, and is handed on as a number of seconds.
 DEFAULT: Any = vars(socket)["_GLOBAL_DEFAULT_TIMEOUT"]
@@ -27,6 +28,8 @@ DEFAULT: Any = vars(socket)["_GLOBAL_DEFAULT_TIMEOUT"]
 
 Address: TypeAlias = tuple[str | bytes | None, str | bytes | int | None] | str | bytes
 Source: TypeAlias = tuple[str, int]
+# Any: as `setsockopt` takes them, which type checkers know in several forms.
+Options: TypeAlias = Iterable[tuple[Any, ...]]
 
 SLICE = 0.02  # seconds between two looks at the token; 50 system calls a second
 
@@ -149,19 +152,34 @@ def connect(
     if isinstance(address, (str, bytes)):
         sock, host = _connect_unix(address, timeout), None
     else:
-        sock, host = _connect_tcp(address, timeout, source_address), address[0]
+        sock, host = connect_tcp(address, timeout, source_address), address[0]
     if ssl_context is None:
         return sock
     name = host.decode("ascii") if isinstance(host, bytes) else host
     return secure(sock, ssl_context, name if server_hostname is None else server_hostname)
 
 
-def _connect_tcp(
+def connect_tcp(
     address: tuple[str | bytes | None, str | bytes | int | None],
     timeout: float | None,
     source: Source | None,
+    options: Options = (),
 ) -> socket.socket:
+    """
+    A socket that is connected to a host.
+
+    Args:
+        address: Host and port.
+        timeout: As for `connect`.
+        source: Host and port to connect from.
+        options: What `setsockopt` is called with before connecting.
+
+    Raises:
+        Cancelled: As soon as the current token is set. No socket is left.
+        OSError: If no address of the host answers: the last one's error.
+    """
     host, port = address
+    settings = list(options)
     token = current_token()
     token.check()
     try:
@@ -173,7 +191,8 @@ def _connect_tcp(
     try:
         for family, kind, protocol, _, target in found:
             try:
-                return _connect_to(socket.socket(family, kind, protocol), target, timeout, source)
+                sock = socket.socket(family, kind, protocol)
+                return _connect_to(sock, target, timeout, source, settings)
             except OSError as error:
                 failure = error
         raise failure
@@ -182,9 +201,15 @@ def _connect_tcp(
 
 
 def _connect_to(
-    sock: socket.socket, target: Any, timeout: float | None, source: Source | None
-) -> socket.socket:  # Any: each family has addresses of its own
+    sock: socket.socket,
+    target: Any,  # Any: each family has addresses of its own
+    timeout: float | None,
+    source: Source | None,
+    options: Options,
+) -> socket.socket:
     try:
+        for option in options:
+            sock.setsockopt(*option)
         if timeout is not DEFAULT:
             sock.settimeout(timeout)
         if source is not None:
