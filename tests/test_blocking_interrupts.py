@@ -16,12 +16,15 @@ from contextlib import ExitStack
 
 import pytest
 import services
+import websockets.sync.server
 from blocked import is_blocked
+from clients import CLIENTS, answering
 from servers import certificate, full, read_request, served
 from staging import is_asleep, start, until
 
 from fastpool import TaskGroup, blocking
 from fastpool.blocking import _elsewhere
+from fastpool.blocking import with_websockets
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
@@ -190,7 +193,74 @@ def asks_redis(closing, path):
     blocking.redis_client(redis.Redis(host, port, socket_timeout=None)).ping()
 
 
+def by_a_client(make, how):
+    """The call of an HTTP client."""
+
+    def calls(closing, path):
+        with make() as client:
+            how(closing, client)
+
+    return pytest.param(calls, id=f"{how.__name__}-{make.name}")
+
+
+def client_connects(closing, client):
+    host, port = closing.enter_context(full(socket.AF_INET, ("127.0.0.1", 0)))
+    client.get(f"http://{host}:{port}/")
+
+
+def client_shakes_hands(closing, client):
+    host, port = closing.enter_context(served(silent))
+    client.get(f"https://{host}:{port}/")
+
+
+def client_sends(closing, client):
+    host, port = closing.enter_context(served(silent))
+    client.post(f"http://{host}:{port}/", bytes(20_000_000))
+
+
+def client_awaits_headers(closing, client):
+    client.get(closing.enter_context(answering(b"HTTP/1.1 2"))[0])
+
+
+def client_awaits_body(closing, client):
+    said = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\nsome"
+    client.get(closing.enter_context(answering(said))[0])
+
+
+def connects_websocket(closing, path):
+    host, port = closing.enter_context(served(silent))
+    with_websockets.connect(f"ws://{host}:{port}/", open_timeout=None)
+
+
+def receives_from_websocket(closing, path):
+    server = closing.enter_context(websockets.sync.server.serve(hold, "127.0.0.1", 0))
+    thread, _ = start(server.serve_forever)
+    closing.callback(thread.join)
+    closing.callback(server.shutdown)
+    with with_websockets.connect(f"ws://127.0.0.1:{server.socket.getsockname()[1]}/") as connection:
+        connection.recv()
+
+
+def hold(connection):
+    connection.wait_closed()
+
+
+CLIENT_CALLS = [
+    by_a_client(make, how)
+    for how in (
+        client_connects,
+        client_shakes_hands,
+        client_sends,
+        client_awaits_headers,
+        client_awaits_body,
+    )
+    for make in CLIENTS
+]
+
 CALLS = [
+    *CLIENT_CALLS,
+    connects_websocket,
+    receives_from_websocket,
     selects,
     selects_nothing,
     reads,
