@@ -33,10 +33,12 @@ napoleon_custom_sections = ["Threads", "Source"]
 # A "Returns" section is prose; the type is in the signature, and a colon does not name one.
 napoleon_use_rtype = False
 
+_PACKAGES = {"httpx", "requests", "structlog", "urllib3", "websockets", "wrapt"}
+
 # What is not ours would be found only in inventories on the network, which the build does
 # without; of our own, type variables and classes with an underscore have no entry.
 # Everything else must resolve.
-_not_ours = "|".join(sorted(sys.stdlib_module_names | {"structlog", "wrapt"}))
+_not_ours = "|".join(sorted(sys.stdlib_module_names | _PACKAGES))
 nitpick_ignore_regex = [
     ("py:.*", rf"({_not_ours})\..+"),
     ("py:.*", r"(fastpool\.([a-z_]+\.)*)?_?[A-Z][0-9]?(\.args|\.kwargs)?"),
@@ -44,6 +46,9 @@ nitpick_ignore_regex = [
     # What only the library makes is in signatures that nobody calls.
     ("py:.*", r"fastpool\.(blocking\.)?_[a-z]+\.\w+"),
     ("py:.*", r"Callback|Context|FrameType|Options|R_co|Run|Ts"),
+    # Those of other packages, by the names that their signatures have for them.
+    ("py:.*", r"_TYPE_[A-Z]+|BaseHTTPS?Connection|Retry|Url"),
+    ("py:.*", r"fastpool\.blocking\.with_urllib3\.HTTPS?Connection"),
     # An alias of a tuple is cut at its commas.
     ("py:.*", r"tuple\[.*"),
 ]
