@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
+import importlib.util
 import os
 import queue
 import select
@@ -111,6 +113,78 @@ def urlopen() -> Iterator[Operation]:
             yield under_token, by_itself, lambda: client.sock.shutdown(socket.SHUT_RDWR)
 
 
+# For each client of HTTP that may be installed: ours and the plain one, as functions that request
+# a URL.
+
+
+def with_urllib3() -> tuple[Callable[[str], object], Callable[[str], object]]:
+    import urllib3
+
+    from fastpool.blocking.with_urllib3 import PoolManager
+
+    ours, plain = PoolManager(), urllib3.PoolManager(retries=False)
+    return (lambda url: ours.request("GET", url)), (lambda url: plain.request("GET", url))
+
+
+def with_requests() -> tuple[Callable[[str], object], Callable[[str], object]]:
+    import requests
+
+    from fastpool.blocking.with_requests import HTTPAdapter
+
+    ours, plain = requests.Session(), requests.Session()
+    ours.mount("http://", HTTPAdapter())
+    ours.trust_env = plain.trust_env = False  # no proxy
+    return ours.get, plain.get
+
+
+def with_httpx() -> tuple[Callable[[str], object], Callable[[str], object]]:
+    import httpx
+
+    from fastpool.blocking.with_httpx import HTTPTransport
+
+    # No proxy, and no reading of the trusted certificates for each.
+    ours = httpx.Client(transport=HTTPTransport(verify=False), timeout=None)
+    plain = httpx.Client(transport=httpx.HTTPTransport(verify=False), timeout=None)
+    return ours.get, plain.get
+
+
+@contextlib.contextmanager
+def request(
+    clients: Callable[[], tuple[Callable[[str], object], Callable[[str], object]]],
+) -> Iterator[Operation]:
+    ours, plain = clients()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = "http://{}:{}/".format(*silent.getsockname())
+
+        def by_itself() -> None:
+            with contextlib.suppress(Exception):  # each library has its own
+                plain(url)
+
+        yield lambda: ours(url), by_itself, lambda: silent.accept()[0].close()
+
+
+@contextlib.contextmanager
+def receive() -> Iterator[Operation]:
+    import websockets.sync.client
+    import websockets.sync.server
+
+    from fastpool.blocking.with_websockets import connect
+
+    with websockets.sync.server.serve(lambda each: each.wait_closed(), "127.0.0.1", 0) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        uri = f"ws://127.0.0.1:{server.socket.getsockname()[1]}/"
+        with connect(uri) as ours, websockets.sync.client.connect(uri, proxy=None) as plain:
+
+            def by_itself() -> None:
+                with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+                    plain.recv()
+
+            yield ours.recv, by_itself, lambda: plain.socket.shutdown(socket.SHUT_RDWR)
+        server.shutdown()
+        thread.join()
+
+
 OPERATIONS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
     "socket.recv": recv,
     "os.read of a pipe": read,
@@ -120,6 +194,18 @@ OPERATIONS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
     "sqlite3 query": query,
     "urlopen, headers": urlopen,
 }
+
+CLIENTS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
+    "urllib3": functools.partial(request, with_urllib3),
+    "requests": functools.partial(request, with_requests),
+    "httpx": functools.partial(request, with_httpx),
+    "websockets": receive,
+}
+OPERATIONS.update(
+    (package, operation)
+    for package, operation in CLIENTS.items()
+    if importlib.util.find_spec(package)  # those that are not installed are left out
+)
 
 
 def by_token(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
