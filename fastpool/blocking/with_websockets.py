@@ -99,9 +99,11 @@ class ClientConnection(websockets.sync.client.ClientConnection):
     def _drop(self) -> None:
         """Close it without another word to the server, and wait for its threads."""
         drop_websocket(self)
-        self.recv_events_thread.join()
+        # In this order: it joins the other itself, and before Python 3.13 two threads that join
+        # a third at once can break its lock.
         if self.keepalive_thread is not None:
             self.keepalive_thread.join()
+        self.recv_events_thread.join()
 
 
 def connect(
