@@ -23,8 +23,7 @@ from servers import certificate, full, read_request, served
 from staging import is_asleep, start, until
 
 from fastpool import TaskGroup, blocking
-from fastpool.blocking import _elsewhere
-from fastpool.blocking import with_websockets
+from fastpool.blocking import _elsewhere, with_websockets
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
