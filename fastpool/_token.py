@@ -467,11 +467,14 @@ class CancelToken:
 
         Returns:
             A context manager. It raises `Cancelled` on entry if the token is set already; the
-            interruption happens at most once; after the block it is not running and never
-            will. On leaving, if the token is set, `Cancelled` is raised with whatever came out
-            as its `__context__`, also when the call returned normally, since what an
-            interrupted call returns looks like success. A `Cancelled`, `KeyboardInterrupt`,
-            `SystemExit` or `GeneratorExit` passes as it is.
+            interruption happens at most once, but where it may come too early to meet anything
+            (queries of databases, conditions); after the block it is not running and never
+            will, unless the block is left from inside a callback, where nothing waits. On
+            leaving, if the token is set, `Cancelled` is raised with whatever came out as its
+            `__context__`, also when the call returned normally, since what an interrupted call
+            returns looks like success. A `Cancelled`, `KeyboardInterrupt`, `SystemExit` or
+            `GeneratorExit` passes as it is, and so does an error of the clean-up after Ctrl-C
+            or an exit.
 
         Raises:
             TypeError: If `what` can be neither called nor interrupted.

@@ -713,3 +713,36 @@ def sits(pid):
     before = switches()
     time.sleep(0.1)
     return before == switches() and "sleeping" in before[0]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: blocking.select(["x"], [], []), "have a fileno"),
+        (lambda: blocking.read("x", 1), "have a fileno"),
+        (lambda: blocking.flock("x", 1), "have a fileno"),
+        (lambda: blocking.abandon(5), "wants a function"),
+        (lambda: blocking.connect(5), r"wants \(host, port\)"),
+        (lambda: blocking.connect(("host",)), r"wants \(host, port\)"),
+    ],
+)
+def test_what_cannot_be_waited_for_is_named(call, message):
+    """
+    With what would do.
+    """
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
+def test_set_token_is_heard_before_anything_is_done(tmp_path):
+    """
+    Also where nothing would block; only a lock is given back all the same.
+    """
+    token = CancelToken()
+    token.cancel()
+    with open(tmp_path / "lock", "w") as file, use_token(token):
+        with pytest.raises(Cancelled):
+            blocking.read(file.fileno(), 0)
+        with pytest.raises(Cancelled):
+            blocking.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        blocking.flock(file, fcntl.LOCK_UN)

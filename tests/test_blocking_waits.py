@@ -466,3 +466,13 @@ def test_failure_of_a_sibling_ends_every_wait():
 
     assert waiting.cancelled()
     assert acquiring.cancelled()
+
+
+def test_task_waits_by_itself():
+    """
+    The message says so.
+    """
+    with TaskGroup(1) as group:
+        task = group.submit(abs, -1)
+        with pytest.raises(TypeError, match=r"its own wait\(\) hears the token"):
+            blocking.wait(task)

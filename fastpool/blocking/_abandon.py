@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -36,7 +37,10 @@ def abandon(fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
         Cancelled: As soon as the current token is set.
         BaseException: What it raises.
         RuntimeError: If no thread can be started.
+        TypeError: If `fn` is no function.
     """
+    if not callable(fn):
+        raise TypeError(f"abandon() wants a function and its arguments, not {fn!r}")
     token = current_token()
     token.check()
     call = _Call(lambda: fn(*args, **kwargs), plain(getattr(fn, "__qualname__", repr(fn))))
@@ -74,6 +78,8 @@ def abandoned() -> tuple[str, ...]:
 
 
 _left: dict[_Call[Any], None] = {}
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_left.clear)  # their threads did not come along
 
 
 class _Call(Call[R]):

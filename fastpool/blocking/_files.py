@@ -35,6 +35,8 @@ H = TypeVar("H", bound="int | HasFileno")
 
 
 def _fileno(file: int | HasFileno) -> int:
+    if not isinstance(file, int) and not callable(getattr(file, "fileno", None)):
+        raise TypeError(f"a file must be a descriptor or have a fileno(), which {file!r} has not")
     fd = file if isinstance(file, int) else file.fileno()
     if fd < 0:
         raise ValueError(f"a file descriptor cannot be negative, as that of {file!r} is")
@@ -108,6 +110,7 @@ def read(fd: int | HasFileno, n: int, /) -> bytes:
         OSError: As from `os.read`.
     """
     number = _fileno(fd)
+    current_token().check()
     if n > 0:
         poll(current_token(), {number: _select.POLLIN})
     return _read(number, n)
@@ -199,11 +202,14 @@ def flock(fd: int | HasFileno, operation: int, /) -> None:
         OSError: As from `fcntl.flock`.
     """
     number = _fileno(fd)
-    if operation & (fcntl.LOCK_NB | fcntl.LOCK_UN):  # neither waits
+    if operation & fcntl.LOCK_UN:  # which clean-up may do at any time
         fcntl.flock(number, operation)
         return
     token = current_token()
     token.check()
+    if operation & fcntl.LOCK_NB:
+        fcntl.flock(number, operation)
+        return
     pause = FIRST_PAUSE
     while True:
         try:

@@ -146,9 +146,17 @@ def connect(
         TimeoutError: If the time is up; this is an `OSError`.
         ssl.SSLError: If the handshake fails; this is an `OSError`.
 
+        TypeError: If that is no address.
+
     Source:
         `socket.create_connection`. Run on Linux.
     """
+    if not isinstance(address, (str, bytes)) and not (
+        isinstance(address, (tuple, list)) and len(address) == 2
+    ):
+        raise TypeError(
+            f"connect() wants (host, port), or the path of a Unix socket, not {address!r}"
+        )
     if isinstance(address, (str, bytes)):
         sock, host = _connect_unix(address, timeout), None
     else:

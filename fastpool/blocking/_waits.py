@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 from fastpool import _clock, _wakers
 from fastpool._scope import current_token
+from fastpool._task import Task
 from fastpool.blocking._conditions import sleep_on, slices, turns
 
 __all__ = ["Lock", "acquire", "wait"]
@@ -141,6 +142,8 @@ def wait(
         from fastpool.blocking import _children  # as well
 
         return _children.wait(thing, span)
+    if isinstance(thing, Task):
+        raise TypeError(f"wait() is not for {thing!r}; its own wait() hears the token")
     raise TypeError(
         f"wait() wants an event, a condition, a future, a thread or a process, not {thing!r}"
     )
