@@ -564,15 +564,20 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
 
 
 def interrupt_once_blocked():
-    """A thread that sends Ctrl-C to this process once the main thread is blocked."""
+    """
+    A thread that sends Ctrl-C to this process once the main thread is blocked, and what is to be
+    set before it is.
+    """
+    begins = threading.Event()
 
     def ctrl_c():
+        begins.wait(10)
         until(lambda: is_blocked(os.getpid(), None))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=ctrl_c)
     thread.start()
-    return thread
+    return thread, begins
 
 
 @pytest.mark.parametrize("kind", ["tcp", "udp", "tls"])
@@ -581,8 +586,9 @@ def test_interrupt_ends_a_read_in_the_body(kind):
     It is raised there and then, out of the very call.
     """
     mine, other = KINDS[kind]()
+    thread, begins = interrupt_once_blocked()
     with mine, other, pytest.raises(KeyboardInterrupt), TaskGroup(1):
-        thread = interrupt_once_blocked()
+        begins.set()
         with blocking.interruptible(mine):
             mine.recv(1)
     thread.join()
@@ -594,8 +600,9 @@ def test_interrupt_ends_a_connect_in_the_body(family, path):
     No socket is left behind.
     """
     queue = full(family, path if family == socket.AF_UNIX else ("127.0.0.1", 0))
+    thread, begins = interrupt_once_blocked()
     with queue as address, pytest.raises(KeyboardInterrupt), TaskGroup(1):
-        thread = interrupt_once_blocked()
+        begins.set()
         blocking.connect(address)
     thread.join()
 
@@ -606,8 +613,9 @@ def test_interrupt_ends_a_handshake_in_the_body():
     No socket is left behind; before Python 3.13 it closes with the traceback, and a warning.
     """
     _, client = certificate()
+    thread, begins = interrupt_once_blocked()
     with served(silent) as address, pytest.raises(KeyboardInterrupt), TaskGroup(1):
-        thread = interrupt_once_blocked()
+        begins.set()
         in_connect(address, client)
     thread.join()
 
