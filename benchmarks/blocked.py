@@ -73,13 +73,11 @@ def wait() -> Iterator[Operation]:
 @contextlib.contextmanager
 def run() -> Iterator[Operation]:
     command = ["sleep", "60"]
-    children: list[subprocess.Popen[bytes]] = []
-
-    def by_itself() -> None:
-        with subprocess.Popen(command) as child:
-            children.append(child)
-
-    yield lambda: blocking.run(command), by_itself, lambda: children.pop().terminate()
+    with subprocess.Popen(command) as child:
+        try:
+            yield lambda: blocking.run(command), child.wait, child.terminate
+        finally:
+            child.kill()
 
 
 @contextlib.contextmanager
@@ -247,5 +245,8 @@ def _time_to_end(call: Callable[[], object], wake: Callable[[], object]) -> floa
     time.sleep(BLOCKED)
     start = clock()
     wake()
-    thread.join()
+    thread.join(5)
+    while thread.is_alive():  # it had not got as far as to be woken
+        wake()
+        thread.join(5)
     return ended[0] - start
