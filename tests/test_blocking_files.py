@@ -2,10 +2,12 @@
 Pipes, terminals, FIFOs, locks and abandoned calls, each left by a cancel; and a token's descriptor.
 """
 
+import contextlib
 import errno
 import fcntl
 import io
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -17,7 +19,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from blocked import cancel_while_blocked, descriptors, is_blocked
+from blocked import cancel_while_blocked, descriptors, ended, is_blocked, under
 from staging import start, until
 
 import fastpool
@@ -746,3 +748,43 @@ def test_set_token_is_heard_before_anything_is_done(tmp_path):
         with pytest.raises(Cancelled):
             blocking.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         blocking.flock(file, fcntl.LOCK_UN)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it is opened by its name")
+def test_cancel_ends_the_opening_of_a_fifo_though_no_descriptor_is_left(tmp_path):
+    """
+    One is kept for that.
+    """
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    token = CancelToken()
+    thread, outcome = under(token, blocking.open_fifo, path)
+    until(lambda: is_blocked(thread.native_id))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = []
+    resource.setrlimit(
+        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), limits[1])
+    )
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                used.append(os.open(os.devnull, os.O_RDONLY))
+        token.cancel()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in used:
+            os.close(fd)
+
+    assert type(ended(thread, outcome)) is Cancelled
+
+
+def test_fifo_that_may_not_be_written_to_is_refused(tmp_path, monkeypatch):
+    """
+    No cancel could end it, so the message says what could.
+    """
+    path = tmp_path / "fifo"
+    os.mkfifo(path)
+    monkeypatch.setattr(os, "access", lambda *args, **options: False)
+
+    with pytest.raises(PermissionError, match=r"use fastpool\.blocking\.abandon\(open, path\)"):
+        blocking.open_fifo(path)

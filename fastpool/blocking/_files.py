@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import select as _select
@@ -136,8 +137,8 @@ def open_fifo(
     by that too, and find that nobody is there.
 
     Args:
-        path: Of the FIFO. You need to be allowed both to read and to write it, or a cancel cannot
-            end the wait; `abandon(open, path)` is the way then.
+        path: Of the FIFO. You need to be allowed both to read and to write it, or a cancel could
+            not end the wait; `abandon(open, path)` is the way then.
         mode: And the others: as for `open`.
 
     Returns:
@@ -146,6 +147,7 @@ def open_fifo(
     Raises:
         Cancelled: As soon as the current token is set. The FIFO is closed then.
         OSError: As from `open`.
+        PermissionError: If you may not both read and write it; this is an `OSError`.
     """
     token = current_token()
     token.check()
@@ -156,13 +158,29 @@ def _fifo_opener(token: CancelToken) -> Callable[[str, int], int]:
     def opener(path: str, flags: int) -> int:
         with contextlib.ExitStack() as closing:
             target = path
+            spare: list[int] = []  # closed to make room, should the cancel come with none left
+
+            def make_room() -> None:
+                with contextlib.suppress(IndexError):
+                    os.close(spare.pop())
+
             if sys.platform == "linux" and os.path.exists(path):
                 # The file itself and not its name, which may be gone when the cancel comes.
                 anchor = os.open(path, os.O_PATH)
                 closing.callback(os.close, anchor)
                 target = f"/proc/self/fd/{anchor}"
+                if not os.access(target, os.R_OK | os.W_OK, effective_ids=True):
+                    raise PermissionError(
+                        errno.EACCES,
+                        "open_fifo() must be allowed to read and to write, or no cancel could end "
+                        "it; use fastpool.blocking.abandon(open, path)",
+                        path,
+                    )
+                spare.append(os.dup(anchor))
+                closing.callback(make_room)
 
             def come() -> None:
+                make_room()
                 # Both ends at once, which never blocks. They stay open until the call is out: it
                 # may not have got as far as to wait yet.
                 closing.callback(os.close, os.open(target, os.O_RDWR | os.O_NONBLOCK))
