@@ -55,7 +55,7 @@ _INSTEAD: dict[str, str] = {
     "multiprocessing.queues.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
     "queue.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
     "redis.client.PubSub": "a pubsub() of a client by fastpool.blocking.redis_client(client)",
-    "redis.client.Redis": "fastpool.blocking.redis_client(client) once; its calls hear the token then",
+    "redis.client.Redis": "fastpool.blocking.redis_client(client) once; its calls hear it then",
     "redis.connection.AbstractConnection": "fastpool.blocking.redis_client(client)",
     "requests.models.Response": "fastpool.blocking.with_requests.HTTPAdapter() in its session",
     "requests.sessions.Session": "fastpool.blocking.with_requests.HTTPAdapter() in it",
