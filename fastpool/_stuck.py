@@ -152,20 +152,19 @@ def _explain(lane: Lane, stack: list[FrameType], seat: Seat | None) -> list[str]
         lines += [f"It waits for {some(waited)}."]
     elif stack and is_ours(stack[-1]) and seat is not None and seat.call == "futex":
         lines += ["It waits in a call of fastpool's, on a token that is not set; see shield()."]
-    elif seat is not None and seat.call is None:
-        lines += [
-            "It sits in no system call: it computes, in Python or in what that line calls.",
-            "To have it stop on a cancel, call token.check() in its loop.",
-        ]
     elif seat is not None:
         lines += [_sits(seat)]
         instead = cure(seat, stack)
         if instead:
             lines += [f"To have a cancel wake it, use {instead}."]
+        elif seat.call is None:
+            lines += ["To have it stop on a cancel, call token.check() in its loop."]
     return [plain(line) for line in lines]
 
 
 def _sits(seat: Seat) -> str:
+    if seat.call is None:
+        return "It sits in no system call: it computes, in Python or in what that line calls."
     said = f"It sits in the system call {seat.call}"
     if seat.fd is not None:
         said += f" on file descriptor {seat.fd}"

@@ -57,6 +57,37 @@ _CURES = {
     "waitid": "fastpool.blocking.run(command)",
 }
 _ANY = "fastpool.blocking.abandon(fn, *args)"
+_CHILD = (
+    "fastpool.blocking.run(command), or token.interrupts(popen) with process_group=0 in its Popen"
+)
+# What waits in a function of other people's, by its module and name.
+_FUNCTIONS = {
+    ("multiprocessing.process", "join"): "fastpool.blocking.wait(process)",
+    ("psycopg.connection", "connect"): f"{_ANY}, or give it a connect_timeout",
+    ("subprocess", "__exit__"): _CHILD,
+    ("subprocess", "call"): _CURES["wait4"],
+    ("subprocess", "communicate"): _CHILD,
+    ("subprocess", "run"): _CURES["wait4"],
+    ("subprocess", "wait"): "fastpool.blocking.wait(popen), or token.interrupts(popen) to end it",
+}
+# The same by packages or modules, whatever they wait in.
+_HTTPX = "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport())"
+_LIBRARIES = {
+    "http.client": "fastpool.blocking.urlopen(url), or token.interrupts(response)",
+    "httpcore": _HTTPX,
+    "httpx": _HTTPX,
+    "psycopg": "token.interrupts(connection)",
+    "psycopg_pool": "getconn(timeout=0.05), in a loop with token.check()",
+    "redis": "fastpool.blocking.redis_client(client), once",
+    "requests": "fastpool.blocking.with_requests.HTTPAdapter(), mounted on the session",
+    "urllib.request": "fastpool.blocking.urlopen(url)",
+    "urllib3": "fastpool.blocking.with_urllib3.PoolManager()",
+    "websockets": "fastpool.blocking.with_websockets.connect(uri), or token.interrupts(connection)",
+}
+_LOOK_UPS = frozenset({"getaddrinfo", "gethostbyaddr", "gethostbyname", "gethostbyname_ex"})
+_OF_SQLITE = frozenset(
+    {"commit", "execute", "executemany", "executescript", "fetchall", "fetchmany", "fetchone"}
+)
 _WAIT = "fastpool.blocking.wait(thing)"
 _LOCKS = {
     "get": "fastpool.blocking.get(queue)",
@@ -199,36 +230,75 @@ def cure(seat: Seat, frames: Sequence[FrameType]) -> str:
     What to call instead, by name; empty if there is nothing to say.
 
     Args:
-        seat: Where the thread sits, in a system call.
+        seat: Where the thread sits.
         frames: The task's, the innermost last.
     """
     inner = frames[-1] if frames else None
     if inner is not None and is_ours(inner):
         return ""
-    if any(module_of(frame) == "subprocess" for frame in frames):
-        return _CURES["wait4"]
+    call = "" if inner is None else called(inner)
+    if call in _OF_SQLITE and seat.call != "futex" and "sqlite3" in sys.modules:
+        # All of it is in C, so the name of the call is what there is to see.
+        if seat.call == "clock_nanosleep":  # until another connection gives its lock back
+            return "fastpool.blocking.execute(connection, sql), if it is SQLite's"
+        return "token.interrupts(connection), if it is SQLite's"
+    if seat.call is None:
+        return ""
+    if call in _LOOK_UPS:
+        return _ANY
+    known = _cure_for_function(frames) or _cure_for_library(seat, frames)
+    if known:
+        return known
     if seat.call == "futex":
         return _cure_for_lock(frames)
     if seat.call in ("poll", "ppoll") and seat.file == "a socket":
-        if inner is not None and called(inner) in ("poll", "select"):
+        if call in ("poll", "select"):
             return _CURES["poll"]
-        connects = inner is not None and called(inner) == "connect"
-        return _CURES["connect" if connects else "recvfrom"]
+        return _CURES["connect" if call == "connect" else "recvfrom"]
     if seat.call in ("select", "pselect6") and seat.file:
         return _SLEEP
     if seat.call in ("open", "openat"):
         return "fastpool.blocking.open_fifo(path), if it is a FIFO"
     if seat.call == "read":
-        return _cure_for_read(seat.file, inner)
+        return _cure_for_read(seat.file, call)
     if seat.call == "write" and seat.file == "a socket":
         return _CURES["sendto"]
-    return _CURES.get(seat.call or "", _ANY)
+    return _CURES.get(seat.call, _ANY)
 
 
-def _cure_for_read(file: str, inner: FrameType | None) -> str:
+def _cure_for_function(frames: Sequence[FrameType]) -> str:
+    for frame in frames:
+        cure = _FUNCTIONS.get((module_of(frame), frame.f_code.co_name))
+        if cure is not None:
+            return cure
+    return _CURES["wait4"] if any(module_of(frame) == "subprocess" for frame in frames) else ""
+
+
+def _cure_for_library(seat: Seat, frames: Sequence[FrameType]) -> str:
+    """
+    What the library needs that waits. Of those that call each other, it is the outermost: what
+    the user calls.
+    """
+    cure = ""
+    for frame in reversed(frames):
+        module = module_of(frame)
+        package = module.partition(".")[0]
+        known = _LIBRARIES.get(module) or _LIBRARIES.get(package)
+        if known is not None:
+            cure = known
+        elif cure or package not in sys.stdlib_module_names:
+            break  # who calls the library; or what it has called, which waits by itself
+    if any(module_of(frame).startswith("fastpool.blocking.") for frame in frames):
+        return ""  # it has that already
+    if cure == _LIBRARIES["redis"] and seat.call == "futex":
+        return f"{_ANY}, or give its connection pool a timeout"
+    return cure
+
+
+def _cure_for_read(file: str, call: str) -> str:
     if file == "a socket":
         return _CURES["recvfrom"]
-    if inner is not None and called(inner) == "input":
+    if call == "input":
         return "fastpool.blocking.input(prompt)"
     return "fastpool.blocking.read(fd, n)"
 

@@ -3,26 +3,32 @@ What a task that does not stop is reported with: where it sits, and what to call
 """
 
 import concurrent.futures
+import contextlib
 import ctypes
 import fcntl
 import mmap
+import multiprocessing
 import os
 import platform
 import queue
 import select
 import socket
+import sqlite3
 import subprocess
+import sys
 import threading
 import time
+import urllib.request
 import warnings
 
 import pytest
+import services
 from staging import until
 
 import fastpool._stuck
 import fastpool._syscalls
 from fastpool import TaskGroup, cancellable, shield
-from fastpool._syscalls import Look, Seat, settle
+from fastpool._syscalls import Look, Seat, cure, settle
 
 LINUX = pytest.mark.skipif(
     not os.access("/proc/self/syscall", os.R_OK), reason="the system does not tell"
@@ -302,18 +308,61 @@ def test_file_lock_is_named(tmp_path):
 
 
 @LINUX
-@pytest.mark.parametrize("way", ["wait", "communicate"])
-def test_wait_for_a_child_is_named(way):
+@pytest.mark.parametrize(
+    ("way", "cure"),
+    [
+        (
+            subprocess.Popen.wait,
+            "fastpool.blocking.wait(popen), or token.interrupts(popen) to end it",
+        ),
+        (
+            subprocess.Popen.communicate,
+            "fastpool.blocking.run(command), or token.interrupts(popen) with process_group=0 in "
+            "its Popen",
+        ),
+    ],
+)
+def test_wait_for_a_child_is_named(way, cure):
     """
     Whatever the system call is that `subprocess` makes of it.
     """
     with subprocess.Popen(["sleep", "60"], stdout=subprocess.PIPE) as child:
-        call = child.wait if way == "wait" else child.communicate
-        said = report(call, child.kill, ready=in_call)
+        said = report(lambda: way(child), child.kill, ready=in_call)
 
-    assert "use fastpool.blocking.run(command)." in said
-    if way == "wait":
+    assert said.endswith(f"use {cure}.")
+    if way is subprocess.Popen.wait:
         assert f", for child process {child.pid}." in said
+
+
+@LINUX
+def test_command_that_is_run_is_named(tmp_path):
+    """
+    Its name is all that is known of it: the call is replaced as a whole.
+    """
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+
+    said = report(
+        lambda: subprocess.run(["cat", fifo], check=True, stdout=subprocess.DEVNULL),
+        lambda: open(fifo, "w").close(),
+        ready=in_call,
+    )
+
+    assert said.endswith("use fastpool.blocking.run(command).")
+
+
+@LINUX
+def test_wait_for_a_process_is_named():
+    """
+    One of `multiprocessing`, which waits as for any child.
+    """
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=[60])
+    process.start()
+
+    said = report(process.join, process.kill, ready=in_call)
+    process.close()
+
+    assert said.endswith("use fastpool.blocking.wait(process).")
 
 
 @LINUX
@@ -326,6 +375,230 @@ def test_sleep_is_named(way):
 
     assert "It sits in the system call " in said
     assert "use fastpool.sleep(seconds)." in said
+
+
+# --- Libraries ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def silent():
+    """A server that answers nobody."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener
+
+
+def by_urllib(address):
+    return lambda: urllib.request.urlopen(f"http://{address}")
+
+
+def by_urllib3(address):
+    pools = services.client("urllib3").PoolManager(retries=False)
+    return lambda: pools.request("GET", f"http://{address}")
+
+
+def by_requests(address):
+    session = services.client("requests").Session()
+    session.trust_env = False
+    return lambda: session.get(f"http://{address}")
+
+
+def by_httpx(address):
+    client = services.client("httpx").Client(trust_env=False, timeout=None)
+    return lambda: client.get(f"http://{address}")
+
+
+def by_websockets(address):
+    connect = services.client("websockets.sync.client").connect
+    # Its warning is of what is done with the connection, and there is none.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return lambda: connect(f"ws://{address}", proxy=None)
+
+
+def by_redis(address):
+    redis = services.client("redis")
+    host, port = address.split(":")
+    return redis.Redis(host, int(port), retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0)).ping
+
+
+def by_psycopg(address):
+    host, port = address.split(":")
+    return lambda: services.client("psycopg").connect(host=host, port=port)
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("library", "cure"),
+    [
+        (by_urllib, "fastpool.blocking.urlopen(url)"),
+        (by_urllib3, "fastpool.blocking.with_urllib3.PoolManager()"),
+        (by_requests, "fastpool.blocking.with_requests.HTTPAdapter(), mounted on the session"),
+        (by_httpx, "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport())"),
+        (by_websockets, "fastpool.blocking.with_websockets.connect(uri), or token.interrupts("),
+        (by_redis, "fastpool.blocking.redis_client(client), once"),
+        (by_psycopg, "fastpool.blocking.abandon(fn, *args), or give it a connect_timeout"),
+    ],
+)
+def test_cure_is_for_the_library_that_waits(silent, library, cure):
+    """
+    Its socket is out of the user's reach, whatever call it sits in.
+    """
+    call = library("{}:{}".format(*silent.getsockname()))
+
+    def asks():
+        with contextlib.suppress(Exception):  # each has its own for a server that is gone
+            call()
+
+    def hang_up():
+        with silent.accept()[0]:
+            silent.close()
+
+    blocked = on_lock if library is by_websockets else in_call
+    said = report(asks, hang_up, ready=blocked)
+
+    assert f"To have a cancel wake it, use {cure}" in said
+
+
+@LINUX
+def test_cure_for_a_query_is_for_psycopg(postgres):
+    """
+    The query is cancelled, and the connection lives on.
+    """
+    psycopg = services.client("psycopg")
+    with psycopg.connect(postgres) as connection:
+
+        def asks():
+            with contextlib.suppress(psycopg.errors.QueryCanceled):
+                connection.execute("SELECT pg_sleep(60)")
+
+        said = report(asks, connection.cancel_safe, ready=in_call)
+
+    assert said.endswith("use token.interrupts(connection).")
+
+
+@LINUX
+def test_cure_for_a_wait_for_a_connection_is_for_its_pool(postgres):
+    """
+    Nothing wakes that wait: it is to be short.
+    """
+    services.client("psycopg")
+    pool = services.client("psycopg_pool").ConnectionPool(postgres, min_size=1, open=True)
+    with pool:
+        taken = pool.getconn()
+
+        def asks():
+            pool.putconn(pool.getconn())
+
+        said = report(asks, lambda: pool.putconn(taken), ready=on_lock)
+
+    assert said.endswith("use getconn(timeout=0.05), in a loop with token.check().")
+
+
+@LINUX
+def test_cure_for_a_query_of_sqlite_is_no_check():
+    """
+    It computes, but there is no loop of the user's.
+    """
+    endless = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
+    begun = []
+    with contextlib.closing(sqlite3.connect(":memory:", check_same_thread=False)) as connection:
+        connection.create_function("begin", 0, lambda: begun.append(True))
+
+        def asks():
+            connection.execute("SELECT begin()")
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute(endless)
+
+        said = report(asks, connection.interrupt, ready=lambda thread: begun and in_code(thread))
+
+    assert "It sits in no system call" in said
+    assert said.endswith("use token.interrupts(connection), if it is SQLite's.")
+
+
+def in_code(thread):
+    return not is_blocked(thread, on_lock=True)
+
+
+@LINUX
+def test_cure_for_a_lock_of_sqlite_is_no_sleep(tmp_path):
+    """
+    It sleeps until another connection gives the lock back.
+    """
+    file = tmp_path / "data"
+    with (
+        contextlib.closing(sqlite3.connect(file, isolation_level=None)) as holder,
+        contextlib.closing(
+            sqlite3.connect(file, isolation_level=None, timeout=30, check_same_thread=False)
+        ) as connection,
+    ):
+        holder.execute("BEGIN IMMEDIATE")
+        # Its sleeps grow to a tenth of a second.
+        said = report(
+            lambda: connection.execute("BEGIN IMMEDIATE"),
+            lambda: holder.execute("ROLLBACK"),
+            ready=in_call,
+        )
+
+    assert said.endswith("use fastpool.blocking.execute(connection, sql), if it is SQLite's.")
+
+
+@LINUX
+def test_look_up_of_a_host_is_told_from_a_read(pair):
+    """
+    Both read from a socket, but the resolver's cannot be interrupted.
+    """
+    here, there = pair
+    getaddrinfo = here.recv
+
+    said = report(lambda: getaddrinfo(10), lambda: there.send(b"x"), ready=in_call)
+
+    assert said.endswith("use fastpool.blocking.abandon(fn, *args).")
+
+
+def frames_of(*modules):
+    """The frames of functions in modules of these names that call each other."""
+
+    def call():
+        return sys._getframe(1)
+
+    for module in reversed(modules):
+        names = {"__name__": module, "call": call}
+        exec("def function(): return call()", names)
+        call = names["function"]
+    frames = [call()]
+    while len(frames) < len(modules):
+        frames.append(frames[-1].f_back)
+    return frames[::-1]
+
+
+@pytest.mark.parametrize(
+    ("modules", "instead"),
+    [
+        (["mine", "requests.sessions", "urllib3.poolmanager", "socket"], "with_requests"),
+        (["mine", "urllib3.poolmanager", "http.client", "ssl"], "with_urllib3"),
+        (["requests.sessions", "mine", "redis.client"], "redis_client"),
+        (["requests.sessions", "mine"], "interruptible"),
+        (["mine", "http.server", "socket"], "interruptible"),
+        (
+            ["mine", "requests.sessions", "fastpool.blocking.with_requests", "socket"],
+            "interruptible",
+        ),
+    ],
+)
+def test_cure_is_for_the_library_that_the_user_calls(modules, instead):
+    """
+    Not for one inside of it, nor for one that has called code of the user's, nor that has ours.
+    """
+    assert instead in cure(Seat("recvfrom", 7, "a socket"), frames_of(*modules))
+
+
+def test_place_in_a_pool_of_redis_is_told_from_a_read():
+    """
+    Its queue is its own, and hears no token.
+    """
+    found = cure(Seat("futex"), frames_of("redis.connection", "queue", "threading"))
+
+    assert found.endswith("or give its connection pool a timeout")
 
 
 # --- Locks and what is made of them ---------------------------------------------------------------
