@@ -491,7 +491,7 @@ class CancelToken:
                 f"interrupts() does not know how to interrupt {kind}; register a way with "
                 f"fastpool.blocking.register({kind!r}, how), or give it a function that does"
             )
-        raise TypeError(f"interrupts() cannot interrupt {kind}; use {instead}")
+        raise TypeError(f"interrupts() cannot interrupt {kind}; {instead}")
 
     def _close_callbacks(self) -> None:
         """

@@ -43,27 +43,43 @@ _ROOMS: dict[str, str] = {
     "websockets.sync.connection.Connection": "_shutdown",
 }
 
+_FILE = (
+    "fastpool.blocking.read(fd, n), input(prompt) for the keyboard, or interruptible(sock) for a "
+    "socket's"
+)
+_POOLS = "fastpool.blocking.with_urllib3.PoolManager(), which hears the token"
+_SESSION = (
+    "fastpool.blocking.with_requests.HTTPAdapter() in its session, which then hears the token"
+)
+_TRANSPORT = (
+    "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport()), which hears the token"
+)
+
 # What to call instead of interrupting what cannot be woken without harm to others.
 _INSTEAD: dict[str, str] = {
+    "_io.BufferedReader": _FILE,
+    "_io.FileIO": _FILE,
+    "_io.TextIOWrapper": _FILE,
     "_queue.SimpleQueue": "fastpool.blocking.get(queue)",
     "_thread.RLock": "fastpool.blocking.acquire(lock)",
     "_thread.lock": "fastpool.blocking.acquire(lock)",
     "concurrent.futures._base.Future": "fastpool.blocking.wait(future)",
-    "httpx.Client": "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport())",
-    "httpx.Response": "httpx.Client(transport=fastpool.blocking.with_httpx.HTTPTransport())",
+    "httpx.Client": _TRANSPORT,
+    "httpx.Response": _TRANSPORT,
     "multiprocessing.process.BaseProcess": "fastpool.blocking.wait(process)",
     "multiprocessing.queues.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
+    "psycopg_pool.pool.ConnectionPool": "token.interrupts(connection), with one taken from it",
     "queue.Queue": "fastpool.blocking.get(queue) or put(queue, item)",
     "redis.client.PubSub": "a pubsub() of a client by fastpool.blocking.redis_client(client)",
     "redis.client.Redis": "fastpool.blocking.redis_client(client) once; its calls hear it then",
     "redis.connection.AbstractConnection": "fastpool.blocking.redis_client(client)",
-    "requests.models.Response": "fastpool.blocking.with_requests.HTTPAdapter() in its session",
-    "requests.sessions.Session": "fastpool.blocking.with_requests.HTTPAdapter() in it",
+    "requests.models.Response": _SESSION,
+    "requests.sessions.Session": _SESSION,
     "threading.Event": "fastpool.blocking.wait(event)",
     "threading.Semaphore": "fastpool.blocking.acquire(semaphore)",
     "threading.Thread": "fastpool.blocking.wait(thread)",
-    "urllib3.poolmanager.PoolManager": "fastpool.blocking.with_urllib3.PoolManager()",
-    "urllib3.response.BaseHTTPResponse": "fastpool.blocking.with_urllib3.PoolManager()",
+    "urllib3.poolmanager.PoolManager": _POOLS,
+    "urllib3.response.BaseHTTPResponse": _POOLS,
 }
 
 
@@ -110,9 +126,13 @@ def find(thing: object) -> Waker | None:
 
 
 def advice(thing: object) -> str | None:
-    """What to call instead of interrupting `thing`, if that is known."""
-    known = (_INSTEAD.get(_name(kind)) for kind in type(thing).__mro__)
-    return next(filter(None, known), None)
+    """What to do instead of interrupting `thing`, if that is known."""
+    for name in map(_name, type(thing).__mro__):
+        if name.startswith("fastpool.blocking."):
+            return "it hears the current token already"
+        if name in _INSTEAD:
+            return f"use {_INSTEAD[name]}"
+    return None
 
 
 def _name(kind: type) -> str:

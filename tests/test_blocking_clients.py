@@ -684,5 +684,16 @@ def test_other_peoples_clients_are_told_of_ours():
     own = [urllib3.PoolManager(), requests.Session(), requests.Response()]
     with httpx.Client() as client:
         for what in [*own, client, httpx.Response(200), urllib3.HTTPResponse()]:
-            with pytest.raises(TypeError, match=r"use .*fastpool\.blocking\.with_"):
+            with pytest.raises(
+                TypeError, match=r"use .*fastpool\.blocking\.with_.* hears? the token"
+            ):
                 CancelToken().interrupts(what)
+
+
+def test_clients_of_ours_need_no_interrupts():
+    """
+    Nobody is told to use what is in use.
+    """
+    for what in [PoolManager(), HTTPAdapter(), HTTPTransport(verify=False)]:
+        with pytest.raises(TypeError, match="; it hears the current token already"):
+            CancelToken().interrupts(what)

@@ -736,6 +736,20 @@ def test_what_cannot_be_waited_for_is_named(call, message):
         call()
 
 
+def test_interrupting_a_file_says_what_to_call(pipe):
+    """
+    Nothing done to a file object wakes who reads from it.
+    """
+    with (
+        open(pipe[0], closefd=False) as text,
+        open(pipe[0], "rb", closefd=False) as buffered,
+        open(pipe[0], "rb", 0, closefd=False) as raw,
+    ):
+        for file in (text, buffered, raw):
+            with pytest.raises(TypeError, match=r"use fastpool\.blocking\.read.*, input\(prompt\)"):
+                CancelToken().interrupts(file)
+
+
 def test_set_token_is_heard_before_anything_is_done(tmp_path):
     """
     Also where nothing would block; only a lock is given back all the same.

@@ -377,6 +377,16 @@ def test_asynchronous_connection_is_refused():
         CancelToken().interrupts(object.__new__(psycopg.AsyncConnection))
 
 
+def test_pool_of_connections_says_what_to_interrupt():
+    """
+    Which of them is in a query, only its user knows.
+    """
+    pool = services.client("psycopg_pool").ConnectionPool(open=False)
+
+    with pytest.raises(TypeError, match=r"use token\.interrupts\(connection\), with one"):
+        CancelToken().interrupts(pool)
+
+
 # --- A server that does not answer ----------------------------------------------------------------
 
 

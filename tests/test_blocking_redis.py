@@ -435,9 +435,11 @@ def test_interrupts_says_what_to_call_instead(client):
     Which connection a client will use, nobody knows beforehand.
     """
     with client.pubsub() as pubsub:
-        for what in (client, pubsub, client.connection_pool.make_connection()):
+        for what in (client, pubsub, redis.Connection()):
             with pytest.raises(TypeError, match=r"redis_client\(client\)"):
                 CancelToken().interrupts(what)
+    with pytest.raises(TypeError, match="hears the current token already"):
+        CancelToken().interrupts(client.connection_pool.make_connection())
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
