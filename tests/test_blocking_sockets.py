@@ -4,6 +4,7 @@ Sockets hear the token: connecting, reading, writing, listening; TCP, UDP, Unix 
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import ssl
@@ -419,6 +420,22 @@ def test_failing_connect_leaves_no_socket(path):
         blocking.connect(nobody, -1)
     with pytest.raises(socket.gaierror):
         blocking.connect(("127.0.0.1", "no such service"))
+
+
+def test_path_of_no_socket_is_named(path):
+    """
+    One that is written as a host and its port is told how these are.
+    """
+    with pytest.raises(FileNotFoundError, match=re.escape(f"No such file or directory: {path!r}")):
+        blocking.connect(path)
+    for address in ("example.org:80", b"example.org:80"):
+        with pytest.raises(FileNotFoundError) as told:
+            blocking.connect(address)
+
+        assert str(told.value) == (
+            "[Errno 2] no such Unix socket; for TCP write connect(('example.org', 80)): "
+            f"{address!r}"
+        )
 
 
 def test_connect_to_a_unix_socket_goes_on_when_there_is_room(path):

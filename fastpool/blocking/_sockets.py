@@ -142,10 +142,10 @@ def connect(
 
     Raises:
         Cancelled: As soon as the token is set. No socket is left.
-        OSError: If no address of the host answers: the last one's error.
+        OSError: If no address of the host answers: the last one's error. That of a Unix socket
+            names its path.
         TimeoutError: If the time is up; this is an `OSError`.
         ssl.SSLError: If the handshake fails; this is an `OSError`.
-
         TypeError: If that is no address.
 
     Source:
@@ -242,8 +242,13 @@ def _connect_unix(path: str | bytes, timeout: float | None) -> socket.socket:
             else:
                 _wait_for_place(sock, path, given)
         sock.settimeout(given)
-    except BaseException:
+    except BaseException as error:
         sock.close()
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = path
+            host, _, port = os.fsdecode(path).rpartition(":")
+            if isinstance(error, FileNotFoundError) and host and port.isdecimal():
+                error.strerror = f"no such Unix socket; for TCP write connect(({host!r}, {port}))"
         raise
     return sock
 
