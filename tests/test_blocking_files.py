@@ -20,14 +20,12 @@ from pathlib import Path
 
 import pytest
 from blocked import cancel_while_blocked, descriptors, ended, is_blocked, under
+from pages import ROOT, run
 from staging import start, until
 
 import fastpool
 import fastpool.blocking as blocking
 from fastpool import Cancelled, CancelToken, TaskGroup, use_token
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 pytestmark = pytest.mark.usefixtures("no_descriptor_is_left")
 
@@ -362,6 +360,16 @@ def test_cancel_ends_input(stdin):
 
     assert blocking.input() == "name"
     assert "readinto" not in vars(sys.stdin.buffer.raw)
+
+
+def test_answer_in_time_is_taken(stdin):
+    """
+    As the documentation has it.
+    """
+    ask = run(ROOT / "docs" / "blocking.md")["ask"]
+    stdin.write(b"7\n")
+
+    assert ask() == "7"
 
 
 def test_cancel_ends_input_in_the_middle_of_a_line(stdin):

@@ -242,13 +242,13 @@ def test_transaction_around_the_block_is_rolled_back(page, connection, postgres,
     """
     watcher.execute("CREATE TABLE orders AS SELECT 7")
     try:
-        assert page["report"](connection, CancelToken()) == (1,)
+        assert page["report"](connection) == (1,)
         connection.commit()
 
         with psycopg.connect(postgres) as other:
             other.execute("LOCK TABLE orders")
             token = CancelToken()
-            thread, outcome = start(page["report"], connection, token)
+            thread, outcome = start(page["report"].with_token, token, connection)
             until(lambda: waits_for(watcher, connection) == ("relation",))
             token.cancel()
             assert type(ended(thread, outcome)) is Cancelled
@@ -266,8 +266,8 @@ def test_wait_for_a_connection_of_a_pool_is_left(page, postgres):
     pooling = services.client("psycopg_pool")
     token = CancelToken()
     with pooling.ConnectionPool(postgres, min_size=1, max_size=1) as pool:
-        taken = page["connected"](pool, token)
-        thread, outcome = start(page["connected"], pool, token)
+        taken = page["taken_from"].with_token(token, pool)
+        thread, outcome = start(page["taken_from"].with_token, token, pool)
         until(lambda: pool.get_stats()["requests_waiting"])
         token.cancel()
 
