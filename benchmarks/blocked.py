@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import http.client
-import importlib.util
+import importlib
 import os
 import queue
 import select
@@ -13,15 +14,29 @@ import socket
 import sqlite3
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 from benchmarks.jobs import clock
-from fastpool import Cancelled, CancelToken, blocking, use_token
+from benchmarks.measure import ROOT
+from fastpool import Cancelled, CancelToken, blocking, current_token, use_token
 
-__all__ = ["OPERATIONS", "Operation", "by_hand", "by_token"]
+__all__ = [
+    "ENDLESS",
+    "OPERATIONS",
+    "Missing",
+    "Operation",
+    "by_hand",
+    "by_token",
+    "cancelled",
+    "from_tests",
+    "package",
+    "server",
+]
 
 SAMPLES = 5  # of which the median is what a round has measured
 BLOCKED = 0.01  # seconds after which a thread surely sits in its call
@@ -30,6 +45,39 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELEC
 
 # What blocks under a token, what blocks by itself, and what wakes the latter.
 Operation = tuple[Callable[[], object], Callable[[], object], Callable[[], object]]
+
+
+class Missing(Exception):
+    """Raised when a package or a server is not there; what it is needed for cannot be measured."""
+
+
+def package(name: str) -> Any:  # Any: a module, of which no more is known
+    """A package that need not be installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise Missing(f"not measured ({error})") from error
+
+
+def from_tests(name: str) -> Any:  # Any: as above
+    """A module of the tests, which have servers that stall, and start those of databases."""
+    folder = str(ROOT / "tests")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return package(name)
+
+
+@functools.cache
+def server(name: str) -> str:
+    """How to connect to a database's server, which runs until this process ends."""
+    services = from_tests("services")
+    ending = ExitStack()
+    try:
+        where: str = ending.enter_context(getattr(services, name)())
+    except (services.pytest.skip.Exception, services.pytest.fail.Exception) as error:
+        raise Missing(f"not measured ({error})") from error
+    atexit.register(ending.close)
+    return where
 
 
 @contextlib.contextmanager
@@ -116,6 +164,7 @@ def urlopen() -> Iterator[Operation]:
 
 
 def with_urllib3() -> tuple[Callable[[str], object], Callable[[str], object]]:
+    package("urllib3")
     import urllib3
 
     from fastpool.blocking.with_urllib3 import PoolManager
@@ -125,6 +174,7 @@ def with_urllib3() -> tuple[Callable[[str], object], Callable[[str], object]]:
 
 
 def with_requests() -> tuple[Callable[[str], object], Callable[[str], object]]:
+    package("requests")
     import requests
 
     from fastpool.blocking.with_requests import HTTPAdapter
@@ -136,6 +186,7 @@ def with_requests() -> tuple[Callable[[str], object], Callable[[str], object]]:
 
 
 def with_httpx() -> tuple[Callable[[str], object], Callable[[str], object]]:
+    package("httpx")
     import httpx
 
     from fastpool.blocking.with_httpx import HTTPTransport
@@ -163,6 +214,7 @@ def request(
 
 @contextlib.contextmanager
 def receive() -> Iterator[Operation]:
+    package("websockets")
     import websockets.sync.client
     import websockets.sync.server
 
@@ -183,6 +235,48 @@ def receive() -> Iterator[Operation]:
         thread.join()
 
 
+@contextlib.contextmanager
+def ask_postgres() -> Iterator[Operation]:
+    psycopg = package("psycopg")
+    where = server("postgres")
+    with psycopg.connect(where) as ours, psycopg.connect(where) as plain:
+
+        def under_token() -> None:
+            with current_token().interrupts(ours):
+                ours.execute("SELECT pg_sleep(60)")
+
+        def by_itself() -> None:
+            with contextlib.suppress(psycopg.errors.QueryCanceled):
+                plain.execute("SELECT pg_sleep(60)")
+
+        yield under_token, by_itself, plain.cancel_safe
+        ours.rollback()
+        plain.rollback()
+
+
+@contextlib.contextmanager
+def ask_redis() -> Iterator[Operation]:
+    redis = package("redis")
+    path = server("redis")
+    plain = redis.UnixDomainSocketConnection(path)
+
+    def by_itself() -> None:
+        with contextlib.suppress(redis.ConnectionError):
+            plain.send_command("BLPOP", "orders", 0)
+            plain.read_response()
+
+    with redis.Redis(unix_socket_path=path) as client:
+        blocking.redis_client(client)
+        client.ping()
+        plain.connect()
+        yield (
+            lambda: client.blpop("orders"),
+            by_itself,
+            lambda: plain._sock.shutdown(socket.SHUT_RDWR),
+        )
+        plain.disconnect()
+
+
 OPERATIONS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
     "socket.recv": recv,
     "os.read of a pipe": read,
@@ -191,36 +285,31 @@ OPERATIONS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
     "subprocess.run": run,
     "sqlite3 query": query,
     "urlopen, headers": urlopen,
-}
-
-CLIENTS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
     "urllib3": functools.partial(request, with_urllib3),
     "requests": functools.partial(request, with_requests),
     "httpx": functools.partial(request, with_httpx),
     "websockets": receive,
+    "psycopg query": ask_postgres,
+    "redis-py blpop": ask_redis,
 }
-OPERATIONS.update(
-    (package, operation)
-    for package, operation in CLIENTS.items()
-    if importlib.util.find_spec(package)  # those that are not installed are left out
-)
 
 
 def by_token(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
     """Seconds from a token's cancel until the thread is out of the call, with `Cancelled`."""
+    return statistics.median(cancelled(operation, BLOCKED) for _ in range(SAMPLES))
 
-    def sample() -> float:
-        token = CancelToken()
-        with operation() as (under_token, _, _):
 
-            def call() -> None:
-                with use_token(token), contextlib.suppress(Cancelled):
-                    under_token()
-                    raise AssertionError("it has returned")
+def cancelled(operation: Callable[[], AbstractContextManager[Operation]], after: float) -> float:
+    """The same, once, of a cancel so many seconds after the call began."""
+    token = CancelToken()
+    with operation() as (under_token, _, _):
 
-            return _time_to_end(call, token.cancel)
+        def call() -> None:
+            with use_token(token), contextlib.suppress(Cancelled):
+                under_token()
+                raise AssertionError("it has returned")
 
-    return statistics.median(sample() for _ in range(SAMPLES))
+        return _time_to_end(call, token.cancel, after)
 
 
 def by_hand(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
@@ -228,12 +317,12 @@ def by_hand(operation: Callable[[], AbstractContextManager[Operation]]) -> float
 
     def sample() -> float:
         with operation() as (_, by_itself, wake):
-            return _time_to_end(by_itself, wake)
+            return _time_to_end(by_itself, wake, BLOCKED)
 
     return statistics.median(sample() for _ in range(SAMPLES))
 
 
-def _time_to_end(call: Callable[[], object], wake: Callable[[], object]) -> float:
+def _time_to_end(call: Callable[[], object], wake: Callable[[], object], after: float) -> float:
     ended: list[float] = []
 
     def work() -> None:
@@ -242,7 +331,7 @@ def _time_to_end(call: Callable[[], object], wake: Callable[[], object]) -> floa
 
     thread = threading.Thread(target=work)
     thread.start()
-    time.sleep(BLOCKED)
+    time.sleep(after)
     start = clock()
     wake()
     thread.join(5)

@@ -6,6 +6,7 @@ import contextvars
 import functools
 import importlib
 import os
+import random
 import statistics
 import sys
 import threading
@@ -16,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
-from benchmarks import blocked
+from benchmarks import blocked, operations
 from benchmarks.jobs import Failing, clock, nothing
 from benchmarks.measure import in_process, medians
 from fastpool import CancelToken, TaskGroup, cancellable, current_token
@@ -420,8 +421,30 @@ def blocking(size: Size) -> list[Result]:
             "fastpool": functools.partial(blocked.by_token, operation),
             name: functools.partial(blocked.by_hand, operation),
         }
-        # What ours does beyond that is to look for the registrations, and to raise.
-        results += compared("blocking", medians(able, size.rounds), {name: 1 / 5}, "us", 1e6)
+        try:
+            # What ours does beyond that is to look for the registrations, and to raise.
+            results += compared("blocking", medians(able, size.rounds), {name: 1 / 5}, "us", 1e6)
+        except blocked.Missing as error:
+            print(f"{name}: {error}", file=sys.stderr)
+    return results
+
+
+def leaving(size: Size) -> list[Result]:
+    """The same of calls that nothing wakes by hand."""
+
+    def once(setup: operations.Setup) -> float:
+        # Late enough for what looks more and more rarely, and at any moment between two looks.
+        after = random.uniform(0.15, 0.2)
+        return blocked.cancelled(functools.partial(operations.alone, setup), after)
+
+    results = []
+    for name, setup in operations.OPERATIONS.items():
+        try:
+            seconds = medians({name: functools.partial(once, setup)}, 2 * size.rounds)[name]
+        except blocked.Missing as error:
+            print(f"{name}: {error}", file=sys.stderr)
+        else:
+            results.append(Result("leaving", name, seconds * 1e6, None, "us"))
     return results
 
 
@@ -437,6 +460,7 @@ ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "check": check,
     "register": register,
     "blocking": blocking,
+    "leaving": leaving,
     "direct-call": direct_call,
     "import": importing,
     "parts": parts,

@@ -2,17 +2,20 @@
 The benchmarks print what they measure, and say what is missed; figures are not looked at here.
 """
 
+import functools
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import services
 
 ROOT = Path(__file__).resolve().parent.parent
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as table  # noqa: E402 - the folder is no package of ours
+from benchmarks import blocked, operations  # noqa: E402
 from benchmarks.curves import slope  # noqa: E402
 from benchmarks.rows import QUICK, ROWS, Result  # noqa: E402
 
@@ -39,6 +42,54 @@ def test_one_row_is_measured_and_written(row, tmp_path):
     assert all(table.line(result) in ended.stdout for result in results)
     assert {result.row for result in results} == {row}
     assert all(result.ours > 0 for result in results)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [name for name in operations.OPERATIONS if "psycopg" not in name],  # whose server stays
+)
+@pytest.mark.usefixtures("no_descriptor_is_left")
+def test_blocked_operation_is_left_at_a_cancel(name):
+    """
+    Each ends within seconds, and what it has needed is put away.
+    """
+    operation = functools.partial(operations.alone, operations.OPERATIONS[name])
+
+    try:
+        seconds = blocked.cancelled(operation, 0.02)
+    except blocked.Missing as error:
+        services.missing(error)
+
+    assert 0 < seconds < 30
+
+
+@pytest.mark.parametrize(
+    ("row", "module"), [("blocking", blocked), ("leaving", operations)], ids=["blocking", "leaving"]
+)
+def test_missing_server_is_said_and_is_no_failure(row, module, monkeypatch, capsys):
+    """
+    The other operations of the row are measured.
+    """
+
+    def absent(*_):
+        raise blocked.Missing("not measured (there is no server)")
+
+    there = blocked.get if row == "blocking" else operations.put
+    monkeypatch.setattr(module, "OPERATIONS", {"absent": absent, "there": there})
+    monkeypatch.setattr(blocked, "SAMPLES", 1)
+
+    assert [result.row for result in ROWS[row](QUICK)] == [row]
+    assert "absent: not measured (there is no server)" in capsys.readouterr().err
+
+
+def test_server_that_cannot_be_started_is_missing(monkeypatch):
+    """
+    For the reason that the tests have, which skip then.
+    """
+    monkeypatch.setattr(blocked.from_tests("services"), "program", lambda name: None)
+
+    with pytest.raises(blocked.Missing, match="there is no Redis server"):
+        blocked.server("redis")
 
 
 def test_unknown_row_is_refused():
