@@ -82,7 +82,11 @@ def shake_hands(ending: ExitStack) -> Call:
 
 def secured(connection: socket.socket, ending: ExitStack) -> ssl.SSLSocket:
     context: ssl.SSLContext = from_tests("servers").certificate()[0]
-    return ending.enter_context(context.wrap_socket(connection, server_side=True))
+    # In two steps, and not of one that has gone already, or it could leave a socket behind.
+    connection.recv(1, socket.MSG_PEEK)
+    sock = context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+    ending.enter_context(sock).do_handshake()
+    return sock
 
 
 def recv_tls(ending: ExitStack) -> Call:
