@@ -5,7 +5,7 @@ How a test knows that a thread is blocked, and sets its token then.
 import os
 import time
 
-from staging import start, until
+from staging import look, start, until
 
 from fastpool import CancelToken, _syscalls, use_token
 
@@ -24,23 +24,13 @@ def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-def _look(number):
-    """The system call that a thread sits in, and how often it has gone to sleep so far."""
-    with open(f"/proc/self/task/{number}/syscall") as file:
-        call = file.read()
-    with open(f"/proc/self/task/{number}/status") as file:
-        slept = next(line for line in file if line.startswith("voluntary_ctxt_switches"))
-    return call, slept
-
-
 def is_blocked(number, among=FOR_FILES):
     """Whether the thread with that native number sleeps in one of those calls, and goes on to."""
-    seen = _look(number)
-    call = seen[0].split()[0]
-    if not call.isdigit() or (among is not None and int(call) not in among):
+    seen = look(number)
+    if seen is None or (among is not None and int(seen[0].split()[0]) not in among):
         return False
     time.sleep(0.005)
-    return _look(number) == seen
+    return look(number) == seen
 
 
 def under(token, fn, *args):
@@ -55,24 +45,25 @@ def under(token, fn, *args):
 
 def ended(thread, outcome):
     """What came of it."""
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert outcome, "it hangs"
     return outcome[0]
 
 
-def cancel_while_blocked(fn, *args, among=FOR_FILES):
+def cancel_while_blocked(fn, *args, among=FOR_FILES, ready=lambda: True):
     """
     Call a function in a thread under a token, and cancel that once the thread is blocked.
 
     Args:
         among: In which system calls; `None`: in any.
+        ready: Whether what is to come before has come: a server may be late.
 
     Returns:
         What the function returned or raised.
     """
     token = CancelToken()
     thread, outcome = under(token, fn, *args)
-    until(lambda: outcome or is_blocked(thread.native_id, among))
+    until(lambda: outcome or (ready() and is_blocked(thread.native_id, among)))
     assert not outcome, outcome
     token.cancel("enough")
     return ended(thread, outcome)

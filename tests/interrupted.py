@@ -39,7 +39,7 @@ except KeyboardInterrupt:
             assert child.stdout.readline() == "ready\n"
             until(lambda: not asleep or state_of(child.pid) == "S")
             child.send_signal(signal.SIGINT)
-            return child.communicate(timeout=20)[0]
+            return child.communicate(timeout=60)[0]
         finally:
             child.kill()
 

@@ -5,6 +5,7 @@ looks whether they sleep, and acts at a given line of the library's.
 
 import contextvars
 import itertools
+import os
 import sys
 import threading
 import time
@@ -40,7 +41,7 @@ def started_sleeper(group):
 
 def until(condition, *, within=None):
     """Wait for what nothing signals; if it may not come about, no longer than so many seconds."""
-    deadline = time.monotonic() + (within or 10)
+    deadline = time.monotonic() + (within or 30)
     while not condition():
         if time.monotonic() > deadline:
             assert within, "it never came about"
@@ -64,9 +65,36 @@ def note_sleep(frame, event, argument):
 
 def is_asleep(thread):
     """Whether a thread waits in a call of the library's, and goes on waiting."""
-    mark = sleeping.get(thread.ident)
+    mark, seen = sleeping.get(thread.ident), look(thread.native_id)
     time.sleep(0.002)
-    return mark is not None and sleeping.get(thread.ident) is mark
+    return (
+        mark is not None
+        and sleeping.get(thread.ident) is mark
+        and seen is not None
+        and look(thread.native_id) == seen
+    )
+
+
+TELLS = os.access("/proc/self/syscall", os.R_OK)  # whether the system says where a thread is
+
+
+def look(number):
+    """
+    What the system says of a thread that sleeps: its call, and how often it has gone to sleep.
+
+    Returns:
+        None if it does not sleep: on a busy machine it may wait for a processor for long.
+    """
+    if not TELLS:
+        return ()
+    try:
+        with open(f"/proc/self/task/{number}/syscall") as file:
+            call = file.read()
+        with open(f"/proc/self/task/{number}/status") as file:
+            said = [line for line in file if line.startswith(("State", "voluntary"))]
+    except OSError:  # it has ended
+        return None
+    return (call, said) if "sleeping" in said[0] and "running" not in call else None
 
 
 def act_at(step, act):
@@ -110,6 +138,6 @@ def start(fn, *args):
 def in_thread(fn, *args):
     """What a function returns in a new thread, or the error it raises there."""
     thread, outcome = start(fn, *args)
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     assert outcome, "it hangs"
     return outcome[0]

@@ -361,7 +361,7 @@ def test_connect_gives_a_socket_as_the_standard_library_does(family, secure, pat
 
     tls = {"ssl_context": client, "server_hostname": "localhost"} if secure else {}
     with served(echo, listener()) as address:
-        for timeout in ({}, {"timeout": 5}, {"timeout": None}):
+        for timeout in ({}, {"timeout": 50}, {"timeout": None}):
             with blocking.connect(address, **timeout, **tls) as sock:
                 sock.sendall(b"hello")
 
@@ -444,7 +444,7 @@ def test_connect_to_a_unix_socket_goes_on_when_there_is_room(path):
     """
 
     def connect():
-        with blocking.connect(path, 20) as sock:
+        with blocking.connect(path, 50) as sock:
             return sock.gettimeout()
 
     with contextlib.ExitStack() as ending:
@@ -455,9 +455,9 @@ def test_connect_to_a_unix_socket_goes_on_when_there_is_room(path):
         thread, outcome = start(connect)
         until(lambda: is_blocked(thread.native_id))
         ending.enter_context(listener.accept()[0])
-        thread.join(timeout=10)
+        thread.join(timeout=60)
 
-    assert outcome == [20]
+    assert outcome == [50]
 
 
 # --- TLS ------------------------------------------------------------------------------------------
@@ -495,7 +495,7 @@ def test_blocked_handshake_is_left_at_a_cancel(shake, part):
     heard = threading.Event()
     _, client = certificate()
     with served(talk) as address:
-        outcome = cancel_while_blocked(lambda: shake(address, client))
+        outcome = cancel_while_blocked(lambda: shake(address, client), ready=heard.is_set)
 
     assert type(outcome) is Cancelled
     assert heard.is_set()
@@ -538,11 +538,11 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
 
     def cancel():
         for number, token in enumerate(tokens):
-            ready.wait(30)
+            ready.wait(60)
             for _ in range(delay + number % 40 * 5):
                 pass
             token.cancel()
-            done.wait(30)
+            done.wait(60)
 
     canceller = threading.Thread(target=cancel)
     canceller.start()
@@ -550,13 +550,13 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
     counts = {"cancelled": 0, "done": 0}
     for token in tokens:
         other.sendall(b"a")
-        ready.wait(30)
+        ready.wait(60)
         try:
             with use_token(token), blocking.interruptible(mine):
                 got = mine.recv(1)
         except Cancelled:
             counts["cancelled"] += 1
-            done.wait(30)
+            done.wait(60)
             delay += 40 + delay // 8
             mine.close()
             other.close()
@@ -566,7 +566,7 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
             assert got == b"a"
             other.sendall(b"b")
             assert mine.recv(1) == b"b"
-            done.wait(30)
+            done.wait(60)
             delay = max(0, delay - 40 - delay // 8)
             other.sendall(b"c")
             assert mine.recv(1) == b"c"
@@ -588,7 +588,7 @@ def interrupt_once_blocked():
     begins = threading.Event()
 
     def ctrl_c():
-        begins.wait(10)
+        begins.wait(60)
         until(lambda: is_blocked(os.getpid(), None))
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -684,7 +684,7 @@ def test_signal_does_not_make_a_unix_socket_pass_for_connected(tmp_path):
 
             thread, outcome = start(disturb)
             sock = closing.enter_context(blocking.connect(path))
-            thread.join(20)
+            thread.join(60)
 
             assert sock.getpeername() == path
             assert outcome == [None]
