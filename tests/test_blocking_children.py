@@ -3,6 +3,7 @@ Child processes: run as `subprocess.run` does, and ended by a cancel with all th
 """
 
 import contextlib
+import itertools
 import os
 import signal
 import statistics
@@ -59,6 +60,8 @@ def cancelled_once_ready(script, path, **options):
     """
     Run a script of the shell on a token, cancel that once it has written its process numbers.
 
+    Its time of grace is an hour if nothing else is said: who waits for that hangs.
+
     Returns:
         Those numbers, and how long it took from the cancel until the call was out.
     """
@@ -66,14 +69,14 @@ def cancelled_once_ready(script, path, **options):
 
     def call():
         with use_token(token):
-            return blocking.run(["sh", "-c", script, "sh", str(path)], **options)
+            return blocking.run(["sh", "-c", script, "sh", str(path)], **{"grace": 3600, **options})
 
     thread, outcome = start(call)
     until(lambda: outcome or (path.exists() and path.read_text().endswith("ready\n")))
     assert not outcome, outcome
     begun = time.monotonic()
     token.cancel()
-    thread.join(timeout=20)
+    thread.join(timeout=60)
     took = time.monotonic() - begun
 
     assert [type(error) for error in outcome] == [Cancelled]
@@ -110,14 +113,20 @@ def test_run_gives_what_subprocess_gives(command, options, way):
     assert vars(done) == vars(expected)
 
 
-def test_run_raises_what_subprocess_raises():
+def test_run_raises_what_subprocess_raises(monkeypatch):
     """
     For what fails, what takes too long, and what cannot be meant.
     """
     with pytest.raises(subprocess.CalledProcessError) as failed:
         blocking.run(["sh", "-c", "echo out; exit 3"], check=True, capture_output=True)
     assert (failed.value.returncode, failed.value.output) == (3, b"out\n")
-    with pytest.raises(subprocess.TimeoutExpired) as expired:
+    poll, looks = _children.poll, itertools.count()
+
+    def patient_at_first(token, wanted, timeout):  # until the output is there
+        return poll(token, wanted, timeout if next(looks) else None)
+
+    with monkeypatch.context() as patch, pytest.raises(subprocess.TimeoutExpired) as expired:
+        patch.setattr(_children, "poll", patient_at_first)
         blocking.run(["sh", "-c", "echo out; sleep 60"], timeout=0.3, stdout=subprocess.PIPE)
     assert (expired.value.timeout, expired.value.output) == (0.3, b"out\n")
     with pytest.raises(FileNotFoundError):
@@ -138,9 +147,8 @@ def test_cancel_ends_a_command_and_its_children(tmp_path, way):
     The whole group is gone when the call is out.
     """
     script = "sleep 60 & echo $$ $! ready > $1; wait"
-    pids, took = cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
+    pids, _ = cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
 
-    assert took < 1.5
     until(lambda: not any(map(is_running, pids)))  # killed, but one may be about to go
 
 
@@ -151,7 +159,7 @@ def test_command_that_ignores_sigterm_is_killed_after_its_grace(tmp_path, way):
     script = "trap '' TERM; sleep 60 & echo $$ $! ready > $1; wait; wait"
     pids, took = cancelled_once_ready(script, tmp_path / "pids", grace=0.3)
 
-    assert 0.3 <= took < 3
+    assert took >= 0.3
     until(lambda: not any(map(is_running, pids)))  # killed, but one may be about to go
 
 
@@ -163,7 +171,7 @@ def test_grandchild_has_its_grace_after_the_command_has_ended(tmp_path):
         'sh -c \'trap "sleep 0.2; echo > $1.clean; exit" TERM; echo $$ ready > $1;'
         "while :; do sleep 0.01; done' sh $1 & wait"
     )
-    cancelled_once_ready(script, tmp_path / "pids", grace=10)
+    cancelled_once_ready(script, tmp_path / "pids")
 
     assert (tmp_path / "pids.clean").exists()
 
@@ -173,9 +181,8 @@ def test_grandchild_that_left_the_group_does_not_hold_the_call(tmp_path):
     It lives on, and the pipe that it holds is not waited for.
     """
     script = "setsid sh -c 'echo $$ ready > $1; exec sleep 60' sh $1 & sleep 60"
-    pids, took = cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
+    pids, _ = cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
     try:
-        assert took < 1.5
         assert is_running(pids[0])
     finally:
         os.kill(pids[0], signal.SIGKILL)
@@ -189,9 +196,8 @@ def test_command_that_fills_the_pipe_as_it_ends_is_read(tmp_path):
         "trap 'head -c 1000000 /dev/zero; echo > $1.clean; exit' TERM; echo $$ ready > $1;"
         "while :; do sleep 0.01; done"
     )
-    _, took = cancelled_once_ready(script, tmp_path / "pids", capture_output=True, grace=15)
+    cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
 
-    assert took < 10
     assert (tmp_path / "pids.clean").exists()
 
 
@@ -280,10 +286,10 @@ def test_popen_is_interrupted(wait, tmp_path, way):
                 return wait(popen)
 
         thread, outcome = start(call)
-        entered.wait(timeout=10)
+        entered.wait(timeout=60)
         until(lambda: path.exists() and path.read_text().endswith("ready\n"))
         token.cancel()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
 
     assert [type(error) for error in outcome] == [Cancelled]
     until(lambda: not any(map(is_running, map(int, path.read_text().split()[:-1]))))
@@ -294,10 +300,10 @@ def test_popen_without_a_group_is_interrupted_alone():
     Its group is ours.
     """
     token = CancelToken()
-    with subprocess.Popen(["sleep", "60"]) as popen:
+    sleeps = subprocess.Popen(["sleep", "60"])
+    with sleeps as popen, pytest.raises(Cancelled), token.interrupts(popen):
         threading.Timer(0.05, token.cancel).start()
-        with pytest.raises(Cancelled), token.interrupts(popen):
-            popen.wait()
+        popen.wait()
 
     assert popen.returncode == -signal.SIGTERM
 
@@ -358,7 +364,7 @@ def interrupted_run(script, path, act):
     thread, outcome = start(act)
     with pytest.raises(KeyboardInterrupt), TaskGroup(1):
         blocking.run(["sh", "-c", script, "sh", str(path)], grace=50)
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
     assert outcome == [None]
     assert not is_running(int(path.read_text().split()[0]))
@@ -414,11 +420,12 @@ def test_stopped_command_ends_in_good_order(tmp_path):
     It is told to go on, or it would not hear that it is to end.
     """
     script = (
-        'trap "echo ended > $1.ended; exit" TERM; (sleep 0.1; echo ready >> $1) & '
-        "echo $$ >> $1; kill -STOP $$; sleep 60"
+        'trap "echo ended > $1.ended; exit" TERM; echo $$ > $1; '
+        "(until grep -q 'State:.*stopped' /proc/$$/status; do sleep 0.01; done; "
+        "echo ready >> $1) & kill -STOP $$; sleep 60"
     )
     path = tmp_path / "pids"
-    cancelled_once_ready(script, path, grace=30)
+    cancelled_once_ready(script, path)
 
     assert (tmp_path / "pids.ended").read_text() == "ended\n"
 
@@ -452,7 +459,7 @@ def test_command_that_may_not_be_ended_is_named(monkeypatch, way):
         until(lambda: started)
         with pytest.warns(RuntimeWarning, match=r"goes on as process \d+: it has become another"):
             token.cancel()
-            thread.join(20)
+            thread.join(60)
     started[0].kill()
     started[0].wait()
 
