@@ -371,7 +371,7 @@ def test_failing_request_raises_as_its_library_does():
             with pytest.raises(urllib3.exceptions.NewConnectionError, match="refused"):
                 ours.request("GET", nobody)
             with pytest.raises(urllib3.exceptions.ReadTimeoutError):
-                ours.request("GET", slow, timeout=0.05)
+                ours.request("GET", slow, timeout=urllib3.Timeout(connect=50, read=0.05))
             with pytest.raises(urllib3.exceptions.ProtocolError):
                 ours.request("GET", ending)
             with pytest.raises(urllib3.exceptions.NameResolutionError):
@@ -380,14 +380,14 @@ def test_failing_request_raises_as_its_library_does():
             with pytest.raises(requests.ConnectionError, match="refused"):
                 session.get(nobody)
             with pytest.raises(requests.Timeout):
-                session.get(slow, timeout=0.05)
+                session.get(slow, timeout=(50, 0.05))
             with pytest.raises(requests.exceptions.ChunkedEncodingError):
                 session.get(ending)
         with httpx.Client(transport=HTTPTransport()) as client:
             with pytest.raises(httpx.ConnectError, match="refused"):
                 client.get(nobody)
             with pytest.raises(httpx.ReadTimeout):
-                client.get(slow, timeout=0.05)
+                client.get(slow, timeout=httpx.Timeout(50, read=0.05))
             with pytest.raises(httpx.RemoteProtocolError):
                 client.get(ending)
     with full(socket.AF_INET, ("127.0.0.1", 0)) as (host, port):

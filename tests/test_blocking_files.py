@@ -109,7 +109,7 @@ def test_descriptor_wakes_a_poll():
     thread, outcome = start(lambda: is_readable(token, timeout=30))
     until(lambda: is_blocked(thread.native_id, None))
     token.cancel()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
     assert outcome == [True]
 
@@ -332,7 +332,7 @@ def test_read_loses_nothing_to_a_race_with_cancel(pipe, hasty):
         thread, outcome = start(call)
         threading.Thread(target=token.cancel).start()
         os.write(writer, byte)
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         if type(outcome[0]) is Cancelled:
             outcome = [os.read(reader, 1)]
 
@@ -461,7 +461,7 @@ def test_cancel_ends_opening_a_fifo_that_is_gone(fifo, mode):
     until(lambda: is_blocked(thread.native_id, None))
     fifo.unlink()
     token.cancel()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
     assert type(outcome[0]) is Cancelled
 
@@ -473,7 +473,7 @@ def test_fifo_opens_when_the_other_side_comes(fifo):
     thread, outcome = start(lambda: blocking.open_fifo(fifo, encoding="utf-8"))
     until(lambda: is_blocked(thread.native_id, None))
     with blocking.open_fifo(fifo, "wb", 0) as writer:
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         with outcome[0] as reader:
             writer.write("grüße\n".encode())
             assert reader.readline() == "grüße\n"
@@ -496,7 +496,7 @@ def test_fifo_is_opened_or_cancelled_and_never_both(fifo, hasty):
 
         thread, outcome = start(call)
         token.cancel()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert outcome[0] == "opened" or type(outcome[0]) is Cancelled
     assert descriptors() == before
 
@@ -540,7 +540,7 @@ def test_lock_is_had_when_the_other_lets_go(held_elsewhere):
             blocking.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         thread, outcome = start(blocking.flock, file.fileno(), fcntl.LOCK_SH)
         process.communicate()
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert outcome == [None]
         blocking.flock(file, fcntl.LOCK_UN)
 
@@ -637,7 +637,7 @@ def test_abandon_is_ended_or_left_and_never_both(hasty):
 
             thread, outcome = start(call)
             token.cancel()
-            thread.join(timeout=10)
+            thread.join(timeout=60)
             assert outcome[0] == 7 or type(outcome[0]) is Cancelled
     until(lambda: not blocking.abandoned())
 
@@ -710,7 +710,7 @@ def test_ctrl_c_ends_the_call_in_a_body(call, tmp_path):
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "interrupted\n"
         process.stdin.close()
-        assert process.wait(timeout=10) == 0
+        assert process.wait(timeout=60) == 0
 
 
 def sits(pid):

@@ -341,6 +341,6 @@ def test_interruption_that_fails_does_not_replace_ctrl_c(watched, unraised):
     thread, _ = start(send)
     with pytest.raises(KeyboardInterrupt):
         _elsewhere.sit_in(interrupt, release.wait, 20)
-    thread.join(10)
+    thread.join(60)
 
     assert [type(error) for error in unraised] == [PermissionError]

@@ -174,7 +174,7 @@ def test_queues_between_processes_hear_the_token():
             token.cancel()
             assert type(ended(thread, outcome)) is Cancelled
 
-        assert blocking.get(queue, timeout=10) == 9
+        assert blocking.get(queue, timeout=60) == 9
         with pytest.raises(queues.Empty):
             blocking.get(queue, timeout=0.01)
         assert descriptors() == before
@@ -309,7 +309,7 @@ def test_every_item_is_got_once_whoever_is_cancelled(kind, hasty):
     plain = start(consumes_plainly)
     chance = random.Random(7)
     stop = time.monotonic() + 1.0
-    while time.monotonic() < stop:
+    while time.monotonic() < stop or not ours:
         tokens[chance.randrange(6)].cancel()
         time.sleep(0.0005)
     over.cancel()
@@ -318,11 +318,11 @@ def test_every_item_is_got_once_whoever_is_cancelled(kind, hasty):
             for token in list(tokens):
                 token.cancel()
             thread.join(timeout=0.01)
-    ended_at = time.monotonic() + 10
+    ended_at = time.monotonic() + 60
     while plain[0].is_alive() and time.monotonic() < ended_at:
         try:
             queue.put((9, "last"), block=False)
-            plain[0].join(timeout=10)
+            plain[0].join(timeout=60)
         except queues.Full:
             time.sleep(0.001)
     while not queue.empty():

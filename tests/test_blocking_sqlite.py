@@ -99,7 +99,7 @@ def test_cancel_ends_the_wait_for_a_lock(connect):
         blocking.execute(waiter, "INSERT INTO t VALUES (1)")
 
     thread, outcome = under(token, call)
-    assert begun.wait(timeout=10)
+    assert begun.wait(timeout=60)
     token.cancel()
 
     assert type(ended(thread, outcome)) is Cancelled
@@ -123,7 +123,7 @@ def test_lock_that_is_released_is_taken(connect):
         blocking.execute(waiter, "INSERT INTO t VALUES (?)", [1])
 
     waiting = start(call)
-    assert begun.wait(timeout=10)
+    assert begun.wait(timeout=60)
     writer.execute("COMMIT")
 
     assert ended(*waiting) is None

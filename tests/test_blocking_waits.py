@@ -34,10 +34,10 @@ def held(lock):
     def hold():
         with lock:
             taken.set()
-            release.wait(timeout=20)
+            release.wait(timeout=60)
 
     thread, _ = start(hold)
-    assert taken.wait(timeout=10)
+    assert taken.wait(timeout=60)
     return release, thread
 
 
@@ -108,7 +108,7 @@ def test_cancel_is_heard_while_a_lock_is_held(make):
 
     waiting = start(acquires_and_releases)
     release.set()
-    holder.join(timeout=10)
+    holder.join(timeout=60)
     assert ended(*waiting) is True
     assert blocking.acquire(lock) is True
     lock.release()
@@ -367,7 +367,7 @@ def test_condition_is_interrupted_also_if_the_wait_begins_after_the_cancel():
     with condition, pytest.raises(Cancelled), token.interrupts(condition):
         token.cancel()
         until(lambda: any("helper" in thread.name for thread in threading.enumerate()))
-        assert condition.wait(timeout=20)
+        assert condition.wait(timeout=60)
 
 
 def test_block_that_holds_its_condition_can_be_left():

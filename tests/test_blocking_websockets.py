@@ -300,7 +300,7 @@ def test_messages_come_and_go(secure):
             connection.send([b"tw", b"o"])
             assert connection.recv() == "one"
             assert b"".join(connection.recv_streaming()) == b"two"
-            assert connection.ping().wait(timeout=20)
+            assert connection.ping().wait(timeout=60)
             connection.pong()
             with pytest.raises(TimeoutError):
                 connection.recv(timeout=0.01)
