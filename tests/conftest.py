@@ -86,6 +86,12 @@ def redis_socket():
 
 
 @pytest.fixture
+def thorough_shutdown(monkeypatch):
+    """`shutdown()` waits until helpers at work have ended, which a busy machine may hold up."""
+    monkeypatch.setattr(fastpool._clock, "MOMENT", 30)
+
+
+@pytest.fixture
 def make_pool():
     """Makes pools as users have them, and ends them after the test."""
     with ExitStack() as ending:

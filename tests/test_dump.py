@@ -45,7 +45,7 @@ def printed():
 def wait_for(latch, begun=None):
     if begun is not None:
         begun.release()
-    latch.wait(30)  # the line that a dump shows
+    latch.wait(60)  # the line that a dump shows
 
 
 # --- What is in it --------------------------------------------------------------------------------
@@ -64,13 +64,15 @@ def test_group_is_told_with_what_runs_and_what_waits(latch):
     Where it was entered and by whom, where its body is, what is queued, where each task is.
     """
     begun = threading.Semaphore(0)
+    entering = time.monotonic()
     with TaskGroup(2, name="nightly") as group:
         site = sys._getframe().f_lineno - 1
         group.map(wait_for, [latch] * 5, [begun] * 5)
         for _ in range(2):
-            assert begun.acquire(timeout=10)
+            assert begun.acquire(timeout=60)
         (seen,) = dump()
         here = sys._getframe().f_lineno - 1
+        looked = time.monotonic()
         latch.set()
 
     function = "test_group_is_told_with_what_runs_and_what_waits"
@@ -78,7 +80,7 @@ def test_group_is_told_with_what_runs_and_what_waits(latch):
     assert seen.thread == threading.current_thread().name
     assert seen.site == f"{__file__}:{site}"
     assert seen.line == f"{__file__}:{here} in {function}"
-    assert 0 <= seen.elapsed < 20
+    assert 0 <= seen.elapsed <= looked - entering
     assert (seen.queued, seen.failures, seen.groups) == (3, 0, ())
     assert sorted(task.name for task in seen.tasks) == ["wait_for[0]", "wait_for[1]"]
     assert sorted(task.thread for task in seen.tasks) == [
@@ -99,7 +101,7 @@ def test_group_that_is_left_and_cancelled_says_so(latch):
     seen = []
 
     def fails():
-        begun.acquire(timeout=10)
+        begun.acquire(timeout=60)
         raise ValueError("a secret")
 
     def look(event):
@@ -139,7 +141,7 @@ def test_groups_stand_below_what_opened_them(latch):
         with timeout(60), TaskGroup(1, name="in the body") as body:
             body.submit(wait_for, latch, begun)
             for _ in range(3):
-                assert begun.acquire(timeout=10)
+                assert begun.acquire(timeout=60)
             (seen,) = dump()
             text = printed()
             latch.set()
@@ -172,7 +174,7 @@ def test_what_a_task_waits_for_is_told(latch):
 
     with TaskGroup(2, name="pairs") as group:
         first = group.submit(wait_for, latch, begun)
-        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=60)
         group.submit(waits, first)
         until(lambda: any(task.waits_for for task in dump()[0].tasks))
         (seen,) = dump()
@@ -195,7 +197,7 @@ def test_task_that_runs_another_one_meanwhile_has_its_own_line(latch):
 
     with TaskGroup(1) as group:
         group.submit(outer, group)
-        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=60)
         (seen,) = dump()
         latch.set()
 
@@ -218,13 +220,13 @@ def test_time_counts_from_the_first_dump_that_saw_the_task(latch, monkeypatch):
     with TaskGroup(1) as group:
         monkeypatch.setattr(time, "monotonic", lambda: now[0])
         group.map(wait_for, latches, [begun] * 2)
-        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=60)
         seen = [dump()[0].tasks[0].elapsed]
         now[0] += 5
         seen.append(dump()[0].tasks[0].elapsed)
         text = printed()
         latches[0].set()
-        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=60)
         seen.append(dump()[0].tasks[0].elapsed)
         monkeypatch.undo()
         latch.set()
@@ -246,14 +248,15 @@ def test_time_counts_from_the_start_where_somebody_observes(latch):
             started.append(event.time)
 
     with TaskGroup(1, observers=[note]) as group:
+        submitting = time.monotonic()
         group.submit(wait_for, latch, begun)
-        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=60)
         before = time.monotonic()
         elapsed = dump()[0].tasks[0].elapsed
         after = time.monotonic()
         latch.set()
 
-    assert before - started[0] <= elapsed <= after - started[0] + 0.1
+    assert before - started[0] <= elapsed <= after - submitting
 
 
 def test_dump_is_had_inside_a_task():
@@ -274,13 +277,13 @@ def test_dropped_group_is_told_as_long_as_its_tasks_run(latch):
     group = TaskGroup(1, name="lost")
     group.__enter__()
     task = group.submit(wait_for, latch, begun)
-    assert begun.acquire(timeout=10)
+    assert begun.acquire(timeout=60)
     with pytest.warns(ResourceWarning):
         del group
 
     (seen,) = dump()
     latch.set()
-    assert task.wait(timeout=10)
+    assert task.wait(timeout=60)
     until(lambda: not any("lost" in thread.name for thread in threading.enumerate()))
     with TaskGroup(1, name="next"):
         names = [group.name for group in dump()]
@@ -296,7 +299,7 @@ def test_names_cannot_steer_the_terminal(latch):
     begun = threading.Semaphore(0)
     with TaskGroup(1, name="\x1b[31mred") as group:
         group.with_options(name="\u202eback\r").submit(wait_for, latch, begun)
-        assert begun.acquire(timeout=10)
+        assert begun.acquire(timeout=60)
         group.cancel("\x1b[2J")
         (seen,) = dump()
         text = printed()
@@ -395,7 +398,7 @@ def test_dump_is_had_while_tasks_start_and_end(hasty):
     finally:
         stop.set()
         for thread, _ in workers:
-            thread.join(timeout=20)
+            thread.join(timeout=60)
 
     assert all(rounds > 0 for _, (rounds,) in workers)
 
@@ -464,7 +467,7 @@ def run_signalled(source, *, enough):
                 time.sleep(0.0005)
             program.stdin.close()
             assert program.stdout.readline() == "done\n"
-            reader.join(timeout=20)
+            reader.join(timeout=60)
         finally:
             program.kill()
     return program.returncode, errors

@@ -47,7 +47,7 @@ def limit_threads(most):
         [sys.executable, "-P", "-c", prelude + source],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
         env={**os.environ, "MALLOC_ARENA_MAX": "1"},
     )
@@ -81,7 +81,7 @@ assert group.failures == (), group.failures
 fastpool.shutdown()
 for thread in threading.enumerate():
     if thread is not threading.main_thread():
-        thread.join(20)  # what a pool that could not start has told to end
+        thread.join(60)  # what a pool that could not start has told to end
 print(len(ran), len(names), len(threading.enumerate()) - 1)
 """
     )
@@ -186,6 +186,8 @@ def test_block_is_left_where_the_stack_is_at_its_end():
     """
     said = run_limited(
         """
+sys.setrecursionlimit(300)  # what it takes grows with the square of that
+
 def walk():
     with TaskGroup(2):
         walk()
