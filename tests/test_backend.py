@@ -66,7 +66,7 @@ def test_group_runs_on_any_backend():
     release = threading.Event()
 
     def fails_at_three(number):
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return 1 // (number - 3)
 
     with TaskGroup(pool=backend) as group:
@@ -98,7 +98,7 @@ def test_storm_of_submits_at_the_end(hasty):
         go = threading.Barrier(3)
 
         def feed(group, go=go, tasks=tasks):
-            go.wait(timeout=20)
+            go.wait(timeout=60)
             for _ in range(5):
                 try:
                     tasks.append(group.submit(pow, 2, 3))
@@ -109,10 +109,10 @@ def test_storm_of_submits_at_the_end(hasty):
             threads = [threading.Thread(target=feed, args=(group,)) for _ in range(2)]
             for thread in threads:
                 thread.start()
-            go.wait(timeout=20)
+            go.wait(timeout=60)
             group.submit(pow, 2, 3)
         for thread in threads:
-            thread.join(timeout=20)
+            thread.join(timeout=60)
 
         assert all(task.result(timeout=0) == 8 for task in tasks)
 
@@ -134,7 +134,7 @@ def test_storm_of_failures(hasty):
                 tasks.append(group.submit(fail if at == bad else int))
             if number % 3 == 0:
                 for task in tasks:
-                    task.wait(timeout=20)
+                    task.wait(timeout=60)
 
         assert all(task.done() for task in tasks)
         assert len(group.failures) == 1
@@ -184,11 +184,11 @@ def test_storm_of_threads_around_one_task(hasty, act):
         told = []
 
         def meet(task, together=together, told=told):
-            together.wait(timeout=20)
-            told.append(task.cancel() if act == "cancel" else task.wait(timeout=20))
+            together.wait(timeout=60)
+            told.append(task.cancel() if act == "cancel" else task.wait(timeout=60))
 
         with TaskGroup(1) as group:
-            first = group.submit(release.wait, 20)
+            first = group.submit(release.wait, 60)
             queued = group.submit(pow, 2, 3)
             threads = [
                 threading.Thread(target=meet, args=(queued if act == "cancel" else first,))
@@ -196,10 +196,10 @@ def test_storm_of_threads_around_one_task(hasty, act):
             ]
             for thread in threads:
                 thread.start()
-            together.wait(timeout=20)
+            together.wait(timeout=60)
             release.set()
             for thread in threads:
-                thread.join(timeout=30)
+                thread.join(timeout=60)
 
         if act == "wait":
             assert told == [True] * 3
@@ -215,7 +215,7 @@ def test_storm_of_waits_for_a_group_on_a_pool_of_yours(hasty, make_pool):
     with TaskGroup(pool=make_pool(2)) as group:
         for _ in range(500):
             group.submit(pow, 2, 3)
-            group.wait(timeout=20)
+            group.wait(timeout=60)
 
 
 def test_storm_of_shutdowns(hasty):
@@ -227,7 +227,7 @@ def test_storm_of_shutdowns(hasty):
         together = threading.Barrier(3)
 
         def shut(together=together):
-            together.wait(timeout=20)
+            together.wait(timeout=60)
             CancelToken(timeout=0.0001)
             fastpool.shutdown()
 
@@ -235,7 +235,7 @@ def test_storm_of_shutdowns(hasty):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(timeout=20)
+            thread.join(timeout=60)
 
         assert not any(thread.is_alive() for thread in threads)
     assert far.deadline is not None
@@ -276,7 +276,7 @@ def test_submit_that_comes_as_an_observed_group_ends_is_waited_for(watched):
         tasks.append(group.submit(pow, 2, 3))
 
     def fail():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         raise ValueError("root")
 
     tasks = []
@@ -285,9 +285,9 @@ def test_submit_that_comes_as_an_observed_group_ends_is_waited_for(watched):
     with pytest.raises(ValueError, match="root"), TaskGroup(1, observers=[observe]) as group:
         group.submit(fail)
         thread.start()
-        late.wait(timeout=10)
+        late.wait(timeout=60)
         release.set()
-    thread.join(timeout=10)
+    thread.join(timeout=60)
 
     assert tasks[0].cancelled()
     assert [event.name for event in seen if event.task is tasks[0]] == [
@@ -308,12 +308,12 @@ def test_helper_that_comes_as_the_group_ends_begins_nothing(make_pool, monkeypat
     def slowly(run, lane):
         if run.name == "inner":
             inside.set()
-            ended.wait(timeout=10)
+            ended.wait(timeout=60)
         return slot_for(run, lane)
 
     def fail():
-        started.wait(timeout=10)
-        release.wait(timeout=10)
+        started.wait(timeout=60)
+        release.wait(timeout=60)
         raise ValueError("root")
 
     def read(task):
@@ -329,13 +329,13 @@ def test_helper_that_comes_as_the_group_ends_begins_nothing(make_pool, monkeypat
             TaskGroup(1, pool=pool, name="inner") as inner,
         ):
             inner.submit(fail)
-            started.wait(timeout=10)
+            started.wait(timeout=60)
             queued = inner.submit(ran.append, 1)
             reader = outer.submit(read, queued)
-            inside.wait(timeout=10)
+            inside.wait(timeout=60)
             release.set()
         ended.set()
-        reader.result(timeout=20)
+        reader.result(timeout=60)
 
     assert ran == []
     assert queued.cancelled()
@@ -374,7 +374,7 @@ def test_child_of_a_fork_has_a_working_fastpool():
     release = threading.Event()
     parent_token = CancelToken(timeout=3600)
     with TaskGroup(2, timeout=3600) as group:
-        running = group.submit(release.wait, 30)
+        running = group.submit(release.wait, 60)
         while not running.running():
             pass
         child = os.fork()
@@ -388,7 +388,7 @@ def test_child_of_a_fork_has_a_working_fastpool():
                     task = own.submit(pow, 2, 3)
                 assert task.result() == 8
                 assert running.cancelled()
-                assert CancelToken(timeout=0.01).wait(20)
+                assert CancelToken(timeout=0.01).wait(60)
                 assert not parent_token.cancelled()
                 fastpool.shutdown()
                 code = 0
@@ -412,7 +412,7 @@ def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):
 
     def slowly(target, name):
         def run():
-            begins.wait(10)
+            begins.wait(60)
             target()
 
         return start_thread(run, name)
@@ -423,7 +423,7 @@ def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):
     (helper,) = fastpool._clock._helpers
     fastpool.shutdown()
     begins.set()
-    helper.thread.join(5)
+    helper.thread.join(60)
 
     assert not helper.thread.is_alive()
     assert done == [True]

@@ -33,7 +33,7 @@ def test_one_row_is_measured_and_written(row, tmp_path):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
     )
     results = [Result(**figures) for figures in json.loads(file.read_text())["results"]]
@@ -102,7 +102,7 @@ def test_unknown_row_is_refused():
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
     )
 

@@ -1172,9 +1172,9 @@ def test_functions_run_in_other_processes(method):
     if method not in multiprocessing.get_all_start_methods():
         pytest.skip(f"this system cannot start processes by {method}")
     with multiprocessing.get_context(method).Pool(1) as pool:
-        plain_result = pool.apply_async(len, ("u",)).get(timeout=30)
+        plain_result = pool.apply_async(len, ("u",)).get(timeout=60)
         results = {
-            name: pool.apply_async(in_the_other_process, (fn, "u")).get(timeout=30)
+            name: pool.apply_async(in_the_other_process, (fn, "u")).get(timeout=60)
             for name, fn in SENT.items()
         }
         pool.close()
@@ -1222,7 +1222,7 @@ def test_it_works_without_the_c_extension():
         },
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
     )
 
     assert (done.returncode, done.stderr) == (0, "")

@@ -45,7 +45,7 @@ def test_dropped_group_is_named_with_the_line_where_it_was_entered():
         line = sys._getframe().f_lineno - 1
         token = group.token
         running, queued = group.submit(sleeps, begun), group.submit(pow, 2, 3)
-        assert begun.wait(timeout=10)
+        assert begun.wait(timeout=60)
         del group
 
     assert names_of(told) == [
@@ -55,7 +55,7 @@ def test_dropped_group_is_named_with_the_line_where_it_was_entered():
     assert (told[0].filename, told[0].lineno) == (__file__, line)
     assert token.reason == "it was dropped without leaving its block"
     for task in (running, queued):
-        assert task.wait(timeout=10)
+        assert task.wait(timeout=60)
         assert task.cancelled()
     until(lambda: not any("lost" in thread.name for thread in threading.enumerate()))
 
@@ -190,7 +190,7 @@ def test_quick_callbacks_run_at_once_and_slow_ones_by_the_next_one():
         with TaskGroup(1):
             pass
 
-        assert ran["slow"].wait(timeout=10)
+        assert ran["slow"].wait(timeout=60)
         with pytest.raises(fastpool.Cancelled):
             interrupts.__exit__(None, None, None)
     finally:
@@ -213,7 +213,7 @@ def test_group_dropped_in_a_task_ends_with_its_threads():
         return current_token()
 
     with pytest.warns(ResourceWarning, match="'lost'"), TaskGroup(1) as group:
-        token = group.submit(drops).result(timeout=10)
+        token = group.submit(drops).result(timeout=60)
 
     assert token is not None
     until(lambda: not any("lost" in thread.name for thread in threading.enumerate()))
@@ -262,7 +262,7 @@ def test_group_may_be_dropped_at_every_line_of_ours(user):
                 group = TaskGroup(1)
                 contextvars.copy_context().run(group.__enter__)  # else it is around the other one
                 tasks = [group.submit(sleeps, begun), group.submit(pow, 2, 3)]
-                assert begun.wait(timeout=10)
+                assert begun.wait(timeout=60)
                 held.append(group)
                 return tasks
 
@@ -274,7 +274,7 @@ def test_group_may_be_dropped_at_every_line_of_ours(user):
                 finally:
                     sys.settrace(None)
                 held.clear()
-                return value, [task.wait(timeout=10) for task in tasks]
+                return value, [task.wait(timeout=60) for task in tasks]
 
             value, ended = in_thread(run)
 

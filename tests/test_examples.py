@@ -28,7 +28,7 @@ def start(name, *arguments, **keywords):
 def run(name, *arguments, **keywords):
     """Run an example to its end: its exit code, what it printed, what it said beside that."""
     with start(name, *arguments, **keywords) as process:
-        out, err = process.communicate(timeout=50)
+        out, err = process.communicate(timeout=200)
     return process.returncode, out, os.fsdecode(err)
 
 
@@ -116,7 +116,7 @@ def test_service_hashes_what_it_is_given_until_it_is_told_to_stop(tmp_path, told
             whole.rename(spool / name)  # so that it is never seen half written
             said.append(service.stdout.readline())
         service.send_signal(told)
-        rest, errors = service.communicate(timeout=30)
+        rest, errors = service.communicate(timeout=60)
 
     assert said[0] == b"serving\n"
     assert service.returncode == 128 + told
@@ -156,7 +156,7 @@ def test_manifest_is_what_sha256sum_reads(tree, tmp_path):
     done = subprocess.run(
         ["sha256sum", "--check", "--strict", "--quiet", str(tmp_path / "manifest")],
         cwd=tree,
-        timeout=50,
+        timeout=200,
         check=False,
     )
 
@@ -208,7 +208,7 @@ def test_manifest_goes_into_a_pipe_without_replacing_it(tree, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     with start("checksums.py", tree, "-o", tmp_path / "pipe") as process:
         manifest = (tmp_path / "pipe").read_bytes()
-        process.wait(timeout=50)
+        process.wait(timeout=200)
 
     assert process.returncode == 0
     assert len(manifest.splitlines()) == 8
@@ -238,7 +238,7 @@ def test_reader_that_goes_away_is_no_trouble(tree):
     with start("checksums.py", tree) as process:
         process.stdout.close()
         err = process.stderr.read()
-        process.wait(timeout=50)
+        process.wait(timeout=200)
 
     assert (process.returncode, err) == (141, b"")
 
@@ -374,7 +374,7 @@ def test_ctrl_c_stops_everything_at_once(tree, tmp_path):
         opened = Path(f"/proc/{process.pid}/fd")
         until(lambda: str(tree / "huge") in map(target, opened.iterdir()))
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=50)
+        out, err = process.communicate(timeout=200)
 
     assert (process.returncode, out) == (130, b"")
     assert b"interrupted" in err

@@ -14,7 +14,7 @@ def run_script(source):
         [sys.executable, "-P", "-W", "error", "-c", source],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
     )
 
@@ -49,7 +49,7 @@ def produce():
             begun.set()
 
 threading.Thread(target=produce, daemon=True).start()
-begun.wait(20)
+begun.wait(60)
 """
     )
 
@@ -71,7 +71,7 @@ over = threading.Event()
 atexit.register(over.set)  # called before fastpool's own, since registered after it
 
 def parent():
-    over.wait(20)
+    over.wait(60)
     group.submit(os.write, 1, b"child")
 
 group = TaskGroup(2)
@@ -131,10 +131,10 @@ import atexit, threading
 @atexit.register  # called after fastpool's own, since registered before it
 def late():
     go.set()
-    feed.join(20)
+    feed.join(60)
 
 def enter():
-    go.wait(20)
+    go.wait(60)
     try:
         with fastpool.TaskGroup(1, name="jobs") as group:
             print("entered")
@@ -210,7 +210,7 @@ def main_thread_waits():
 
 def work():
     running.set()
-    over.wait(20)
+    over.wait(60)
     while not main_thread_waits():  # for this task: else it is cut off in here
         time.sleep(0.001)
     os.write(1, b"done")
@@ -223,7 +223,7 @@ def enter():
     group.__enter__()
     group.submit(work)
     group.submit(os.write, 1, b"never")
-    running.wait(20)
+    running.wait(60)
 
 enter()
 """
@@ -295,11 +295,11 @@ with TaskGroup(2) as group:
 begun, over = threading.Event(), threading.Event()
 def serve():
     with TaskGroup(2) as group:
-        group.submit(over.wait, 20)
+        group.submit(over.wait, 60)
         group.submit(print, "ran")
         begun.set()
 threading.Thread(target=serve, daemon=True).start()
-begun.wait(20)
+begun.wait(60)
 atexit.register(over.set)
 """,
         "ran",
@@ -308,7 +308,7 @@ atexit.register(over.set)
         """
 def serve():
     with TaskGroup(2) as group:
-        main.join(20)
+        main.join(60)
         group.submit(print, "ran")
 main = threading.main_thread()
 threading.Thread(target=serve).start()
@@ -320,11 +320,11 @@ threading.Thread(target=serve).start()
 def serve():
     with TaskGroup(1) as group:
         group.submit(warm.set)
-        main.join(20)
+        main.join(60)
         group.submit(print, "ran")
 warm, main = threading.Event(), threading.main_thread()
 threading.Thread(target=serve).start()
-warm.wait(20)
+warm.wait(60)
 """,
         "ran",
     ),

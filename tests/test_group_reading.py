@@ -52,8 +52,8 @@ WAITS = {
     "get": lambda group, batch: batch.tasks[0].get(),
     "exception": lambda group, batch: batch.tasks[0].exception(),
     "wait": lambda group, batch: batch.tasks[0].wait(),
-    "result in time": lambda group, batch: batch.tasks[0].result(timeout=15),
-    "wait in time": lambda group, batch: batch.tasks[0].wait(timeout=15),
+    "result in time": lambda group, batch: batch.tasks[0].result(timeout=60),
+    "wait in time": lambda group, batch: batch.tasks[0].wait(timeout=60),
     "Batch.results": lambda group, batch: batch.results(),
     "Batch.wait": lambda group, batch: batch.wait(),
     "iterate": lambda group, batch: list(batch),
@@ -108,7 +108,7 @@ def test_failed_task_answers_whatever_the_tokens_say(workers):
 
     with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(1)) as group:
         task = group.submit(fails)
-        group.token.wait(timeout=10)
+        group.token.wait(timeout=60)
         with pytest.raises(ValueError, match="bad header") as in_body:
             task.result()
         returned = task.exception()
@@ -193,11 +193,11 @@ def test_every_reader_gets_the_same_object(watched, workers):
     value, failure = object(), ValueError("bad header")
 
     def returns():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return value
 
     def fails():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         raise failure
 
     with suppress(ValueError), TaskGroup(policy=Lenient(), **workers(2)) as group:
@@ -206,7 +206,7 @@ def test_every_reader_gets_the_same_object(watched, workers):
         until(lambda: all(is_asleep(thread) for thread, _ in readers))
         release.set()
         for thread, _ in readers:
-            thread.join(timeout=10)
+            thread.join(timeout=60)
 
     assert [outcome for _, [outcome] in readers] == [value] * 8 + [failure] * 8
 
@@ -241,12 +241,12 @@ def test_task_says_how_it_stands(workers):
 
     def hold():
         started.set()
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return 404
 
     with TaskGroup(**workers(1)) as group:
         first, second = group.submit(hold), group.submit(resize, 405)
-        started.wait(timeout=10)
+        started.wait(timeout=60)
         during = states(first), states(second)
         release.set()
         second.wait()
@@ -276,7 +276,7 @@ def test_task_stands_where_an_async_result_stood(workers):
     release = threading.Event()
 
     def hold():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return 404
 
     with TaskGroup(policy=Lenient(), **workers(1)) as group:
@@ -323,7 +323,7 @@ def test_wait_that_takes_too_long_leaves_the_task_alone(workers, name, count, ti
     release = threading.Event()
 
     def hold(width):
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return width
 
     with TaskGroup(**workers(count)) as group:
@@ -358,7 +358,7 @@ def test_timeout_may_be_any_number(span):
     """
     release = threading.Event()
     with TaskGroup(1) as group:
-        batch = group.map(release.wait, [10])
+        batch = group.map(release.wait, [60])
         for read in (batch.tasks[0].result, batch.tasks[0].exception, batch.results, group.wait):
             with pytest.raises(TimeoutError, match=r"0\.01 s"):
                 read(timeout=span)
@@ -397,14 +397,14 @@ def test_wait_may_be_as_long_as_one_likes(watched, name, timeout):
 
     def hold(width):
         until(lambda: is_asleep(main))
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return width
 
     with TaskGroup(1) as group:
         batch = group.map(hold, [404])
         releaser, _ = start(lambda: (until(lambda: is_asleep(main)), release.set()))
         answer = TIMED[name](group, batch, timeout)
-        releaser.join(timeout=10)
+        releaser.join(timeout=60)
 
     assert answer == {**VALUES, **DONE}[name]
 
@@ -419,7 +419,7 @@ def test_timeout_that_is_no_number_of_seconds_is_refused(name, done, timeout, er
     release = threading.Event()
 
     with TaskGroup(1) as group:
-        batch = group.starmap(release.wait, [(10,)])
+        batch = group.starmap(release.wait, [(60,)])
         if done:
             release.set()
             batch.wait()
@@ -442,7 +442,7 @@ def test_wait_listens_to_the_callers_token(watched, workers, wait, early, count)
     release, token = threading.Event(), CancelToken()
 
     def hold():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         return 404
 
     def cancel():
@@ -458,7 +458,7 @@ def test_wait_listens_to_the_callers_token(watched, workers, wait, early, count)
         with use_token(token), pytest.raises(Cancelled, match="rain") as caught:
             wait(group, batch)
         if canceller:
-            canceller[0].join(timeout=10)
+            canceller[0].join(timeout=60)
         release.set()
 
     assert caught.value.token is token
@@ -479,12 +479,12 @@ def test_wait_in_a_task_listens_to_that_task(watched, workers, wait):
 
     threads = []
     with TaskGroup(2) as others, TaskGroup(**workers(1)) as group:
-        batch = others.starmap(release.wait, [(10,)])
+        batch = others.starmap(release.wait, [(60,)])
         until(batch.tasks[0].running)
         waiter = group.submit(waits)
         until(lambda: threads and is_asleep(threads[0]))
         waiter.cancel("rain")
-        waiter.wait(timeout=10)
+        waiter.wait(timeout=60)
         state = waiter.cancelled(), batch.done(), group.token.cancelled()
         release.set()
 
@@ -500,7 +500,7 @@ def test_deadline_of_the_caller_ends_the_wait(wait):
     release = threading.Event()
 
     with TaskGroup(1) as group:
-        batch = group.starmap(release.wait, [(10,)])
+        batch = group.starmap(release.wait, [(60,)])
         with pytest.raises(TimeoutError), fastpool.timeout(0.01):
             wait(group, batch)
         release.set()
@@ -522,7 +522,7 @@ def test_body_that_waits_hears_of_a_failure_elsewhere(watched, workers, wait):
     heard = []
     release = threading.Event()
     with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
-        batch = group.starmap(release.wait, [(10,)])
+        batch = group.starmap(release.wait, [(60,)])
         group.submit(fails_later)
         try:
             wait(group, batch)
@@ -576,14 +576,14 @@ def test_wait_misses_nothing(watched, name, event):
                     sys.settrace(None)
 
         with TaskGroup(1) as group:
-            group.submit(release.wait, 10)
+            group.submit(release.wait, 60)
             batch = group.map(resize, [404])
             reader, outcome = start(read)
             until(lambda: reached.is_set() or is_asleep(reader))
             if not reached.is_set():
                 happen()
-            happened.wait(timeout=10)
-            reader.join(timeout=10)
+            happened.wait(timeout=60)
+            reader.join(timeout=60)
             release.set()
         return reached.is_set(), outcome, batch
 
@@ -613,13 +613,13 @@ def test_group_wait_waits_for_what_was_submitted_before(watched, workers, count)
     first, second = threading.Event(), threading.Event()
 
     with TaskGroup(**workers(count)) as group:
-        early = [group.submit(first.wait, 10), *group.map(resize, range(5)).tasks]
+        early = [group.submit(first.wait, 60), *group.map(resize, range(5)).tasks]
         waiter, outcome = start(group.wait)
         until(lambda: is_asleep(waiter))
-        late = group.submit(second.wait, 10)
+        late = group.submit(second.wait, 60)
         still_waiting = not outcome
         first.set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
         seen = [task.done() for task in early], late.done(), list(outcome)
         second.set()
         group.wait()
@@ -660,11 +660,11 @@ def test_group_wait_misses_no_task_that_is_being_taken(watched):
             until(lambda: outcome or is_asleep(waiter))
 
         def trace():
-            submitted.wait(timeout=10)
+            submitted.wait(timeout=60)
             trace_this_thread(act_at(step, look))
 
         def wait():
-            reached.wait(timeout=10)
+            reached.wait(timeout=60)
             group.wait()
             return task.done()
 
@@ -678,7 +678,7 @@ def test_group_wait_misses_no_task_that_is_being_taken(watched):
             until(lambda: reached.is_set() or len(idle_for(group)) == 1)
             reached_in_time = reached.is_set()
             reached.set()
-            waiter.join(timeout=10)
+            waiter.join(timeout=60)
         fastpool.shutdown()
         return reached_in_time, outcome
 
@@ -702,8 +702,8 @@ def test_group_wait_does_not_wait_for_what_tasks_submit_meanwhile(watched, worke
     first, second = threading.Event(), threading.Event()
 
     def parent():
-        first.wait(timeout=10)
-        children.append(group.submit(second.wait, 10))
+        first.wait(timeout=60)
+        children.append(group.submit(second.wait, 60))
 
     children = []
     with TaskGroup(**workers(2)) as group:
@@ -711,7 +711,7 @@ def test_group_wait_does_not_wait_for_what_tasks_submit_meanwhile(watched, worke
         waiter, outcome = start(group.wait)
         until(lambda: is_asleep(waiter))
         first.set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
         seen = list(outcome), children[0].done()
         second.set()
 
@@ -742,7 +742,7 @@ def test_group_wait_of_others_returns_when_the_group_fails(watched, workers):
     release = threading.Event()
 
     def fails_later():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         raise ValueError("bad header")
 
     with suppress(ValueError), TaskGroup(**workers(1)) as group:
@@ -751,7 +751,7 @@ def test_group_wait_of_others_returns_when_the_group_fails(watched, workers):
         waiter, outcome = start(group.wait)
         until(lambda: is_asleep(waiter))
         release.set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
 
     assert outcome == [None]
     assert queued.cancelled()
@@ -764,13 +764,13 @@ def test_group_wait_does_not_wait_for_a_task_that_was_cancelled(watched, workers
     release = threading.Event()
 
     with TaskGroup(**workers(1)) as group:
-        first = group.submit(release.wait, 10)
+        first = group.submit(release.wait, 60)
         queued = group.submit(resize, 404)
         waiter, outcome = start(group.wait)
         until(lambda: is_asleep(waiter))
         queued.cancel()
         release.set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
 
     assert outcome == [None]
     assert first.result() is True
@@ -784,13 +784,13 @@ def test_several_threads_wait_for_one_group(watched, workers):
     release = threading.Event()
 
     with TaskGroup(**workers(2)) as group:
-        group.starmap(release.wait, [(10,)] * 5)
+        group.starmap(release.wait, [(60,)] * 5)
         waiters = [start(group.wait) for _ in range(5)]
         for thread, _ in waiters:
             until(lambda thread=thread: is_asleep(thread))
         release.set()
         for thread, _ in waiters:
-            thread.join(timeout=10)
+            thread.join(timeout=60)
 
     assert [outcome for _, outcome in waiters] == [[None]] * 5
 
@@ -815,7 +815,7 @@ def test_cancelled_task_raises_a_new_error_each_time(workers):
     """
     with TaskGroup(name="thumbnails", **workers(1)) as group:
         release = threading.Event()
-        group.submit(release.wait, 10)
+        group.submit(release.wait, 60)
         queued = group.submit(resize, 404)
         group.cancel("enough")
         release.set()
@@ -839,17 +839,17 @@ def test_task_cancelled_by_a_failure_names_it_as_the_cause(workers, kind):
     together = threading.Barrier(3)
 
     def fails():
-        together.wait(timeout=10)
+        together.wait(timeout=60)
         raise failure
 
     def sleeps():
-        together.wait(timeout=10)
+        together.wait(timeout=60)
         current_token().sleep(60)
 
     with suppress(ValueError), TaskGroup(**workers(2)) as group:
         group.submit(fails)
         running, queued = group.submit(sleeps), group.submit(resize, 404)
-        together.wait(timeout=10)
+        together.wait(timeout=60)
     errors = read_twice({"running": running, "queued": queued}[kind])
 
     assert [type(error) for error in errors] == [TaskCancelledError] * 3
@@ -865,7 +865,7 @@ def test_reader_whose_own_token_is_set_hears_cancelled(workers):
     release = threading.Event()
 
     with TaskGroup(**workers(1)) as group:
-        group.submit(release.wait, 10)
+        group.submit(release.wait, 60)
         queued = group.submit(resize, 404)
         group.cancel("enough")
         done = queued.done()
@@ -910,14 +910,14 @@ def test_waiter_outside_wakes_when_what_is_queued_never_starts(watched, workers,
     release = threading.Event()
 
     with TaskGroup(**workers(1)) as group:
-        group.submit(release.wait, 10)
+        group.submit(release.wait, 60)
         batch = group.map(resize, [404])
         waiter, outcome = start(WAITS[wait], group, batch)
         until(lambda: is_asleep(waiter))
         group.cancel("enough")
         if wait == "group.wait":
             release.set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
         release.set()
 
     if wait in VALUES:
@@ -940,7 +940,7 @@ def test_cancelling_a_queued_task_ends_it_at_once(workers, given, reason):
     ran = []
 
     with TaskGroup(**workers(1)) as group:
-        group.submit(release.wait, 10)
+        group.submit(release.wait, 60)
         tasks = [group.submit(ran.append, number) for number in range(3)]
         answers = tasks[1].cancel(given), tasks[1].cancel("snow")
         state = states(tasks[1])
@@ -963,18 +963,18 @@ def test_cancelling_a_running_task_tells_it_alone(workers):
     together = threading.Barrier(3)
 
     def sleeps():
-        together.wait(timeout=10)
+        together.wait(timeout=60)
         current_token().sleep(60)
 
     def looks():
-        together.wait(timeout=10)
+        together.wait(timeout=60)
         task.wait()
         return current_token().cancelled()
 
     with TaskGroup(**workers(2)) as group:
         task = group.submit(sleeps)
         beside = group.submit(looks)
-        together.wait(timeout=10)
+        together.wait(timeout=60)
         answers = task.cancel("rain"), task.cancel("snow")
         task.wait()
         state = states(task)
@@ -1003,7 +1003,7 @@ def test_task_that_swallows_cancelled_has_its_value(workers):
 
     with TaskGroup(**workers(1)) as group:
         task = group.submit(stubborn)
-        started.wait(timeout=10)
+        started.wait(timeout=60)
         cancelled = task.cancel()
 
     assert cancelled is True
@@ -1035,7 +1035,7 @@ def test_task_may_cancel_itself(workers):
     """
 
     def stops():
-        ready.wait(timeout=10)
+        ready.wait(timeout=60)
         answers.append(task.cancel("rain"))
         current_token().check()
 
@@ -1057,7 +1057,7 @@ def test_task_of_a_cancelled_group_is_cancelled_once(workers):
     release = threading.Event()
 
     with TaskGroup(**workers(1)) as group:
-        running = group.submit(release.wait, 10)
+        running = group.submit(release.wait, 60)
         queued = group.submit(resize, 404)
         until(running.running)
         group.cancel("enough")
@@ -1081,17 +1081,17 @@ def test_one_of_many_threads_cancels_a_task(kind):
         together = threading.Barrier(8)
 
         def cancel(task, together=together):
-            together.wait(timeout=10)
+            together.wait(timeout=60)
             return task.cancel()
 
         with TaskGroup(1) as group:
-            running = group.submit(release.wait, 10)
+            running = group.submit(release.wait, 60)
             queued = group.submit(resize, 404)
             until(running.running)
             task = {"running": running, "queued": queued}[kind]
             threads = [start(cancel, task) for _ in range(8)]
             for thread, _ in threads:
-                thread.join(timeout=10)
+                thread.join(timeout=60)
             release.set()
         counts.append(sum(outcome[0] for _, outcome in threads))
 
@@ -1117,7 +1117,7 @@ def test_task_is_run_or_cancelled_but_never_both():
             current_token().check()
 
         def trace():
-            release.wait(timeout=10)
+            release.wait(timeout=60)
             trace_this_thread(act_at(step, act))
 
         states_then = []
@@ -1208,7 +1208,7 @@ def staged(count):
     release = [threading.Event() for _ in range(count)]
 
     def hold(number):
-        release[number].wait(timeout=10)
+        release[number].wait(timeout=60)
         return number
 
     return release, hold
@@ -1228,7 +1228,7 @@ def test_batch_yields_results_in_order_as_they_come(watched, workers):
         waiter, outcome = start(next, results)
         until(lambda: is_asleep(waiter))
         release[0].set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
         second = next(results)
         third_done = batch.tasks[2].done()
         release[2].set()
@@ -1275,13 +1275,13 @@ def test_batch_cancel_stops_its_tasks_alone(workers):
         current_token().sleep(60)
 
     with TaskGroup(**workers(2)) as group:
-        other = group.submit(release.wait, 10)
+        other = group.submit(release.wait, 60)
         until(other.running)
         batch = group.map(sleeps, range(5))
-        started.wait(timeout=10)
+        started.wait(timeout=60)
         behind = group.submit(ran.append, 1)
         batch.cancel("rain")
-        waited = batch.wait(timeout=10)
+        waited = batch.wait(timeout=60)
         behind.wait()
         with pytest.raises(TaskCancelledError) as caught:
             batch.results()
@@ -1301,7 +1301,7 @@ def fail_in_order(group, order, count):
     turns = [threading.Event() for _ in range(count)]
 
     def fail(number):
-        turns[number].wait(timeout=10)
+        turns[number].wait(timeout=60)
         raise ValueError(f"number {number}")
 
     batch = group.map(fail, range(count))
@@ -1368,7 +1368,7 @@ def test_batch_and_group_agree_on_the_first_failure(policy):
         ready = threading.Event()
 
         def begin(number):
-            ready.wait(timeout=10)
+            ready.wait(timeout=60)
             fail(number)
 
         with suppress(ValueError), TaskGroup(2, policy=policy) as group:
@@ -1397,13 +1397,13 @@ def test_failure_that_was_reported_before_counts_from_then():
         raise OSError("second")
 
     def first():
-        waiting.wait(timeout=10)
+        waiting.wait(timeout=60)
         raise ValueError("first")
 
     def second():
         token = current_token()
         waiting.set()
-        token.wait(timeout=10)
+        token.wait(timeout=60)
         reports.with_token(group.token)
 
     waiting = threading.Event()
@@ -1422,7 +1422,7 @@ def test_batch_never_raises_a_cancelled_tasks_error_while_one_failed(workers, re
     """
 
     def run(number):
-        together.wait(timeout=10)
+        together.wait(timeout=60)
         if number == 1:
             raise ValueError("bad header")
         current_token().sleep(60)
@@ -1430,7 +1430,7 @@ def test_batch_never_raises_a_cancelled_tasks_error_while_one_failed(workers, re
     together = threading.Barrier(3)
     with suppress(ValueError), TaskGroup(**workers(2)) as group:
         batch = group.map(run, range(4))
-        together.wait(timeout=10)
+        together.wait(timeout=60)
 
     assert [task.cancelled() for task in batch.tasks] == [True, False, True, True]
     with pytest.raises(ValueError, match="bad header") as caught:
@@ -1446,18 +1446,18 @@ def test_reading_a_batch_with_a_cancelled_task_waits_for_the_others(watched, wor
     release = threading.Event()
 
     def run(number):
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         raise ValueError("bad header")
 
     with TaskGroup(policy=Lenient(), **workers(1)) as group:
-        group.submit(release.wait, 10)
+        group.submit(release.wait, 60)
         batch = group.map(run, range(2))
         batch.tasks[0].cancel()
         reader, outcome = start(WAITS[read], group, batch)
         until(lambda: is_asleep(reader))
         early = list(outcome)
         release.set()
-        reader.join(timeout=10)
+        reader.join(timeout=60)
 
     assert early == []
     assert outcome == [batch.tasks[1].exception()]
@@ -1483,7 +1483,7 @@ def test_batch_results_waits_for_all_before_it_raises(watched, workers):
         until(lambda: is_asleep(waiter))
         early = list(outcome)
         release[0].set()
-        waiter.join(timeout=10)
+        waiter.join(timeout=60)
 
     assert early == []
     assert outcome == [batch.tasks[1].exception()]
@@ -1497,7 +1497,7 @@ def test_batch_cancelled_by_a_failure_elsewhere_says_so(workers, read):
     release = threading.Event()
 
     def fails_later():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         raise ValueError("bad header")
 
     with pytest.raises(ValueError, match="bad header") as left, TaskGroup(**workers(1)) as group:
@@ -1629,13 +1629,13 @@ def test_as_completed_ends_when_the_group_is_cancelled(watched, workers):
     release = threading.Event()
 
     with TaskGroup(**workers(1)) as group:
-        running = group.submit(release.wait, 10)
+        running = group.submit(release.wait, 60)
         until(running.running)
         queued = [group.submit(resize, number) for number in range(3)]
         reader, outcome = start(list, fastpool.as_completed(queued))
         until(lambda: is_asleep(reader))
         group.cancel()
-        reader.join(timeout=10)
+        reader.join(timeout=60)
         release.set()
 
     assert [set(tasks) for tasks in outcome] == [set(queued)]
@@ -1669,7 +1669,7 @@ def test_as_completed_in_the_body_hears_the_failure(workers):
 
     with pytest.raises(ValueError, match="bad header"), TaskGroup(**workers(2)) as group:
         queued = threading.Event()
-        failing = group.submit(lambda: queued.wait(timeout=10) and fails())
+        failing = group.submit(lambda: queued.wait(timeout=60) and fails())
         tasks = [failing, group.submit(lambda: current_token().sleep(60))]
         queued.set()
         seen.extend(fastpool.as_completed(tasks))
@@ -1689,7 +1689,7 @@ def test_reading_after_the_block_never_hangs(workers, wait, how):
     release = threading.Event()
 
     def fails_later():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         if how == "it fails":
             raise ValueError("bad header")
 

@@ -48,7 +48,7 @@ def in_thread(call):
     outcomes = []
     thread = threading.Thread(target=lambda: outcomes.append(outcome(call)))
     thread.start()
-    thread.join(timeout=30)
+    thread.join(timeout=60)
     return outcomes[0]
 
 
@@ -63,11 +63,11 @@ def test_failure_ends_every_job_of_a_bare_pool():
     with ThreadPool(4) as pool:
         sleepers = [pool.apply_async(outcome, (sleeps.with_token, token, asleep)) for _ in range(3)]
         for _ in sleepers:
-            assert asleep.acquire(timeout=30)
+            assert asleep.acquire(timeout=60)
         failed = pool.apply_async(outcome, (fails.with_token, token, error))
-        outcomes = [sleeper.get(timeout=30) for sleeper in sleepers]
+        outcomes = [sleeper.get(timeout=60) for sleeper in sleepers]
 
-        assert failed.get(timeout=30) is error
+        assert failed.get(timeout=60) is error
     assert token.reason is error
     for cancelled in outcomes:
         assert type(cancelled) is Cancelled
@@ -83,7 +83,7 @@ def test_exception_reaches_the_handle_of_a_bare_pool():
     token = CancelToken()
 
     with ThreadPool(1) as pool, pytest.raises(ValueError, match="bad header"):
-        pool.apply_async(fails.with_token, (token, ValueError("bad header"))).get(timeout=30)
+        pool.apply_async(fails.with_token, (token, ValueError("bad header"))).get(timeout=60)
 
     assert token.cancelled()
 
@@ -416,7 +416,7 @@ def test_failure_is_recorded_before_the_token_is_set():
 
     @cancellable
     def echoes_sleep(token, ready):
-        ready.wait(timeout=30)
+        ready.wait(timeout=60)
         try:
             token.sleep(30)
         except Cancelled as cancelled:
@@ -426,7 +426,7 @@ def test_failure_is_recorded_before_the_token_is_set():
 
     @cancellable
     def echoes_poll(token, ready):
-        ready.wait(timeout=30)
+        ready.wait(timeout=60)
         while not token.cancelled():
             pass
         echoes.append(token.reason)
@@ -434,7 +434,7 @@ def test_failure_is_recorded_before_the_token_is_set():
 
     @cancellable
     def fails_once_all_wait(token, ready, error):
-        ready.wait(timeout=30)
+        ready.wait(timeout=60)
         raise error
 
     with ThreadPool(3) as pool:
@@ -445,7 +445,7 @@ def test_failure_is_recorded_before_the_token_is_set():
                 for fn, *more in ((echoes_sleep,), (echoes_poll,), (fails_once_all_wait, error))
             ]
             for job in jobs:
-                job.get(timeout=30)
+                job.get(timeout=60)
 
             assert token.reason is error
             assert outcome(token.check).__cause__ is error

@@ -174,25 +174,25 @@ def test_scope_may_be_shared_by_threads(make):
 
     def first():
         with scope as token:
-            order.wait(timeout=10)  # both are in
+            order.wait(timeout=60)  # both are in
             inside = current_token() is token
-            order.wait(timeout=10)
+            order.wait(timeout=60)
         after = current_token()
-        order.wait(timeout=10)  # the first one has left
+        order.wait(timeout=60)  # the first one has left
         return inside, after
 
     def second():
         with scope as token:
-            order.wait(timeout=10)
-            order.wait(timeout=10)
-            order.wait(timeout=10)
+            order.wait(timeout=60)
+            order.wait(timeout=60)
+            order.wait(timeout=60)
             inside = current_token() is token
             deadline = token.deadline is not None
         return inside, current_token(), deadline
 
     threads = [start(first), start(second)]
     for thread, _ in threads:
-        thread.join(timeout=20)
+        thread.join(timeout=60)
     (one,), (two,) = (outcome for _, outcome in threads)
 
     assert one == (True, CancelToken.NEVER)
@@ -368,7 +368,7 @@ def test_shield_in_a_cancelled_task_lets_its_clean_up_finish():
 
     with TaskGroup(1) as group:
         task = group.submit(work)
-        asleep.wait(timeout=10)
+        asleep.wait(timeout=60)
         group.cancel()
 
     assert task.cancelled()

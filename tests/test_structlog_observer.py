@@ -45,7 +45,7 @@ def run_script(source):
         [sys.executable, "-P", "-W", "error", "-c", source],
         capture_output=True,
         text=True,
-        timeout=50,
+        timeout=200,
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
@@ -226,7 +226,7 @@ def test_cancelled_and_stuck_tasks_have_lines(lines):
     started = threading.Event()
 
     def stubborn():
-        until(lambda: "fastpool.task_stuck" in [line["event"] for line in lines], within=5)
+        until(lambda: "fastpool.task_stuck" in [line["event"] for line in lines], within=30)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -234,7 +234,7 @@ def test_cancelled_and_stuck_tasks_have_lines(lines):
             group.submit(sleeper, started)
             stuck = group.submit(stubborn)
             group.submit(pow, 2, 3)
-            started.wait(timeout=10)
+            started.wait(timeout=60)
             until(stuck.running)
             group.cancel()
 
@@ -258,7 +258,7 @@ def test_group_that_ends_with_the_one_around_it_is_no_warning(lines):
     started = threading.Event()
     with pytest.raises(ValueError, match="root"), TaskGroup(2, name="outer") as group:
         group.submit(inside)
-        started.wait(timeout=10)
+        started.wait(timeout=60)
         raise ValueError("root")
 
     closed = {line["group"]: line for line in lines if line["event"] == "fastpool.group_closed"}
@@ -308,7 +308,7 @@ def test_lines_bear_what_was_bound_where_the_task_was_submitted(lines):
     started, release = threading.Event(), threading.Event()
 
     def fails():
-        release.wait(timeout=10)
+        release.wait(timeout=60)
         raise ValueError("root")
 
     def binds():
@@ -323,7 +323,7 @@ def test_lines_bear_what_was_bound_where_the_task_was_submitted(lines):
         group.map(abs, [1, 2]).wait()
         bind_contextvars(request="cut short")
         group.submit(sleeper, started)
-        started.wait(timeout=10)
+        started.wait(timeout=60)
         bind_contextvars(request="bad")
         failing = group.submit(fails)
         until(failing.running)
