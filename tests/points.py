@@ -27,7 +27,7 @@ from multiprocessing import pool as stdlib_pool
 import fastpool
 from fastpool import CancelToken, TaskGroup, cancellable, current_token
 
-HANG = 20.0  # seconds after which a child is taken to hang
+HANG = 60.0  # seconds after which a child is taken to hang
 OURS = (os.path.dirname(fastpool.__file__),)
 TARGETS = (*OURS, threading.__file__, stdlib_pool.__file__)
 
@@ -361,7 +361,7 @@ def look_around() -> str:
         wards = any(guard.wards.values())
         return bool(wards or guard.heard or _marks.held or _taskgroup._open_runs)
 
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     while left() and time.monotonic() < until:  # a finalizer in another thread may be at it still
         time.sleep(0.001)
     if left():
@@ -382,7 +382,7 @@ def look_around() -> str:
         group.submit(int, "no number")
         group.submit(sleeps, 60)
     fastpool.shutdown()
-    until = time.monotonic() + 5
+    until = time.monotonic() + 8  # less than idle threads wait: those would be a leak
     while len(threading.enumerate()) > 1 and time.monotonic() < until:
         time.sleep(0.001)
     if len(threading.enumerate()) > 1:

@@ -383,7 +383,7 @@ def test_failing_request_raises_as_its_library_does():
                 session.get(slow, timeout=(50, 0.05))
             with pytest.raises(requests.exceptions.ChunkedEncodingError):
                 session.get(ending)
-        with httpx.Client(transport=HTTPTransport()) as client:
+        with httpx.Client(transport=HTTPTransport(), timeout=None) as client:
             with pytest.raises(httpx.ConnectError, match="refused"):
                 client.get(nobody)
             with pytest.raises(httpx.ReadTimeout):
@@ -406,7 +406,10 @@ def test_failing_request_raises_as_its_library_does():
     [
         (lambda url: PoolManager(retries=False).request("GET", url), urllib3.exceptions.SSLError),
         (lambda url: session_of(HTTPAdapter()).get(url), requests.exceptions.SSLError),
-        (lambda url: httpx.Client(transport=HTTPTransport()).get(url), httpx.ConnectError),
+        (
+            lambda url: httpx.Client(transport=HTTPTransport(), timeout=None).get(url),
+            httpx.ConnectError,
+        ),
     ],
     ids=["urllib3", "requests", "httpx"],
 )
@@ -559,7 +562,7 @@ def test_stalled_proxy_is_left_at_a_cancel(client, target):
                 with requests.Session() as session:
                     session.mount(f"{target}://", HTTPAdapter())
                     return session.get(url, proxies={target: proxy})
-            with httpx.Client(transport=HTTPTransport(proxy=proxy)) as ours:
+            with httpx.Client(transport=HTTPTransport(proxy=proxy), timeout=None) as ours:
                 return ours.get(url)
 
         outcome = cancel_once(lambda: asked, ask)
@@ -601,7 +604,7 @@ def test_stalled_answer_by_tls_within_tls_is_left_at_a_cancel(client, said):
             with ProxyManager(proxy, ssl_context=trusted, proxy_ssl_context=trusted) as ours:
                 return ours.request("GET", url)
         through = httpx.Proxy(proxy, ssl_context=trusted)
-        with httpx.Client(transport=HTTPTransport(trusted, proxy=through)) as ours:
+        with httpx.Client(transport=HTTPTransport(trusted, proxy=through), timeout=None) as ours:
             return ours.get(url)
 
     def talk(connection):

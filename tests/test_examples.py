@@ -55,7 +55,7 @@ def test_stop_all_tasks():
     """
     All ten stop in an orderly way, and the pool goes on.
     """
-    code, out, err = run("stop_all_tasks.py", "0.2")
+    code, out, err = run("stop_all_tasks.py", "1")
 
     assert (code, err) == (0, "")
     assert out.count(b"has put its things away") == 10
