@@ -38,7 +38,9 @@ def watcher(redis_socket):
 
 @pytest.fixture
 def client(redis_socket):
-    made = redis.Redis(unix_socket_path=redis_socket, client_name=NAME, decode_responses=True)
+    made = redis.Redis(
+        unix_socket_path=redis_socket, client_name=NAME, socket_timeout=50, decode_responses=True
+    )
     with blocking.redis_client(made) as client:
         yield client
 
@@ -239,7 +241,7 @@ def test_stalled_greeting_is_left_at_a_cancel():
     The server takes the connection, and does not answer.
     """
     with served(silent) as (host, port):
-        client = blocking.redis_client(redis.Redis(host, port))
+        client = blocking.redis_client(redis.Redis(host, port, socket_timeout=50))
 
         assert type(cancel_while_blocked(client.ping)) is Cancelled
 
@@ -249,7 +251,9 @@ def test_stalled_handshake_is_left_at_a_cancel():
     The server takes the connection, and never answers the client's hello.
     """
     with served(silent) as (host, port):
-        client = blocking.redis_client(redis.Redis(host, port, ssl=True, ssl_cert_reqs="none"))
+        client = blocking.redis_client(
+            redis.Redis(host, port, socket_timeout=50, ssl=True, ssl_cert_reqs="none")
+        )
 
         assert type(cancel_while_blocked(client.ping)) is Cancelled
 
@@ -265,7 +269,9 @@ def test_stalled_answer_by_tls_is_left_at_a_cancel():
         kept[-1].recv(1)
 
     with served(talk) as (host, port):
-        client = blocking.redis_client(redis.Redis(host, port, ssl=True, ssl_cert_reqs="none"))
+        client = blocking.redis_client(
+            redis.Redis(host, port, socket_timeout=50, ssl=True, ssl_cert_reqs="none")
+        )
         outcome = cancel_while_blocked(client.ping, ready=lambda: kept)
         kept[0].close()
 
@@ -378,7 +384,7 @@ def test_client_that_was_used_hears_the_token(redis_socket, watcher):
     """
     What it has open is closed, for a connection does not begin to hear.
     """
-    with redis.Redis(unix_socket_path=redis_socket, client_name=NAME) as client:
+    with redis.Redis(unix_socket_path=redis_socket, client_name=NAME, socket_timeout=50) as client:
         client.ping()
         assert blocking.redis_client(client) is client
         assert blocking.redis_client(client) is client  # once more is no harm
@@ -446,7 +452,7 @@ def test_interrupts_says_what_to_call_instead(client):
 
 
 def pops_in_main_thread(group, ready):
-    made = redis.Redis(unix_socket_path=os.environ[WHERE], client_name=NAME)
+    made = redis.Redis(unix_socket_path=os.environ[WHERE], client_name=NAME, socket_timeout=50)
     with blocking.redis_client(made) as client:
         group.submit(says_when_it_waits, ready)
         try:
