@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import fastpool
 from fastpool import cancellable
 
 
@@ -47,6 +48,20 @@ def until(condition, *, within=None):
             assert within, "it never came about"
             return
         time.sleep(0.001)
+
+
+def have_idle_threads_wait(seconds, monkeypatch):
+    """So long, instead of the ten seconds that they do."""
+    fastpool.shutdown()
+    patient = [
+        module
+        for name, module in list(sys.modules.items())
+        if name.startswith("fastpool") and hasattr(module, "IDLE")
+    ]
+    assert patient
+    for module in patient:
+        assert module.IDLE == 10
+        monkeypatch.setattr(module, "IDLE", seconds)
 
 
 sleeping = {}  # a mark for each thread that waits in a call of the library's, while it does

@@ -376,13 +376,12 @@ def test_dump_is_had_while_tasks_start_and_end(hasty):
             return group.submit(pow, number, 2).result()
 
     def works(name):
-        rounds = 0
-        while not stop.is_set():
+        for rounds in itertools.count(1):
             with TaskGroup(2, name=name) as group:
                 group.map(inner, range(3))
                 group.submit(inner, 4)
-            rounds += 1
-        return rounds
+            if stop.is_set():
+                return rounds
 
     workers = [start(works, f"outer {number}") for number in range(3)]
     try:

@@ -16,7 +16,15 @@ from contextlib import suppress
 from multiprocessing.pool import Pool, ThreadPool
 
 import pytest
-from staging import act_at, in_thread, is_asleep, resize, trace_this_thread, until
+from staging import (
+    act_at,
+    have_idle_threads_wait,
+    in_thread,
+    is_asleep,
+    resize,
+    trace_this_thread,
+    until,
+)
 
 import fastpool
 from fastpool import (
@@ -2639,20 +2647,6 @@ def test_ten_groups_run_at_the_same_time():
         pool.join()
 
     assert met == list(range(10))
-
-
-def have_idle_threads_wait(seconds, monkeypatch):
-    """So long, instead of the ten seconds that they do."""
-    fastpool.shutdown()
-    patient = [
-        module
-        for name, module in list(sys.modules.items())
-        if name.startswith("fastpool") and hasattr(module, "IDLE")
-    ]
-    assert patient
-    for module in patient:
-        assert module.IDLE == 10
-        monkeypatch.setattr(module, "IDLE", seconds)
 
 
 @pytest.fixture

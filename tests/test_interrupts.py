@@ -12,7 +12,7 @@ import threading
 
 import points
 import pytest
-from staging import in_thread, is_asleep, sleeping, start, until
+from staging import have_idle_threads_wait, in_thread, is_asleep, sleeping, start, until
 
 import fastpool
 from fastpool import (
@@ -522,10 +522,11 @@ def test_task_that_has_just_ended_keeps_its_value():
     assert (task.result(), batch.results()) == (1, [2])
 
 
-def test_pool_of_an_abandoned_task_is_not_used_again():
+def test_pool_of_an_abandoned_task_is_not_used_again(monkeypatch):
     """
     The next group has threads of its own, and the old one ends with its task.
     """
+    have_idle_threads_wait(3600, monkeypatch)
     release = threading.Event()
     threads = []
 
