@@ -62,10 +62,13 @@ def full(family, address):
 
 
 def read_request(connection):
-    """Read from an HTTP client to the end of its headers."""
+    """Read from an HTTP client to the end of its headers; an error if it goes before that."""
     seen = b""
     while b"\r\n\r\n" not in seen:
-        seen += connection.recv(65536)
+        more = connection.recv(65536)
+        if not more:
+            raise ConnectionError(f"the client has gone after {seen!r}")
+        seen += more
     return seen
 
 

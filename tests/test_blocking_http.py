@@ -40,14 +40,15 @@ def no_proxy(monkeypatch):
 
 
 @contextmanager
-def stall(said, *, secure=False):
-    """The address of a server that reads a request, says so much, and no more."""
+def stall(said, *, secure=False, asked=lambda: None):
+    """The address of a server that reads a request, calls that, says so much, and no more."""
 
     def talk(connection):
         if secure:
             connection = certificate()[0].wrap_socket(connection, server_side=True)
             ending.enter_context(connection)
         read_request(connection)
+        asked()
         connection.sendall(said)
 
     with ExitStack() as ending, served(talk) as address:
@@ -418,13 +419,15 @@ def test_interrupt_ends_a_request_in_the_body(said):
     """
     It is raised there and then, and no connection is left behind.
     """
+    asked = threading.Event()
 
     def ctrl_c():
-        until(lambda: is_blocked(os.getpid(), None))
+        until(lambda: asked.is_set() and is_blocked(os.getpid(), None))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=ctrl_c)
-    with stall(said) as address, pytest.raises(KeyboardInterrupt), TaskGroup(1):
+    stalling = stall(said, asked=asked.set)
+    with stalling as address, pytest.raises(KeyboardInterrupt), TaskGroup(1):
         thread.start()
         read_all(url_of(address))
     thread.join()
