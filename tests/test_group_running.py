@@ -2836,14 +2836,19 @@ def test_thousand_groups_leave_nothing_behind(make_pool, shared):
     tracemalloc.start()
     try:
         run(1000)
-        settle()
-        memory, _ = tracemalloc.get_traced_memory()
+
+        def is_as_it_was():
+            # Without a GIL a thread frees what is its own when it wakes: give them something.
+            run(1)
+            settle()
+            # A single object left by each group would be more than that.
+            memory, _ = tracemalloc.get_traced_memory()
+            return memory < 200_000 and len(gc.get_objects()) - objects < 800
+
+        until(is_as_it_was)
     finally:
         tracemalloc.stop()
 
-    # A single object left by each group would be more than that.
-    assert len(gc.get_objects()) - objects < 800
-    assert memory < 200_000
     assert threading.active_count() <= threads
 
 
