@@ -2320,6 +2320,7 @@ def test_waiting_for_the_first_of_several_is_no_circle(watched):
         racer = group.submit(race)
         slow = group.submit(wait_for_the_race)
         quick = group.submit(release.wait, 60)
+        until(quick.running)  # or a waiter would run it, and wait for itself to release it
         racing.set()
 
     assert slow.result() is racer.result() is quick
