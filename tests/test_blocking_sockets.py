@@ -534,12 +534,14 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
     rounds = 300 if kind == "tls" else 3000
     tokens = [CancelToken() for _ in range(rounds)]
     ready, done = threading.Barrier(2), threading.Barrier(2)
-    delay = 0  # in turns of a loop; it seeks the moment at which either may come first
+    # In turns of a loop, of the canceller's, or below zero of the reader's, whose start the other
+    # may miss by far: it seeks the moment at which either may come first.
+    delay = 0
 
     def cancel():
         for number, token in enumerate(tokens):
             ready.wait(60)
-            for _ in range(delay + number % 40 * 5):
+            for _ in range(max(0, delay) + number % 40 * 5):
                 pass
             token.cancel()
             done.wait(60)
@@ -551,13 +553,15 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
     for token in tokens:
         other.sendall(b"a")
         ready.wait(60)
+        for _ in range(-delay):
+            pass
         try:
             with use_token(token), blocking.interruptible(mine):
                 got = mine.recv(1)
         except Cancelled:
             counts["cancelled"] += 1
             done.wait(60)
-            delay += 40 + delay // 8
+            delay += 40 + abs(delay) // 8
             mine.close()
             other.close()
             mine, other = KINDS[kind]()
@@ -567,7 +571,7 @@ def test_cancel_at_any_moment_is_no_wrong_success_and_never_late(kind, hasty):
             other.sendall(b"b")
             assert mine.recv(1) == b"b"
             done.wait(60)
-            delay = max(0, delay - 40 - delay // 8)
+            delay -= 40 + abs(delay) // 8
             other.sendall(b"c")
             assert mine.recv(1) == b"c"
     mine.close()
