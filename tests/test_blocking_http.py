@@ -13,9 +13,9 @@ import urllib.request
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from blocked import cancel_while_blocked, is_blocked
+from blocked import cancel_while_blocked, ended, is_blocked, under
 from servers import certificate, full, read_request, served
-from staging import until
+from staging import start, until
 
 from fastpool import Cancelled, CancelToken, TaskGroup, blocking, current_token, use_token
 from fastpool.blocking import _http
@@ -205,6 +205,52 @@ def test_response_is_closed_with_its_block():
             pass
 
         assert response.closed
+
+
+ENDS = pytest.mark.parametrize("said", [HEADERS + b"some", ENDLESS + b"some"], ids=["len", "end"])
+
+
+@ENDS
+def test_block_that_is_left_ends_what_another_thread_reads(said):
+    """
+    A thread without the token; to it the connection is broken, and the body not at its end.
+    """
+    token = CancelToken()
+    readers = []
+
+    def block():
+        with blocking.urlopen(url_of(address)) as response:
+            readers.append(start(response.read))
+            blocking.wait(readers[0][0])
+
+    with stall(said) as address:
+        thread, outcome = under(token, block)
+        until(lambda: outcome or (readers and is_blocked(readers[0][0].native_id)))
+        token.cancel()
+
+        assert type(ended(thread, outcome)) is Cancelled
+        assert type(ended(*readers[0])) is ConnectionAbortedError
+    assert not token._callbacks()
+
+
+@ENDS
+def test_answer_that_another_token_has_cut_is_not_taken_for_a_whole_one(said):
+    """
+    A thread that has one of its own reads in the block; whoever reads on is told.
+    """
+    outer, inner = CancelToken(), CancelToken()
+    asking = stall(said)
+    with asking as address, use_token(outer), blocking.urlopen(url_of(address)) as response:
+        reader = under(inner, response.read)
+        until(lambda: is_blocked(reader[0].native_id))
+        inner.cancel()
+
+        assert type(ended(*reader)) is Cancelled
+        with pytest.raises(ConnectionAbortedError):
+            response.read()
+    assert not outer.cancelled()
+    assert not outer._callbacks()
+    assert not inner._callbacks()
 
 
 def test_cancel_in_the_block_is_raised_on_leaving():

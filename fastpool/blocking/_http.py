@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import http.client
 import io
@@ -15,6 +16,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 from fastpool._scope import current_token
 from fastpool.blocking._elsewhere import call_out, sit_in
+from fastpool.blocking._shutdown import shut_down
 from fastpool.blocking._sockets import DEFAULT, connect, secure
 
 if TYPE_CHECKING:
@@ -64,9 +66,12 @@ def urlopen(
     opener = _default_opener() if context is None else _opener(context)
     # Every step below is interrupted by itself; this is for the check on leaving.
     with current_token().interrupts(_leave_alone):
-        response: http.client.HTTPResponse = call_out(opener.open, url, data, timeout)
+        response: _Response = call_out(opener.open, url, data, timeout)
         with response:
-            yield response
+            try:
+                yield response
+            finally:
+                response.reader.cut()  # another thread that reads would hold up the closing
 
 
 def _leave_alone() -> None:
@@ -100,15 +105,26 @@ class _Reader(io.RawIOBase):
     def __init__(self, stream: Any) -> None:  # Any: a `SocketIO`, whose socket no stub knows
         self._stream = stream
         self._sock: socket.socket = stream._sock
+        self._is_cut = False
+
+    def cut(self) -> None:
+        """End what is read from it, by whichever thread."""
+        self._is_cut = True
+        shut_down(self._sock)
 
     def readinto(self, buffer: WriteableBuffer, /) -> int | None:
         count: int | None
-        cutting = current_token().interrupts(self._sock)
+        cutting = current_token().interrupts(self.cut)
         with cutting:
             if has_something(self._sock):
                 count = call_out(self._stream.readinto, buffer)
             else:
                 count = sit_in(cutting.interrupt, self._stream.readinto, buffer)
+        if self._is_cut:
+            # By another thread, or before: else it would pass for the end of the body.
+            raise ConnectionAbortedError(
+                errno.ECONNABORTED, "cut by a cancel, or as its block ended"
+            )
         return count
 
     def readable(self) -> bool:
@@ -138,7 +154,8 @@ class _Response(http.client.HTTPResponse):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:  # Any: handed on
         super().__init__(*args, **kwargs)
-        self.fp = io.BufferedReader(_Reader(self.fp.detach()))
+        self.reader = _Reader(self.fp.detach())
+        self.fp = io.BufferedReader(self.reader)
 
 
 class Connection(http.client.HTTPConnection):
