@@ -230,15 +230,19 @@ class Interrupts:
 
 def _follows_exit(error: BaseException | None) -> bool:
     """
-    Whether it is an interrupt or an exit, or came up while one was on its way.
+    Whether it is an interrupt or an exit, has one in it, or came up while one was on its way.
 
     The clean-up after Ctrl-C meets what that has interrupted: to a group, a `Cancelled` in place
     of its error would be the echo of a cancel, and nothing would be left of the interrupt.
     """
+    errors = [error]
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if is_a(error, KeyboardInterrupt, SystemExit):
-            return True
-        seen.add(id(error))
-        error = error.__context__
+    for each in errors:  # grows as it goes
+        if each is not None and id(each) not in seen:
+            if is_a(each, KeyboardInterrupt, SystemExit):
+                return True
+            seen.add(id(each))
+            errors.append(each.__context__)
+            if is_a(each, BaseExceptionGroup):
+                errors.extend(each.exceptions)
     return False

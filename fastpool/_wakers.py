@@ -102,7 +102,7 @@ def register(
         raise TypeError(f"register() wants a type or its full name, not {kind!r}")
     if not callable(how):
         raise TypeError(f"register() wants a function to interrupt {kind!r} with, not {how!r}")
-    _wakers[kind] = Waker(how, slow)
+    _wakers[_key(kind)] = Waker(how, slow)
 
 
 def provide(
@@ -116,7 +116,7 @@ def find(thing: object) -> Waker | None:
     """How to interrupt `thing`: what was registered for the nearest of its classes, or None."""
     for kind in type(thing).__mro__:
         name = _name(kind)
-        waker = _wakers.get(kind) or _wakers.get(name)
+        waker = _wakers.get(_key(kind)) or _wakers.get(name)
         if waker is None and name in _ROOMS:
             importlib.import_module(f"fastpool.blocking.{_ROOMS[name]}")
             waker = _wakers.get(name)
@@ -133,6 +133,11 @@ def advice(thing: object) -> str | None:
         if name in _INSTEAD:
             return f"use {_INSTEAD[name]}"
     return None
+
+
+def _key(kind: type | str) -> type | str:
+    """What stands for it in a dict: the name, if its metaclass has taken its hash away."""
+    return _name(kind) if isinstance(kind, type) and type(kind).__hash__ is None else kind
 
 
 def _name(kind: type) -> str:

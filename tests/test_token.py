@@ -2,6 +2,7 @@
 The token: polling, waiting, callbacks, deadlines, children.
 """
 
+import asyncio
 import contextlib
 import copy
 import datetime
@@ -935,6 +936,30 @@ def test_slow_interruption_is_over_when_the_block_is(registry):
     assert order == ["interrupted", "left"]
 
 
+def test_type_without_a_hash_is_known_as_any_other(registry):
+    """
+    Its metaclass compares its classes in its own way.
+    """
+
+    class Comparing(type):
+        def __eq__(cls, other):
+            return NotImplemented
+
+    class Odd(metaclass=Comparing):
+        pass
+
+    seen = []
+    token = CancelToken()
+    with pytest.raises(TypeError, match="does not know how to interrupt"):
+        token.interrupts(Odd())
+    registry(Odd, seen.append)
+    odd = Odd()
+    with pytest.raises(Cancelled), token.interrupts(odd):
+        token.cancel()
+
+    assert seen == [odd]
+
+
 @pytest.mark.parametrize("wrong", [(404, wake), (Pipe, "wake"), (None, wake)])
 def test_registering_what_cannot_be_is_refused(registry, wrong):
     """
@@ -1011,3 +1036,41 @@ def test_error_of_a_clean_up_after_an_interrupt_is_not_replaced(kind):
 
     assert caught.value is broken
     assert type(broken.__context__) is kind
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_interrupt_in_a_group_of_exceptions_is_not_replaced(kind):
+    """
+    Nor is an error of the clean-up after such a group.
+    """
+    group = BaseExceptionGroup("both", [BaseExceptionGroup("one", [kind()]), OSError("cut")])
+    token = CancelToken()
+    with pytest.raises(BaseExceptionGroup) as caught, token.interrupts(lambda: None):
+        token.cancel()
+        raise group
+    assert caught.value is group
+
+    token = CancelToken()
+    with pytest.raises(BrokenPipeError), token.interrupts(lambda: None):
+        try:
+            token.cancel()
+            raise group
+        finally:
+            raise BrokenPipeError("the clean-up's")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [asyncio.CancelledError(), BaseExceptionGroup("both", [asyncio.CancelledError(), OSError()])],
+    ids=["CancelledError", "group"],
+)
+def test_what_an_interruption_may_have_caused_is_the_context_of_the_cancelled(error):
+    """
+    A loop that is run in the block is interrupted by cancelling its task.
+    """
+    token = CancelToken()
+    with pytest.raises(Cancelled) as caught, token.interrupts(lambda: None):
+        token.cancel()
+        raise error
+
+    assert caught.value.__context__ is error
