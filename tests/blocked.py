@@ -3,6 +3,7 @@ How a test knows that a thread is blocked, and sets its token then.
 """
 
 import os
+import sys
 import time
 
 from staging import look, start, until
@@ -31,6 +32,14 @@ def is_blocked(number, among=FOR_FILES):
         return False
     time.sleep(0.005)
     return look(number) == seen
+
+
+def is_inside(thread, fn):
+    """Whether a thread has come into a function."""
+    frame = sys._current_frames().get(thread.ident)
+    while frame is not None and frame.f_code is not fn.__code__:
+        frame = frame.f_back
+    return frame is not None
 
 
 def under(token, fn, *args):
@@ -63,7 +72,11 @@ def cancel_while_blocked(fn, *args, among=FOR_FILES, ready=lambda: True):
     """
     token = CancelToken()
     thread, outcome = under(token, fn, *args)
-    until(lambda: outcome or (ready() and is_blocked(thread.native_id, among)))
+    until(
+        lambda: (
+            outcome or (ready() and is_inside(thread, fn) and is_blocked(thread.native_id, among))
+        )
+    )
     assert not outcome, outcome
     token.cancel("enough")
     return ended(thread, outcome)

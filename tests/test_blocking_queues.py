@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from blocked import descriptors, ended, under
+from blocked import cancel_while_blocked, descriptors, ended, under
 from interrupted import in_child
 from staging import start, until
 
@@ -134,11 +134,9 @@ def test_queue_that_nothing_can_wake_is_looked_at_again():
     blocking.put(queue, 3)
     assert ended(thread, outcome) == 3
 
-    thread, outcome = under(token, blocking.get, queue)
-    until(lambda: thread.ident)
-    token.cancel()
-
-    assert type(ended(thread, outcome)) is Cancelled
+    assert type(cancel_while_blocked(blocking.get, queue, among=None)) is Cancelled
+    queue.put(4)
+    assert queue.get_nowait() == 4
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 13), reason="a timed get ends in time there")
@@ -181,6 +179,28 @@ def test_queues_between_processes_hear_the_token():
     finally:
         queue.close()
         queue.join_thread()
+
+
+def test_queue_of_a_manager_hears_the_token():
+    """
+    Getting from an empty one and putting into a full one; nothing is taken, and items come through.
+    """
+    with multiprocessing.get_context("spawn").Manager() as manager:
+        queue = manager.Queue(1)
+        assert type(cancel_while_blocked(blocking.get, queue)) is Cancelled
+        with pytest.raises(queues.Empty):
+            blocking.get(queue, timeout=0.01)
+        waiting = start(blocking.get, queue)
+        blocking.put(queue, 1)
+        assert ended(*waiting) == 1
+
+        blocking.put(queue, 2)
+        assert type(cancel_while_blocked(blocking.put, queue, 3)) is Cancelled
+        with pytest.raises(queues.Full):
+            blocking.put(queue, 3, timeout=0.01)
+        waiting = start(blocking.put, queue, 4)
+        assert [blocking.get(queue), blocking.get(queue, timeout=10)] == [2, 4]
+        assert ended(*waiting) is None
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import sqlite3
 import threading
 
 import pytest
-from blocked import ended, under
+from blocked import cancel_while_blocked, ended, under
 from staging import start, until
 
 import fastpool.blocking
@@ -91,18 +91,9 @@ def test_cancel_ends_the_wait_for_a_lock(connect):
     writer, waiter = connect(), connect(timeout=3600)
     writer.execute("CREATE TABLE t (x)")
     writer.execute("BEGIN IMMEDIATE")
-    token = CancelToken()
-    begun = threading.Event()
+    insert = "INSERT INTO t VALUES (1)"
 
-    def call():
-        begun.set()
-        blocking.execute(waiter, "INSERT INTO t VALUES (1)")
-
-    thread, outcome = under(token, call)
-    assert begun.wait(timeout=60)
-    token.cancel()
-
-    assert type(ended(thread, outcome)) is Cancelled
+    assert type(cancel_while_blocked(blocking.execute, waiter, insert, among=None)) is Cancelled
     assert waiter.execute("PRAGMA busy_timeout").fetchone() == (3600_000,)
     writer.execute("COMMIT")
     assert waiter.execute("SELECT count(*) FROM t").fetchone() == (0,)

@@ -14,7 +14,7 @@ import time
 
 import pytest
 import rounds
-from blocked import descriptors, ended, under
+from blocked import cancel_while_blocked, descriptors, ended, under
 from interrupted import in_child
 from staging import start, until
 
@@ -90,14 +90,10 @@ def test_cancel_is_heard_while_a_lock_is_held(make):
     """
     lock = make()
     release, holder = held(lock)
-    begun = threading.Event()
 
-    def call():
-        begun.set()
-        return blocking.acquire(lock)
-
-    error = cancelled_in(call, begun.is_set)
+    error = cancel_while_blocked(blocking.acquire, lock, among=None)
     assert type(error) is Cancelled
+    assert error.reason == "enough"
     assert blocking.acquire(lock, 0) is False
     assert blocking.acquire(lock, 0.01) is False
 
@@ -132,6 +128,83 @@ def test_release_that_meets_a_thread_which_leaves_goes_to_the_next():
 
     assert type(ended(*first)) is Cancelled
     assert ended(*second) is True
+
+
+class LockOfAFile:
+    """As that of the package filelock; others have a pause as their second parameter."""
+
+    def acquire(self, timeout=None, poll_interval=0.05, *, blocking=None):
+        raise AssertionError("it has been called")
+
+
+class LockByDelay:
+    """As that of the package fasteners."""
+
+    def acquire(self, blocking=True, delay=0.01, max_delay=0.1, timeout=None):
+        raise AssertionError("it has been called")
+
+
+class LockWithoutTimeout:
+    def acquire(self):
+        raise AssertionError("it has been called")
+
+
+@pytest.mark.parametrize("make", [LockOfAFile, LockByDelay, LockWithoutTimeout])
+def test_lock_that_takes_something_else_is_refused(make):
+    """
+    Its parameters would be taken for others; the message names it, and the way out.
+    """
+    with pytest.raises(TypeError, match=rf"{make.__name__} .*blocking\.sleep"):
+        blocking.acquire(make())
+
+
+def test_lock_of_others_that_takes_the_same_is_acquired():
+    """
+    By whatever name it has the first of the two, or as it comes.
+    """
+
+    class Wrapping:
+        def __init__(self):
+            self.lock = threading.Lock()
+
+        def acquire(self, *args):
+            return self.lock.acquire(*args)
+
+    class Named(Wrapping):
+        def acquire(self, block=True, timeout=-1):
+            return self.lock.acquire(block, timeout)
+
+    for lock in (Wrapping(), Named()):
+        assert blocking.acquire(lock) is True
+        assert blocking.acquire(lock, 0.01) is False
+
+
+def test_timeout_below_zero_only_looks():
+    """
+    Also where the own call of a lock would wait without limit, at -1.
+    """
+    lock = threading.Lock()
+    lock.acquire()
+    condition = threading.Condition()
+    release = threading.Event()
+    thread, _ = start(release.wait)
+    try:
+        for waits in (
+            lambda: blocking.acquire(lock, timeout=-1),
+            lambda: blocking.acquire(threading.Semaphore(0), timeout=-1),
+            lambda: blocking.wait(threading.Event(), timeout=-1),
+            lambda: blocking.wait(concurrent.futures.Future(), timeout=-1),
+            lambda: blocking.wait(thread, timeout=-1),
+        ):
+            assert waits() is False
+        with condition:
+            assert blocking.wait(condition, timeout=-1) is False
+    finally:
+        release.set()
+        thread.join()
+    lock.release()
+
+    assert blocking.acquire(lock, timeout=-1) is True
 
 
 @pytest.mark.parametrize("wrong", [None, asyncio.Lock(), 404])
@@ -273,13 +346,8 @@ def test_cancel_is_heard_while_a_thread_runs():
     """
     release = threading.Event()
     runner, _ = start(release.wait)
-    begun = threading.Event()
 
-    def call():
-        begun.set()
-        return blocking.wait(runner)
-
-    assert type(cancelled_in(call, begun.is_set)) is Cancelled
+    assert type(cancel_while_blocked(blocking.wait, runner, among=None)) is Cancelled
     assert blocking.wait(runner, 0.01) is False
     release.set()
     assert blocking.wait(runner) is True
@@ -330,7 +398,7 @@ def test_cancel_wakes_who_waits_for_a_command():
         assert blocking.wait(child, 0) is True
 
 
-@pytest.mark.parametrize("wrong", [None, asyncio.Event(), 404])
+@pytest.mark.parametrize("wrong", [None, asyncio.Event(), threading.Barrier(2), 404])
 def test_what_cannot_be_waited_for_is_refused(wrong):
     """
     The message says what can.

@@ -57,7 +57,8 @@ def select(
         rlist: Descriptors, or objects with a `fileno()`, to be read from.
         wlist: The same, to be written to.
         xlist: The same, that may have something exceptional to tell.
-        timeout: Longest wait, in seconds. `None` waits without limit; zero or less only looks.
+        timeout: Longest wait, in seconds. `None` waits without limit; zero or less only looks,
+            where `select.select` itself refuses less.
 
     Returns:
         Those of each list that are ready, in its order; three empty lists if the time ran out.

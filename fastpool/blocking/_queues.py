@@ -45,7 +45,8 @@ def get(queue: Gettable[T], timeout: float | None = None) -> T:
             of a manager's queue: an item is got at once there, and a cancel heard within 0.05
             seconds, at which the call wakes to look. Before Python 3.13, where a timed
             `SimpleQueue.get` may never end, it is the item that is got so late.
-        timeout: Longest wait, in seconds. `None` waits without limit, `0` only looks.
+        timeout: Longest wait, in seconds. `None` waits without limit, zero or less only
+            looks, where `queue.Queue` itself refuses less.
 
     Returns:
         The item.
@@ -106,7 +107,7 @@ def put(queue: Puttable[T], item: T, timeout: float | None = None) -> None:
         queue: A queue as for `get`. A full `queue.Queue` wakes at once on cancel; with a full
             queue of `multiprocessing` a cancel is heard within 0.05 seconds.
         item: What to put.
-        timeout: Longest wait, in seconds. `None` waits without limit, `0` only looks.
+        timeout: Longest wait, in seconds. As for `get`.
 
     Raises:
         Cancelled: As soon as the token is set.

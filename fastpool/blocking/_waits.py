@@ -7,6 +7,7 @@ import inspect
 import multiprocessing.process
 import subprocess
 import threading
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 from fastpool import _clock, _wakers
@@ -54,14 +55,16 @@ def acquire(
             has one of these) or a lock of `multiprocessing`: it is acquired at once when it is
             free, and a cancel is heard within 0.05 seconds, at which the call wakes to look.
             Where that is too late, use a `Semaphore(1)`.
-        timeout: Longest wait, in seconds. `None` waits without limit, `0` only looks.
+        timeout: Longest wait, in seconds. `None` waits without limit, zero or less only looks;
+            so does -1, which for the own `acquire` of a `Lock` is no limit.
 
     Returns:
         Whether it was acquired; False if the time is up.
 
     Raises:
         Cancelled: As soon as the token is set.
-        TypeError: If it is no lock of threads or processes.
+        TypeError: If it is no lock of threads or processes, nor one whose `acquire` takes the
+            same, `blocking` and `timeout`, in this order.
 
     Threads:
         Any. A release that meets a thread which leaves goes to the next.
@@ -75,7 +78,31 @@ def acquire(
     method = getattr(lock, "acquire", None)
     if not callable(method) or inspect.iscoroutinefunction(method):
         raise TypeError(f"acquire() wants a lock of threads, not {lock!r}")
+    if not _takes_blocking_and_timeout(method):
+        raise TypeError(
+            "acquire() wants a lock whose own acquire() takes (blocking, timeout), not "
+            f"{lock!r}; try that without waiting, in a loop with fastpool.blocking.sleep(0.05)"
+        )
     return any(method(True, seconds) for seconds in slices(timeout))
+
+
+def _takes_blocking_and_timeout(acquire: Callable[..., object]) -> bool:
+    """
+    Whether a lock may be acquired by `acquire(True, seconds)`, for all that its signature tells.
+
+    Of locks of files and the like, some have their pauses there, and would wait without end.
+    """
+    if getattr(acquire, "__module__", None) in (None, "threading"):
+        return True  # one of Python's own; asking takes ten times as long as acquiring it
+    try:
+        signature = inspect.signature(acquire)
+    except (TypeError, ValueError):  # it tells nothing
+        return True
+    try:
+        *_, last = signature.bind(True, 0.0).arguments
+    except TypeError:
+        return False
+    return last == "timeout" or signature.parameters[last].kind is inspect.Parameter.VAR_POSITIONAL
 
 
 def wait(
@@ -98,7 +125,7 @@ def wait(
             it has ended; a cancel leaves it running. All these wake at once on cancel. A
             `threading.Thread`, until it has ended: nothing else can wake who waits for it, so
             a cancel is heard within 0.05 seconds, at which the call wakes to look.
-        timeout: Longest wait, in seconds. `None` waits without limit, `0` only looks.
+        timeout: Longest wait, in seconds. `None` waits without limit, zero or less only looks.
 
     Returns:
         Whether it happened; False if the time is up. A notification that came before the token
@@ -145,7 +172,8 @@ def wait(
     if isinstance(thing, Task):
         raise TypeError(f"wait() is not for {thing!r}; its own wait() hears the token")
     raise TypeError(
-        f"wait() wants an event, a condition, a future, a thread or a process, not {thing!r}"
+        f"wait() wants an event, a condition, a future, a thread or a process, not {thing!r}; "
+        "for other things there is token.interrupts()"
     )
 
 
