@@ -28,12 +28,14 @@ def no_thread_is_left():
     """No test leaves a worker behind."""
     before = set(threading.enumerate())
     yield
-    fastpool.shutdown()
-    for thread in set(threading.enumerate()) - before:
-        # A helper may have been just about to start, and would be idle for a while now.
-        until(lambda thread=thread: thread.ident)
+
+    def ended():
+        # Each time: a helper may have been just about to start, by a thread that nobody sees if
+        # a signal handler asked for it, and would be idle for a while.
         fastpool.shutdown()
-        thread.join(timeout=10)
+        return set(threading.enumerate()) <= before
+
+    until(ended)
 
     assert set(threading.enumerate()) <= before
 
