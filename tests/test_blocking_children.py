@@ -9,6 +9,7 @@ import re
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -201,6 +202,29 @@ def test_command_that_fills_the_pipe_as_it_ends_is_read(tmp_path):
     cancelled_once_ready(script, tmp_path / "pids", capture_output=True)
 
     assert (tmp_path / "pids.clean").exists()
+
+
+def test_command_in_a_session_of_its_own_is_ended_with_its_children(tmp_path, way):
+    """
+    Its session is a group as well.
+    """
+    script = "sleep 60 & echo $$ $! ready > $1; wait"
+    pids, _ = cancelled_once_ready(script, tmp_path / "pids", start_new_session=True)
+
+    assert len(pids) == 2
+    until(lambda: not any(map(is_running, pids)))
+
+
+def test_leader_of_its_group_has_no_session_by_preexec_fn():
+    """
+    The system forbids it; nothing is left running.
+    """
+    with pytest.raises(subprocess.SubprocessError, match="preexec_fn"):
+        blocking.run(["sleep", "60"], preexec_fn=os.setsid)
+
+    asked = "import os; print(os.getsid(0) == os.getpid())"
+    ended = blocking.run([sys.executable, "-c", asked], start_new_session=True, capture_output=True)
+    assert ended.stdout == b"True\n"
 
 
 def test_process_in_the_group_of_others_is_signalled_alone(tmp_path):

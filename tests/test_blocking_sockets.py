@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from blocked import cancel_while_blocked, is_blocked
+from blocked import cancel_while_blocked, ended, is_blocked, is_inside, under
 from servers import certificate, full, served
 from staging import start, until
 
@@ -110,6 +110,24 @@ def test_blocked_read_is_left_at_a_cancel(kind, timeout, cover):
         # raises an error instead.
         assert seen == [b""] or (kind == "tls" and isinstance(outcome.__context__, OSError))
         assert kind == "tls" or mine.recv(10) == b""  # at once
+
+
+@pytest.mark.parametrize("timeout", [None, 50], ids=["", "timeout"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "tls"])
+def test_blocked_read_of_a_duplicate_is_left_at_a_cancel(kind, timeout):
+    """
+    To the system it is the same socket; TLS has no duplicate.
+    """
+
+    def read():
+        with blocking.interruptible(mine):
+            twin.recv(10)
+
+    mine, other = KINDS[kind]()
+    with mine, other, mine.dup() as twin:
+        twin.settimeout(timeout)
+        assert type(cancel_while_blocked(read)) is Cancelled
+        assert twin.recv(10) == b""
 
 
 @pytest.mark.parametrize("timeout", [None, 50], ids=["", "timeout"])
@@ -709,3 +727,53 @@ def test_lookup_that_fails_does_not_hide_the_cancel(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", fail)
     with use_token(token), pytest.raises(Cancelled):
         blocking.connect(("nowhere.invalid", 80))
+
+
+@contextlib.contextmanager
+def unanswered(monkeypatch):
+    """A name server that answers nothing before it is released, and whether anybody connects."""
+    released = threading.Event()
+
+    def look_up(*args):
+        released.wait(timeout=50)
+        return found
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        found = socket.getaddrinfo(*listener.getsockname(), 0, socket.SOCK_STREAM)
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        yield released
+        released.set()
+        until(lambda: not blocking.abandoned())
+
+        with pytest.raises(BlockingIOError):
+            listener.accept()
+
+
+@pytest.mark.filterwarnings("ignore:connect.* was left behind by a cancel:RuntimeWarning")
+def test_connect_that_waits_for_a_name_can_be_abandoned(monkeypatch):
+    """
+    It is counted until the name server answers, and makes no connection then.
+    """
+
+    def connects():
+        return blocking.abandon(blocking.connect, ("nowhere.invalid", 80))
+
+    with unanswered(monkeypatch):
+        assert type(cancel_while_blocked(connects, among=None)) is Cancelled
+        assert blocking.abandoned() == ("connect",)
+
+
+def test_cancel_during_the_look_up_of_a_name_is_heard_after_it(monkeypatch):
+    """
+    No connection is made.
+    """
+    token = CancelToken()
+    with unanswered(monkeypatch) as answer:
+        thread, outcome = under(token, blocking.connect, ("nowhere.invalid", 80))
+        until(lambda: is_inside(thread, blocking.connect) and is_blocked(thread.native_id, None))
+        token.cancel()
+        assert not outcome
+        answer.set()
+
+        assert type(ended(thread, outcome)) is Cancelled

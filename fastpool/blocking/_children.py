@@ -52,8 +52,13 @@ def run(
     if it holds the pipes. A group of its own is in the terminal's background, where one that
     reads from the terminal is stopped: give such a command `stdin=subprocess.DEVNULL`.
 
+    For a session of its own write `start_new_session=True`: `preexec_fn=os.setsid` fails in who
+    leads a group. The command `setsid` forks there, so that a cancel does not reach what it runs,
+    and without `--wait` the call does not wait for that either.
+
     Args:
-        command: The program and its arguments; and the others: as for `subprocess.run`.
+        command: The program and its arguments, where `subprocess.run` has `args`; the others are
+            its as well.
         input: Bytes or text for its standard input.
         capture_output: Whether to keep what it prints.
         timeout: Seconds that it may take. When they are over the group is killed, without grace.

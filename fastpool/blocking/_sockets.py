@@ -41,7 +41,9 @@ def interruptible(sock: socket.socket) -> Interrupts:
     Everything that waits for the socket is: `recv`, `sendall`, `accept`, `connect`, datagrams,
     files that `makefile` made, a TLS handshake also when the block wraps the socket.
     A cancel shuts the socket down, for all threads that use it; close it then.
-    Without one it is untouched.
+    Without one it is untouched. A duplicate (`sock.dup()`) is the same to the system: what blocks
+    on that is interrupted too, and it is shut down with the socket, unless the block has closed
+    that first.
 
     Args:
         sock: An open socket: TCP, UDP, Unix or TLS, with a timeout or without.
