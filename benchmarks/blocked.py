@@ -12,7 +12,6 @@ import queue
 import select
 import socket
 import sqlite3
-import statistics
 import subprocess
 import sys
 import threading
@@ -38,7 +37,6 @@ __all__ = [
     "server",
 ]
 
-SAMPLES = 5  # of which the median is what a round has measured
 BLOCKED = 0.01  # seconds after which a thread surely sits in its call
 
 ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT max(i) FROM n"
@@ -296,7 +294,7 @@ OPERATIONS: dict[str, Callable[[], AbstractContextManager[Operation]]] = {
 
 def by_token(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
     """Seconds from a token's cancel until the thread is out of the call, with `Cancelled`."""
-    return statistics.median(cancelled(operation, BLOCKED) for _ in range(SAMPLES))
+    return cancelled(operation, BLOCKED)
 
 
 def cancelled(operation: Callable[[], AbstractContextManager[Operation]], after: float) -> float:
@@ -314,12 +312,8 @@ def cancelled(operation: Callable[[], AbstractContextManager[Operation]], after:
 
 def by_hand(operation: Callable[[], AbstractContextManager[Operation]]) -> float:
     """Seconds from what wakes the plain call until the thread is out of it."""
-
-    def sample() -> float:
-        with operation() as (_, by_itself, wake):
-            return _time_to_end(by_itself, wake, BLOCKED)
-
-    return statistics.median(sample() for _ in range(SAMPLES))
+    with operation() as (_, by_itself, wake):
+        return _time_to_end(by_itself, wake, BLOCKED)
 
 
 def _time_to_end(call: Callable[[], object], wake: Callable[[], object], after: float) -> float:

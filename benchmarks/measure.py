@@ -49,7 +49,9 @@ class Calibration:
 calibration = Calibration()
 
 
-def medians(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, float]:
+def medians(
+    contestants: Mapping[str, Callable[[], float]], rounds: int, settle: float = SETTLE
+) -> dict[str, float]:
     """
     The median of what each of several contestants measures, in rounds that all take part in.
     """
@@ -60,7 +62,7 @@ def medians(contestants: Mapping[str, Callable[[], float]], rounds: int) -> dict
         calibration.sample()
         for name, measure in contestants.items():
             gc.collect()
-            time.sleep(SETTLE)
+            time.sleep(settle)
             measured[name].append(measure())
     return {name: statistics.median(values) for name, values in measured.items()}
 
