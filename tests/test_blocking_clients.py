@@ -21,6 +21,7 @@ from servers import certificate, full, read_request, served
 from staging import until
 
 from fastpool import Cancelled, CancelToken, TaskGroup, shield, timeout, use_token
+from fastpool.blocking import _sockets
 from fastpool.blocking.with_httpx import HTTPTransport
 from fastpool.blocking.with_requests import HTTPAdapter
 from fastpool.blocking.with_urllib3 import PoolManager, ProxyManager
@@ -261,6 +262,31 @@ def test_set_token_requests_nothing(make):
         with pytest.raises(Cancelled):
             client.get(url)
 
+        assert not asked
+
+
+@each_client
+@plain_and_tls
+def test_cancel_right_after_connecting_leaves_no_socket(make, secure, monkeypatch):
+    """
+    One that nobody has been given yet is closed, and not left to the garbage collector.
+    """
+
+    def connects(*args, **options):
+        made.append(real(*args, **options))
+        token.cancel()
+        return made[-1]
+
+    real = _sockets._connect_to
+    made, errors = [], []
+    token = CancelToken()
+    monkeypatch.setattr(_sockets, "_connect_to", connects)
+    with answering(secure=secure) as (url, asked), make() as client:
+        with use_token(token), pytest.raises(Cancelled) as error:
+            client.get(url)
+        errors.append(error)  # and its traceback
+
+        assert [sock.fileno() for sock in made] == [-1]
         assert not asked
 
 

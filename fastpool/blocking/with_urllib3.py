@@ -67,7 +67,11 @@ class HTTPSConnection(_http.Connection, _HTTPSConnection):
 
     def _new_conn(self) -> socket.socket:
         sock = _open(self)
-        self._shaking_hands.enter_context(interruptible(sock))
+        try:
+            self._shaking_hands.enter_context(interruptible(sock))
+        except BaseException:  # the connection has not got it yet
+            sock.close()
+            raise
         return sock
 
 
