@@ -15,7 +15,7 @@ from pages import ROOT, run
 from servers import certificate, full, served
 from staging import start, until
 
-from fastpool import Cancelled, CancelToken, TaskGroup, blocking, use_token
+from fastpool import Cancelled, CancelToken, TaskGroup, blocking, current_token, use_token
 
 redis = services.client("redis")
 backoff = services.client("redis.backoff")
@@ -326,6 +326,36 @@ def test_set_token_runs_no_command(client, watcher):
 
     assert watcher.get("a") == b"1"
     assert client.get("a") == "1"
+
+
+def pops_while_watching(client):
+    with client.pipeline() as pipeline:
+        pipeline.watch("a")
+        return pipeline.blpop("jobs")
+
+
+def cancels_while_watching(client):
+    with client.pipeline() as pipeline:
+        pipeline.watch("a")
+        current_token().cancel()
+        pipeline.get("a")
+
+
+def test_pipeline_that_watches_gives_its_connection_back(redis_socket, watcher, unraised):
+    """
+    Its last word would be a command, which no longer can be sent.
+    """
+    made = redis.Redis(unix_socket_path=redis_socket, max_connections=1)
+    with blocking.redis_client(made) as client:
+        assert type(cancel_while_blocked(pops_while_watching, client)) is Cancelled
+        with use_token(CancelToken()), pytest.raises(Cancelled):
+            cancels_while_watching(client)
+        assert client.ping() is True
+        with client.pipeline() as pipeline:
+            pipeline.watch("a")
+            assert pipeline.get("a") is None
+        assert client.ping() is True
+    assert not unraised
 
 
 def test_answer_that_nobody_awaits_is_nobody_elses(client, watcher):

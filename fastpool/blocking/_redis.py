@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import socket
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -89,6 +90,7 @@ if TYPE_CHECKING:
         def can_read(self, timeout: float | None = 0) -> bool: ...
         def disconnect(self) -> None: ...
         def read_response(self, *args: Any, **kwargs: Any) -> Any: ...
+        def send_command(self, *args: Any, **kwargs: Any) -> None: ...
         def send_packed_command(self, *args: Any, **kwargs: Any) -> None: ...
 
 else:
@@ -111,6 +113,14 @@ class _Hearing(_Connection):
 
     def read_response(self, *args: Any, **kwargs: Any) -> Any:
         return self._hear(super().read_response, *args, **kwargs)
+
+    def send_command(self, *args: Any, **kwargs: Any) -> None:
+        if args == ("UNWATCH",) and current_token().cancelled():
+            # So a pipeline that watches is left. It gives its connection back to the pool if this
+            # succeeds, or fails by an error of redis-py's.
+            self.disconnect()
+            raise sys.modules["redis"].ConnectionError("closed, since the token is set")
+        super().send_command(*args, **kwargs)
 
     def send_packed_command(self, *args: Any, **kwargs: Any) -> None:
         self._hear(super().send_packed_command, *args, **kwargs)
