@@ -16,9 +16,10 @@ import requests
 import urllib3
 from blocked import FOR_FILES, ended, is_blocked, under
 from clients import CLIENTS, WHOLE, Httpx, Requests, Urllib3, answering
+from httpcore._sync import connection_pool
 from interrupted import in_child
 from servers import certificate, full, read_request, served
-from staging import until
+from staging import start, until
 
 from fastpool import Cancelled, CancelToken, TaskGroup, shield, timeout, use_token
 from fastpool.blocking import _sockets
@@ -309,6 +310,30 @@ def test_waiting_for_a_connection_is_left_at_a_cancel(make):
             assert client.get(url) == b"whole"
         with client.stream(url):
             assert type(cancel_once(lambda: True, client.get, url, among=None)) is Cancelled
+
+
+def test_connection_that_comes_as_its_request_is_left_is_not_lost(monkeypatch):
+    """
+    httpx makes one for a request that waits; step by step: that is woken by its cancel, the
+    connection in use ends, and the other is made before the request is off the list.
+    """
+
+    def wait(self, timeout=None):
+        try:
+            return real(self, timeout)
+        except AssertionError:
+            first.close()
+            assert self.connection is not None
+            raise
+
+    real = connection_pool.PoolRequest.wait_for_connection
+    monkeypatch.setattr(connection_pool.PoolRequest, "wait_for_connection", wait)
+    with answering(HEADERS + b"s") as (url, _), Httpx(single=True) as client:
+        first = client.own.send(client.own.build_request("GET", url), stream=True)
+        outcome = cancel_once(lambda: True, client.get, url, among=None)
+
+        assert type(outcome) is Cancelled
+        assert ended(*start(client.get, url)) == b"whole"
 
 
 @pytest.mark.parametrize("make", [Urllib3, Requests], ids=lambda make: make.name)

@@ -145,7 +145,7 @@ def has_something(sock: socket.socket) -> bool:
         return True
     try:
         return bool(select.select([sock], [], [], 0)[0])
-    except ValueError:  # its number is above what `select` can tell of
+    except (OSError, ValueError):  # closed; or its number is above what `select` can tell of
         return False
 
 

@@ -109,6 +109,7 @@ class HTTPTransport(httpx.HTTPTransport):
         except BaseException:
             for response in answered:
                 response.close()
+            _drop_lost(self._pool)
             raise
         return answered[0]
 
@@ -119,6 +120,21 @@ def _wake(pool: Any, stream: object) -> object:  # Any: httpcore's, of several k
         if waiting.request.stream is stream and waiting.connection is None:
             waiting._connection_acquired.set()
     return _wakers.AGAIN  # it may not have begun to wait
+
+
+def _drop_lost(pool: Any) -> None:  # Any: see above
+    """
+    Take out connections that the pool made for a request which was being left by then.
+
+    Nobody would ever open them, and they would count among those in use.
+    """
+    with pool._optional_thread_lock:
+        taken = [waiting.connection for waiting in pool._requests]
+        for connection in list(pool._connections):
+            if connection not in taken and not (connection.is_idle() or connection.is_closed()):
+                pool._connections.remove(connection)
+        closing = pool._assign_requests_to_connections()
+    pool._close_connections(closing)
 
 
 class _Backend(httpcore.SyncBackend):
