@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 sys.path.insert(0, str(ROOT))
 from benchmarks import __main__ as table  # noqa: E402 - the folder is no package of ours
-from benchmarks import blocked, operations  # noqa: E402
+from benchmarks import blocked, operations, rows  # noqa: E402
 from benchmarks.curves import slope  # noqa: E402
 from benchmarks.rows import QUICK, ROWS, Result  # noqa: E402
 
@@ -77,7 +77,7 @@ def test_missing_server_is_said_and_is_no_failure(row, module, monkeypatch, caps
 
     there = blocked.get if row == "blocking" else operations.put
     monkeypatch.setattr(module, "OPERATIONS", {"absent": absent, "there": there})
-    monkeypatch.setattr(blocked, "SAMPLES", 1)
+    monkeypatch.setattr(rows, "WAKINGS", 1)
 
     assert [result.row for result in ROWS[row](QUICK)] == [row]
     assert "absent: not measured (there is no server)" in capsys.readouterr().err
