@@ -14,7 +14,7 @@ import threading
 import time
 
 import pytest
-from blocked import cancel_while_blocked, ended, is_blocked, is_inside, under
+from blocked import cancel_while_blocked, ended, is_blocked, under
 from servers import certificate, full, served
 from staging import start, until
 
@@ -731,10 +731,11 @@ def test_lookup_that_fails_does_not_hide_the_cancel(monkeypatch):
 
 @contextlib.contextmanager
 def unanswered(monkeypatch):
-    """A name server that answers nothing before it is released, and whether anybody connects."""
-    released = threading.Event()
+    """A name server, whether it was asked, and what has it answer; nobody is to connect then."""
+    asked, released = threading.Event(), threading.Event()
 
     def look_up(*args):
+        asked.set()
         released.wait(timeout=50)
         return found
 
@@ -742,7 +743,7 @@ def unanswered(monkeypatch):
         listener.setblocking(False)
         found = socket.getaddrinfo(*listener.getsockname(), 0, socket.SOCK_STREAM)
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
-        yield released
+        yield asked, released
         released.set()
         until(lambda: not blocking.abandoned())
 
@@ -759,8 +760,9 @@ def test_connect_that_waits_for_a_name_can_be_abandoned(monkeypatch):
     def connects():
         return blocking.abandon(blocking.connect, ("nowhere.invalid", 80))
 
-    with unanswered(monkeypatch):
-        assert type(cancel_while_blocked(connects, among=None)) is Cancelled
+    with unanswered(monkeypatch) as (asked, _):
+        outcome = cancel_while_blocked(connects, among=None, ready=asked.is_set)
+        assert type(outcome) is Cancelled
         assert blocking.abandoned() == ("connect",)
 
 
@@ -769,9 +771,9 @@ def test_cancel_during_the_look_up_of_a_name_is_heard_after_it(monkeypatch):
     No connection is made.
     """
     token = CancelToken()
-    with unanswered(monkeypatch) as answer:
+    with unanswered(monkeypatch) as (asked, answer):
         thread, outcome = under(token, blocking.connect, ("nowhere.invalid", 80))
-        until(lambda: is_inside(thread, blocking.connect) and is_blocked(thread.native_id, None))
+        until(lambda: asked.is_set() and is_blocked(thread.native_id, None))
         token.cancel()
         assert not outcome
         answer.set()
