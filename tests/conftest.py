@@ -6,6 +6,7 @@ import gc
 import signal
 import sys
 import threading
+import traceback
 from contextlib import ExitStack
 from multiprocessing import resource_tracker
 from multiprocessing.pool import ThreadPool
@@ -26,18 +27,35 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     """No test leaves a worker behind."""
-    before = set(threading.enumerate())
+    before = threads()
     yield
 
     def ended():
         # Each time: a helper may have been just about to start, by a thread that nobody sees if
         # a signal handler asked for it, and would be idle for a while.
         fastpool.shutdown()
-        return set(threading.enumerate()) <= before
+        return threads() <= before
 
-    until(ended)
+    until(ended, within=60)
 
-    assert set(threading.enumerate()) <= before
+    left = threads() - before
+    assert not left, [(thread, stack_of(thread)) for thread in left]
+
+
+def threads():
+    """
+    The threads that are alive.
+
+    But for those that `threading` has not started, and that are listed for good from the moment
+    when something asks for their name; the test runner has some, where finalizers may run.
+    """
+    return {one for one in threading.enumerate() if not isinstance(one, threading._DummyThread)}
+
+
+def stack_of(thread):
+    """Where a thread is, as text."""
+    frame = sys._current_frames().get(thread.ident)
+    return "" if frame is None else "".join(traceback.format_stack(frame))
 
 
 @pytest.fixture(autouse=True)

@@ -785,7 +785,7 @@ def test_cancel_ends_the_opening_of_a_fifo_though_no_descriptor_is_left(tmp_path
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = []
     resource.setrlimit(
-        resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))), limits[1])
+        resource.RLIMIT_NOFILE, (1 + max(map(int, os.listdir("/proc/self/fd"))), limits[1])
     )
     try:
         with contextlib.suppress(OSError):
