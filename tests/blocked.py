@@ -4,6 +4,7 @@ How a test knows that a thread is blocked, and sets its token then.
 
 import os
 import sys
+import threading
 import time
 
 from staging import look, start, until
@@ -80,3 +81,17 @@ def cancel_while_blocked(fn, *args, among=FOR_FILES, ready=lambda: True):
     assert not outcome, outcome
     token.cancel("enough")
     return ended(thread, outcome)
+
+
+def canceller(tokens, meeting):
+    """A thread that cancels one token between two meetings, each a little later than the last."""
+
+    def cancels():
+        for number, token in enumerate(tokens):
+            meeting.wait()
+            for _ in range(number * 40):
+                pass
+            token.cancel()
+            meeting.wait()
+
+    return threading.Thread(target=cancels)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 import requests
 import urllib3
-from blocked import FOR_FILES, ended, is_blocked, under
+from blocked import FOR_FILES, canceller, ended, is_blocked, under
 from clients import CLIENTS, WHOLE, Httpx, Requests, Urllib3, answering
 from httpcore._sync import connection_pool
 from interrupted import in_child
@@ -522,16 +522,7 @@ def test_cancel_about_the_end_of_a_call_hits_nobody_else(make, hasty):
     came = {"whole": 0, "cancelled": 0}
     meeting = threading.Barrier(2, timeout=50)
     tokens = [CancelToken() for _ in range(300)]
-
-    def cancels():
-        for number, token in enumerate(tokens):
-            meeting.wait()
-            for _ in range(number * 40):
-                pass
-            token.cancel()
-            meeting.wait()
-
-    other = threading.Thread(target=cancels)
+    other = canceller(tokens, meeting)
     with keeping() as (url, made), make(single=True) as client:
         other.start()
         for token in tokens:

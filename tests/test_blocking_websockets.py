@@ -10,7 +10,7 @@ import time
 import pytest
 import websockets.sync.client
 import websockets.sync.server
-from blocked import FOR_FILES, ended, is_blocked, under
+from blocked import FOR_FILES, canceller, ended, is_blocked, under
 from interrupted import in_child
 from servers import certificate, full, read_request, served
 from staging import until
@@ -362,16 +362,7 @@ def test_cancel_about_the_end_of_a_call_hits_nobody_else(hasty):
     # before Python 3.13 two threads that join a third at once can break its lock.
     meeting = threading.Barrier(2, timeout=50)
     tokens = [CancelToken() for _ in range(200)]
-
-    def cancels():
-        for number, token in enumerate(tokens):
-            meeting.wait()
-            for _ in range(number * 40):
-                pass
-            token.cancel()
-            meeting.wait()
-
-    other = threading.Thread(target=cancels)
+    other = canceller(tokens, meeting)
     with serving(echo) as (uri, _), contextlib.ExitStack() as ending:
         connection = ending.enter_context(connect(uri, ping_interval=None))
         other.start()
