@@ -25,16 +25,18 @@ from fastpool.exceptions import (
     TaskCancelledError,
     WorkerDiedError,
 )
-from fastpool.policies import FailFast, Judge, Policy
+from fastpool.policies import CollectAll, FailFast, FirstSuccess, Judge, Policy
 
 __all__ = [
     "Batch",
     "CancelToken",
     "Cancellable",
     "Cancelled",
+    "CollectAll",
     "Event",
     "FailFast",
     "Failure",
+    "FirstSuccess",
     "GroupClosedError",
     "Judge",
     "Observer",

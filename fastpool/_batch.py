@@ -3,28 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, TypeVar
 
-from fastpool import _clock, _marks, _scope
-from fastpool._gate import Gate
+from fastpool import _clock, _marks
+from fastpool._arrivals import Arrivals
 from fastpool._items import Items
-from fastpool._lane import Lane, here
 from fastpool._task import CANCELLED, ERROR, VALUE, Task
-from fastpool._token import CancelToken
-from fastpool._waiting import (
-    AnyOf,
-    circle_error,
-    find_circle,
-    help_along,
-    wait_for,
-    wait_for_all,
-    waiting,
-)
-
-if TYPE_CHECKING:
-    from fastpool._run import Run
+from fastpool._waiting import wait_for, wait_for_all
 
 __all__ = ["Batch", "as_completed"]
 
@@ -159,7 +145,7 @@ class Batch(Generic[R_co]):
         if items.succeeded():
             return True
         deadline = None if timeout is None else time.monotonic() + timeout
-        return wait_for_all(items.unfinished(0, len(items)), deadline)
+        return wait_for_all(items.unfinished(), deadline)
 
     def done(self) -> bool:
         """Whether every task has ended, or will never start."""
@@ -227,87 +213,39 @@ def as_completed(tasks: Iterable[Task[R]]) -> Iterator[Task[R]]:
 
 
 def _as_completed(tasks: list[Task[R]]) -> Iterator[Task[R]]:
-    inbox = _Inbox()
-    left: dict[Task[Any], None] = dict.fromkeys(tasks)
-    runs = list({id(task._run): task._run for task in tasks}.values())
-    keys: list[tuple[CancelToken, int]] = []
-    lane = here()
-    queued = tasks[::-1]  # those that may not have begun, the first one last
-    try:
-        for run in runs:
-            keys.append((run.token, run.token._add_sleeper(inbox.gate)))
+    arrivals: _Arrivals[R] = _Arrivals()
+    with arrivals:
         for task in tasks:
-            task._run.watch(task, inbox)
-        if lane is not None:
-            for run in runs:
-                run.helpers[inbox.gate] = lane
-        ended: Iterable[Task[Any]] = [task for task in tasks if task.done()]
-        while True:
-            for task in ended:
-                if left.pop(task, task) is None:
-                    yield task
-            if not left:
-                return
-            ended = _next_ended(left, inbox, runs, lane, queued)
-    finally:
-        for token, key in keys:
-            token._remove(key)
-        for task in tasks:
-            task._run.unwatch(task, inbox)
-        for run in runs:
-            run.helpers.pop(inbox.gate, None)
+            arrivals.add(task)
+        arrivals.look()
+        while (ended := arrivals.take()) is not None:
+            yield ended
 
 
-def _next_ended(
-    left: dict[Task[Any], None],
-    inbox: _Inbox,
-    runs: Sequence[Run],
-    lane: Lane | None,
-    queued: list[Task[R]],
-) -> list[Task[Any]]:
-    """Wait until more of the tasks that are left have ended; which ones."""
-    token = _scope.current_token()
-    key = token._add_sleeper(inbox.gate)
-    try:
-        while not inbox.ended:
-            token.check()
-            if lane is not None:
-                while queued and (queued[-1]._taken or queued[-1]._state):
-                    queued.pop()
-                # Only what may get no other worker: a task that one of them begins could wait
-                # for what we do once the first of all has ended, and here it never would.
-                at_work = [task for run in runs for task in run.in_hand() if task in left]
-                if help_along(lane, *queued[-1:], *at_work, last_resort=True):
-                    continue
-                first = AnyOf(left)
-                with waiting(lane, first):
-                    _refuse_circle_of_all(lane, first)
-                    inbox.gate.wait()
-            else:
-                inbox.gate.wait()
-            if not inbox.ended:  # a token was set: what is queued under it has ended with that
-                settled = [task for task in left if task.done()]
-                if settled:
-                    return settled
-        return [inbox.ended.popleft() for _ in range(len(inbox.ended))]
-    finally:
-        token._remove(key)
+class _Arrivals(Arrivals[Task[R]], Generic[R]):
+    """Tasks of any groups, each its own key."""
 
+    __slots__ = ()
 
-def _refuse_circle_of_all(lane: Lane, tasks: Sequence[Task[Any]]) -> None:
-    # Any one of them would do, so it is a circle only if not one can end without us.
-    circle = find_circle(lane, tasks)
-    if circle is not None and all(find_circle(lane, [task]) for task in tasks):
-        raise circle_error(*circle)
+    def task(self, key: Task[R]) -> Task[R]:
+        return key
 
-
-class _Inbox:
-    """Where tasks arrive as they end, for one thread that waits for any of them."""
-
-    def __init__(self) -> None:
-        self.gate = Gate()
-        self.ended: deque[Task[Any]] = deque()
+    def add(self, task: Task[R]) -> None:
+        self.hear(task._run)
+        self.left[task] = None
+        task._run.watch(task, self)
 
     def notify(self, task: Task[Any]) -> None:
-        self.ended.append(task)
-        self.gate.open()
+        """It has ended."""
+        self.arrive(task)
+
+    def take(self) -> Task[R] | None:
+        task = super().take()
+        if task is not None:
+            task._run.unwatch(task, self)
+        return task
+
+    def close(self) -> None:
+        super().close()
+        for task in self.left:
+            task._run.unwatch(task, self)

@@ -1,14 +1,12 @@
-"""The calls of one `map`: kept in lists, each with a handle only once somebody asks for it."""
+"""The calls of a `map`: kept in lists, each with a handle only once somebody asks for it."""
 
 from __future__ import annotations
 
-import bisect
 import itertools
-import operator
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
-from types import FrameType
+from types import CodeType
 from typing import TYPE_CHECKING, Any, TypeVar, final
 
 from fastpool._lane import Lane
@@ -25,7 +23,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 class Items:
     """
-    What the calls of one `map` have come to, by position.
+    What the calls of a `map`, or some of an `imap`, have come to, by position.
 
     A call costs its place in three lists. Whoever asks for a task gets a handle, which looks
     into the lists, and the same one as everybody else who has it. Handles lead here, so they
@@ -34,27 +32,41 @@ class Items:
 
     __slots__ = (
         "__weakref__",
-        "_starts",
-        "_stretches",
         "abandoned",
         "code",
+        "first",
         "handles",
         "lasti",
+        "listener",
         "name",
         "options",
         "run",
         "states",
+        "stretch",
         "taken",
         "tokens",
         "values",
     )
 
-    def __init__(self, run: Run, fn: object, options: Options, frame: FrameType) -> None:
+    def __init__(
+        self,
+        run: Run,
+        fn: object,
+        options: Options,
+        code: CodeType,
+        lasti: int,
+        *,
+        first: int = 0,
+        listener: Callable[[int], object] | None = None,
+    ) -> None:
         self.run = run
         self.name = label(fn)  # of the function itself nothing is kept when all are done
         self.options = options
-        self.code = frame.f_code
-        self.lasti = frame.f_lasti
+        self.code = code
+        self.lasti = lasti
+        self.first = first  # the number of the first call, where others came before these
+        # Told of each call that has ended, by its number, in the thread that ended it.
+        self.listener = listener
         # An argument (with `unpack` a tuple of them) until the call has ended, its value then.
         self.values: list[Any] = []
         # `PENDING`, the lane that runs it, or what it has come to.
@@ -63,8 +75,8 @@ class Items:
         self.tokens: dict[int, CancelToken] = {}  # of calls that ended with theirs set
         self.abandoned: frozenset[int] = frozenset()
         self.handles: dict[int, _Reference] = {}
-        self._stretches: list[weakref.ref[Stretch]] = []
-        self._starts: list[int] = []  # the first position in each
+        # What is queued of them, as long as any of it is queued or runs.
+        self.stretch: Callable[[], Stretch | None] = lambda: None
 
     def __len__(self) -> int:
         return len(self.values)
@@ -77,7 +89,7 @@ class Items:
             reference = handles.get(index)
             if reference is None:
                 if fresh is None:
-                    fresh = _Item(self, index, self._stretch(index))
+                    fresh = _Item(self, index, self.stretch())
                 reference = handles.setdefault(index, _Reference(fresh))
             task: _Item[Any] | None = reference()
             if task is not None:
@@ -115,10 +127,10 @@ class Items:
         """Whether all have returned."""
         return self.states.count(VALUE) == len(self.states)
 
-    def unfinished(self, start: int, stop: int) -> Iterator[Task[Any]]:
-        """Of some the tasks that have not ended, the last one first, looked at when asked for."""
+    def unfinished(self) -> Iterator[Task[Any]]:
+        """The tasks that have not ended, the last one first, looked at when asked for."""
         yielded = 0
-        for index in range(stop - 1, start - 1, -1):
+        for index in range(len(self) - 1, -1, -1):
             if self.states[index] != VALUE and not self.done(index):
                 yield self.task(index)
                 yielded += 1
@@ -135,62 +147,58 @@ class Items:
         self.abandoned |= set(running)  # whose values may still be written
         self.states = states
 
-    def _stretch(self, index: int) -> Stretch | None:
-        """The stretch in which a call is queued or runs; None if that is over."""
-        return self._stretches[bisect.bisect(self._starts, index) - 1]()
-
-    def add(self, stretch: Stretch, arguments: Sequence[Any]) -> None:
-        """Have some calls more, in a stretch that is still the last one."""
-        more = len(arguments)
-        self.values.extend(arguments)
-        self.taken += [False] * more
-        self.states += [PENDING] * more
-        stretch.stop += more  # the last: others look as far as that
-
 
 @final
 class Stretch:
     """
-    Calls of one `map` that stand in the queue one after another, submitted in one context.
+    The calls of one `Items` as they stand in the queue: as often as there are calls.
 
-    In the queue it stands as often as it has calls. Which one a worker has taken with it, the
-    cursor tells.
+    Which of them a worker has taken with it, the cursor tells.
+
+    Args:
+        items: What they come to.
+        fn: The function.
+        unpack: Whether an item is a tuple of arguments.
+        context: Of all the calls, each of which has a copy. `None`: each was submitted in one
+            of its own, in `contexts`.
     """
 
     __slots__ = (
         "__weakref__",
-        "_keys",
-        "_values",
+        "contexts",
         "copy",
         "fn",
         "following",
         "items",
-        "start",
-        "stop",
         "unpack",
     )
 
     def __init__(
-        self, items: Items, fn: Callable[..., Any], context: Context, *, unpack: bool
+        self, items: Items, fn: Callable[..., Any], *, unpack: bool, context: Context | None = None
     ) -> None:
         self.items = items
         self.fn = fn
-        self.unpack = unpack  # whether an item is a tuple of arguments
-        self.copy = context.copy
-        self._keys = list(context)
-        self._values = list(context.values())
-        self.start = self.stop = start = len(items)
-        self.following = itertools.count(start).__next__
-        items._starts.append(start)
-        items._stretches.append(weakref.ref(self))
+        self.unpack = unpack
+        self.copy = None if context is None else context.copy
+        self.contexts: list[Context | None] = []  # none is entered; None where it has been used
+        self.following = itertools.count().__next__
+        items.stretch = weakref.ref(self)
 
-    def fits(self, context: Context) -> bool:
-        """Whether the context is still as it was; by identity, since `==` calls anybody's code."""
-        return (
-            len(context) == len(self._keys)
-            and all(map(operator.is_, context.values(), self._values))
-            and all(map(operator.is_, context, self._keys))
-        )
+    def add(self, arguments: Sequence[Any], context: Context | None) -> None:
+        """Have some calls more, submitted in a context if that is not the same for all."""
+        items, more = self.items, len(arguments)
+        if self.copy is None:
+            self.contexts += [context] * more
+        items.taken += [False] * more
+        items.states += [PENDING] * more
+        items.values += arguments  # the last: others look as far as that
+
+    def context(self, index: int) -> Context | None:
+        """A copy of what a call was submitted in, if it has not run."""
+        if self.copy is not None:
+            return self.copy()
+        context = self.contexts[index]
+        return None if context is None else context.copy()
 
     def task(self, index: int) -> Task[Any]:
         """The handle of a call."""
@@ -198,13 +206,13 @@ class Stretch:
 
     def queued(self) -> Iterator[Task[Any]]:
         """The tasks that nobody has taken yet, in their order."""
-        for index in range(self.start, self.stop):
+        for index in range(len(self.items)):
             if not self.items.taken[index]:
                 yield self.items.task(index)
 
     def unfinished(self) -> Iterator[Task[Any]]:
         """As `Items.unfinished`, of all that are in the stretch now."""
-        return self.items.unfinished(self.start, self.stop)
+        return self.items.unfinished()
 
     def take(self) -> Task[Any]:
         """The task that a worker has taken with this."""
@@ -245,6 +253,11 @@ class _Item(Task[R_co]):
 
     def _is_abandoned(self) -> bool:
         return self._index in self._items.abandoned
+
+    @property
+    def _number(self) -> int | None:
+        assert self._index is not None
+        return self._items.first + self._index
 
     @property
     def _reason(self) -> object:
@@ -294,7 +307,7 @@ class _Item(Task[R_co]):
         @property
         def _context(self):
             stretch = self._stretch
-            return None if stretch is None else stretch.copy()
+            return None if stretch is None else stretch.context(self._index)
 
         @_context.setter
         def _context(self, context):
@@ -324,7 +337,10 @@ class _Item(Task[R_co]):
 
         @_state.setter
         def _state(self, state):
-            self._items.states[self._index] = state
+            items = self._items
+            items.states[self._index] = state
+            if items.listener is not None:
+                items.listener(items.first + self._index)
 
         @property
         def _value(self):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextvars import copy_context
+from contextvars import Context, copy_context
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from fastpool import _marks, _scope
+from fastpool._bounded import BoundedQueue
 from fastpool._callbacks import Callback, Registration
 from fastpool._gate import Gate
 from fastpool._items import Stretch
@@ -21,6 +23,7 @@ from fastpool._lane import Lane, here, stand_in
 from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
+    PENDING,
     Failure,
     Task,
     call,
@@ -30,7 +33,10 @@ from fastpool._task import (
 from fastpool._text import some
 from fastpool._token import CancelToken
 from fastpool._waiting import (
+    AnyOf,
     InHand,
+    help_along,
+    refuse_circle_of_all,
     refuse_own_group,
     tell_helpers,
     wait_for,
@@ -97,6 +103,7 @@ class Run(Ledger):
         "_fresh",
         "attended",
         "backend",
+        "bounded",
         "callbacks",
         "called",
         "calling",
@@ -128,6 +135,7 @@ class Run(Ledger):
         self.backend: Backend | None = None
         self.pool: object = None  # what its lanes' threads belong to
         self.queue: deque[Task[Any] | Stretch] = deque()  # a stretch once for each of its calls
+        self.bounded = False  # whether the queue is a `BoundedQueue`
         # Lanes: all that have a slot; those that wait for work; those on their way.
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
@@ -175,6 +183,99 @@ class Run(Ledger):
             self.notice = self.token._register(Callback(self.tell_cancelled, slow=True))
         self.closed = None
 
+    # --- Room in the queue ------------------------------------------------------------------
+
+    def bound(self, limit: int) -> None:
+        """Let no more than so many calls wait."""
+        self.queue = BoundedQueue(limit=limit)
+        self.bounded = True
+
+    def room(self, fn: object, most: int = 1, *, waits: bool = True) -> int:
+        """
+        Take room in the queue, where that is bounded.
+
+        Args:
+            fn: What is to be submitted.
+            most: For how many calls, at the most.
+            waits: Whether to wait until there is some. A task of the group never does.
+
+        Returns:
+            For how many there is room: one at the least if `waits`. Without a bound it is `most`.
+
+        Raises:
+            Cancelled, GroupClosedError: As `Submitter.submit`, and if the caller's own current
+                token is set while it waits.
+            RuntimeError: If tasks would wait for each other in a circle.
+        """
+        queue = self.queue
+        if type(queue) is not BoundedQueue:
+            return most
+        if not queue.take_room():
+            if self.is_around(_scope.current_place()):
+                queue.overdraw()
+            elif waits:
+                self._wait_for_room(queue, fn)
+            else:
+                return 0
+        taken = 1
+        while taken < most and queue.take_room():
+            taken += 1
+        return taken
+
+    def give_room(self, count: int) -> None:
+        """Give back room that was taken, and for which there is no call."""
+        queue = self.queue
+        if type(queue) is BoundedQueue:
+            for _ in range(count):
+                queue.give_room()
+
+    def is_around(self, place: _scope.Place | None) -> bool:
+        """Whether a place is in a task of this group, perhaps in groups further in."""
+        while place is not None:
+            if not isinstance(place, Task):
+                place = getattr(place, "before", None)
+            elif place._run is self:
+                return True
+            else:
+                entry = place._run.entry
+                place = None if entry is None else entry.place
+        return False
+
+    def _wait_for_room(self, queue: BoundedQueue[Any], fn: object) -> None:
+        token = _scope.current_token()
+        lane = here()
+        gate = Gate()
+        keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, self.token))]
+        queue.waiting[gate] = None
+        if lane is not None:
+            self.helpers[gate] = lane
+        try:
+            with self.kept_open() as is_open:
+                if not is_open:
+                    raise self.closed_error(fn, ENDED)
+                while not queue.take_room():  # said first and looked at then
+                    token.check()
+                    self.check_open(fn)
+                    self._sleep_for_room(gate, lane)
+        finally:
+            self.helpers.pop(gate, None)
+            queue.waiting.pop(gate, None)
+            queue.wake()  # the next one, should this one have been woken for nothing
+            for heard, key in keys:
+                heard._remove(key)
+
+    def _sleep_for_room(self, gate: Gate, lane: Lane | None) -> None:
+        if lane is None:
+            gate.wait()
+            return
+        # On the same pool a worker can make room itself; on another it can help who will.
+        in_hand = AnyOf(self.in_hand())
+        if self.help_leave(lane, most=1) or help_along(lane, *in_hand):
+            return
+        with waiting(lane, in_hand):
+            refuse_circle_of_all(lane, in_hand)
+            gate.wait()
+
     def entered_at(self) -> float:
         """When its block was entered, on `time.monotonic()`."""
         assert self.entry is not None
@@ -182,23 +283,45 @@ class Run(Ledger):
 
     # --- Submitting -----------------------------------------------------------------------
 
-    def submit_more(self, stretch: Stretch, arguments: Sequence[Any]) -> None:
-        """Queue some calls of a `map`, which has looked whether the group takes them."""
+    def submit_more(
+        self, stretch: Stretch, arguments: Sequence[Any], context: Context | None = None
+    ) -> None:
+        """
+        Queue some calls more, once the group was seen to be open and has room for them.
+
+        Args:
+            stretch: What they belong to.
+            arguments: Of each.
+            context: What they are submitted in, if that is not the same for the whole stretch.
+        """
         items = stretch.items
         start = len(items)
-        items.add(stretch, arguments)
-        if items.options.timeout is not None:
-            self.disturbed = True
-        stop = len(items)
-        tasks = map(items.task, range(start, stop))
+        stretch.add(arguments, context)
+        tasks = map(items.task, range(start, start + len(arguments)))
         if self.observers:
             self.submit_observed(list(tasks), stretch, stretch.fn)
             return
-        self.queue.extend(itertools.repeat(stretch, stop - start))
+        self.queue.extend(itertools.repeat(stretch, len(arguments)))
         if self.closing is not None:
             self.refuse_late(tasks, stretch.fn)
         if not self.called and (self.idle or not self.full or self.recalled):
             self.call_for(tasks, stretch)
+
+    def submit_one(self, stretch: Stretch, argument: object) -> None:
+        """As `submit_more`, for one call; it is submitted in the context of who calls this."""
+        items = stretch.items
+        stretch.contexts.append(copy_context())
+        items.taken.append(False)
+        items.states.append(PENDING)
+        items.values.append(argument)
+        if self.observers:
+            self.submit_observed((items.task(len(items) - 1),), stretch, stretch.fn)
+            return
+        self.queue.append(stretch)
+        if self.closing is not None:
+            self.refuse_late((items.task(len(items) - 1),), stretch.fn)
+        if not self.called and (self.idle or not self.full or self.recalled):
+            self.call_for(map(items.task, (len(items) - 1,)), stretch)
 
     def submit_observed(
         self, tasks: Sequence[Task[Any]], entry: Task[Any] | Stretch, fn: object
@@ -269,6 +392,14 @@ class Run(Ledger):
         _scope.checkpoint()
         reason = self.token.reason
         raise self.closed_error(fn, f"it was cancelled: {describe(reason)}", reason)
+
+    def withdraw(self, task: Task[Any], reason: object) -> bool:
+        """As a ledger does it. What never runs makes room, unless it is one of a stretch."""
+        won = super().withdraw(task, reason)
+        if won and self.bounded and not self.stopping():
+            with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
+                self.queue.remove(task)
+        return won
 
     # --- Slots and lanes ------------------------------------------------------------------
 
@@ -488,16 +619,18 @@ class Run(Ledger):
             self.perform(task, inner)
             return True
 
-    def help_leave(self, lane: Lane) -> bool:
-        """Have a worker that waits for the whole group serve its queue; whether it did."""
+    def help_leave(self, lane: Lane, most: float = math.inf) -> bool:
+        """
+        Have a worker serve the queue that waits for all of it, or for so much; whether it did.
+        """
         if self.pool is None or self.pool is not lane.pool:
             return False
-        helped = False
+        helped = 0
         with self.slot_for(lane) as inner:
-            while inner is not None and (tasks := self.take(inner)):
-                helped = True
+            while inner is not None and helped < most and (tasks := self.take(inner)):
+                helped += 1
                 self.perform(tasks[0], inner)
-        return helped
+        return helped > 0
 
     @contextlib.contextmanager
     def slot_for(self, lane: Lane) -> Generator[Lane | None, None, None]:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import copy_context
 from types import FrameType, FunctionType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, overload
 
-from fastpool import _marks
+from fastpool import _input, _marks
 from fastpool._batch import Batch
 from fastpool._cancellable import UNRUNNABLE, refuse
 from fastpool._items import Items, Stretch
 from fastpool._run import Run
 from fastpool._task import PENDING, PLAIN, Call, CallWith, Options, Task, label
 
-__all__ = ["Submitter"]
+__all__ = ["Submitter", "at_least_one"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +48,9 @@ class Submitter:
         """
         Have a function called in the group.
 
+        Where the group has a `max_queued`, this waits while the queue is full; in a task of the
+        group it does not.
+
         Args:
             fn: The function. A `@cancellable` one gets its token; any other finds it with
                 `current_token()`.
@@ -65,13 +66,16 @@ class Submitter:
             GroupClosedError: If the group was cancelled and the caller was not; if its block
                 has not been entered, or has ended.
             TypeError: If `fn` cannot be called, or is a coroutine or generator function.
-            RuntimeError: If the group has no thread and the system gives it none.
+            RuntimeError: If the group has no thread and the system gives it none; if the queue
+                is full, and tasks would wait for each other in a circle.
         """
         if type(fn) is not FunctionType or fn.__code__.co_flags & UNRUNNABLE:
             refuse(fn)
         run = self._run
         if run.closed is not None or run.disturbed or run.token._reason is not None:
             run.check_open(fn)
+        if run.bounded:
+            run.room(fn)
         options = self._options
         task: Call[R]
         if kwargs or options is not PLAIN:
@@ -179,8 +183,8 @@ class Submitter:
         if not iterables:
             raise TypeError(f"map() wants an iterable for each argument of {label(fn)}()")
         for items in iterables:
-            _refuse_no_iterable("map", items)
-        prompt = all(type(items) in _PROMPT for items in iterables)
+            _input.refuse_no_iterable("map", items)
+        prompt = all(_input.is_prompt(items) for items in iterables)
         if len(iterables) == 1:
             return self._submit_all(fn, functools.partial(iter, iterables[0]), prompt, frame)
         return self._submit_all(fn, functools.partial(zip, *iterables), prompt, frame, unpack=True)
@@ -203,7 +207,7 @@ class Submitter:
             `itertools.starmap`.
         """
         refuse(fn, "starmap")
-        _refuse_no_iterable("starmap", items)
+        _input.refuse_no_iterable("starmap", items)
         # Items of other kinds run their own code when they are read.
         prompt = type(items) in (list, tuple) and all(type(item) is tuple for item in items)
         return self._submit_all(
@@ -232,43 +236,35 @@ class Submitter:
         """
         run = self._run
         run.check_open(fn)
-        items = Items(run, fn, self._options, frame)
-        stretch: Stretch | None = None
+        items = Items(run, fn, self._options, frame.f_code, frame.f_lasti)
+        if self._options.timeout is not None:
+            run.disturbed = True
+        # No code of anybody's runs while a prompt input is read, so the context stays as it is.
+        stretch = Stretch(items, fn, unpack=unpack, context=copy_context() if prompt else None)
         iterator: Iterator[Any] | None = None
-        size = 1  # so that the first one begins at once
+        size = most = 1  # so that the first one begins at once
         while True:
+            if run.bounded:
+                most = run.room(fn, size)
             try:
                 if iterator is None:
-                    iterator = _begin(begin)
-                arguments = _read(iterator, size)
+                    iterator = _input.begin(begin)
+                arguments = _input.read(iterator, most)
             except BaseException as error:
                 run.token._report(error)
                 raise
+            if most > len(arguments):
+                run.give_room(most - len(arguments))
             if not arguments:
                 return Batch(items)
             if run.closed is not None or run.disturbed or run.token._reason is not None:
                 run.check_open(fn)
-            if not prompt or stretch is None:
-                context = copy_context()
-                if stretch is None or not stretch.fits(context):
-                    stretch = Stretch(items, fn, context, unpack=unpack)
-            run.submit_more(stretch, arguments)
-            if prompt:
-                size = min(2 * size, MOST_AT_ONCE)
+            if not prompt:
+                run.submit_one(stretch, arguments[0])
+            else:
+                run.submit_more(stretch, arguments)
+                size = most = min(2 * size, MOST_AT_ONCE)
 
-
-@_marks.calls_out
-def _begin(begin: Callable[[], Iterator[Any]]) -> Iterator[Any]:
-    return begin()
-
-
-@_marks.calls_out
-def _read(iterator: Iterator[Any], most: int) -> list[Any]:
-    return list(itertools.islice(iterator, most))
-
-
-# What can be read to its end without running anybody's code, and without waiting.
-_PROMPT = frozenset({list, tuple, range, str, bytes, set, frozenset, dict, deque})
 
 MOST_AT_ONCE = 1024  # items that are queued in one go; from here on more at once gains nothing
 
@@ -290,6 +286,10 @@ def _arguments(fn: object) -> Callable[[Iterable[Any]], tuple[Any, ...]]:
     return arguments
 
 
-def _refuse_no_iterable(caller: str, items: object) -> None:
-    if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
-        raise TypeError(f"{caller}() wants an iterable, not {items!r}")
+def at_least_one(name: str, value: int) -> int:
+    """A number of things, if it is one."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, not {value!r}")
+    return value

@@ -139,7 +139,13 @@ class Task(Generic[R_co]):
         if name is None:
             fn = self._fn
             name = fn if isinstance(fn, str) else label(fn)
-        return name if self._index is None else f"{name}[{self._index}]"
+        number = self._number
+        return name if number is None else f"{name}[{number}]"
+
+    @property
+    def _number(self) -> int | None:
+        """Its place among the items of a `map` or an `imap`."""
+        return self._index
 
     @property
     def site(self) -> str:

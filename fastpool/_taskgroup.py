@@ -12,19 +12,21 @@ import threading
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from multiprocessing.pool import ThreadPool
 from types import FrameType, TracebackType
 from typing import Any, Literal, Self, TypeVar
 
-from fastpool import _clock, _descriptor, _guard, _marks, _scope, structlog_observer
+from fastpool import _clock, _descriptor, _guard, _input, _marks, _scope, structlog_observer
 from fastpool._callbacks import run_callbacks
+from fastpool._cancellable import refuse
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
 from fastpool._gate import Gate
 from fastpool._lane import here
 from fastpool._run import DROPPED, EXITING, UNENTERED, Entry, Run
+from fastpool._stream import Source, as_completed, in_order
 from fastpool._stuck import Vigil, warn
-from fastpool._submitter import Submitter
+from fastpool._submitter import Submitter, at_least_one
 from fastpool._task import PLAIN, Failure, Options, Task
 from fastpool._token import CancelToken, Cause
 from fastpool._unraisable import unraisable
@@ -38,6 +40,7 @@ from fastpool.policies import FailFast, FirstFailure, Judge, Policy
 __all__ = ["TaskGroup", "map", "shutdown"]
 
 R = TypeVar("R")
+T = TypeVar("T")
 
 GRACE = 5.0  # seconds a cancelled task may take before we say so; chosen by feel
 ATTENTION = 1e-4  # seconds, about what it takes to wake a thread and have its answer
@@ -72,6 +75,8 @@ class TaskGroup(Submitter):
         name: The group's name in messages, logs and thread names.
         timeout: Seconds from entry after which the group is cancelled and its block raises
             `TimeoutError`. `None` or infinity: never.
+        max_queued: How many tasks may wait to be started: with so many, `submit` waits for one
+            to begin, and `map` reads on only then. `None`: any number.
         policy: When to give up and what to raise; `None` is `FailFast()`.
         token: One more token to hear, besides the one that is current on entry.
         pool: A `ThreadPool` of yours, which is left open and usable; a backend; or a backend's
@@ -85,8 +90,8 @@ class TaskGroup(Submitter):
             the block raises what it would have raised, or a `StuckTaskError` if that is nothing.
 
     Raises:
-        ValueError: If `max_workers` is less than 1, the timeout or grace is NaN, no pool has
-            that name, or `on_stuck` is neither word.
+        ValueError: If `max_workers` or `max_queued` is less than 1, the timeout or grace is NaN,
+            no pool has that name, or `on_stuck` is neither word.
         TypeError: If an argument is of the wrong kind.
 
     Threads:
@@ -102,6 +107,7 @@ class TaskGroup(Submitter):
         *,
         name: str | None = None,
         timeout: float | None = None,
+        max_queued: int | None = None,
         policy: Policy | None = None,
         token: CancelToken | None = None,
         pool: ThreadPool | Backend | str | None = None,
@@ -115,7 +121,11 @@ class TaskGroup(Submitter):
             raise TypeError(f"token must be a CancelToken, not {token!r}")
         super().__init__(Run(name or f"group-{next(_numbers)}"), PLAIN)
         self._backend = _backend(pool)
-        self._limit = _workers(max_workers, self._backend)
+        self._limit = (
+            self._backend.slots if max_workers is None else at_least_one("max_workers", max_workers)
+        )
+        if max_queued is not None:
+            self._run.bound(at_least_one("max_queued", max_queued))
         self._timeout = _clock.seconds(timeout)
         self._policy = _policy(policy)
         self._outer_token = token
@@ -183,6 +193,73 @@ class TaskGroup(Submitter):
         if name is not None and not isinstance(name, str):
             raise TypeError(f"name must be a string, not {name!r}")
         return Submitter(self._run, Options(name, _clock.seconds(timeout)))
+
+    # --- Streaming ------------------------------------------------------------------------
+
+    def imap(
+        self, fn: Callable[[T], R], items: Iterable[T], /, *, window: int | None = None
+    ) -> Generator[R, None, None]:
+        """
+        The values of a function for every item, while the items are read: of any number.
+
+        An item is read when a value is asked for, by the thread that asks. Closing the iterator,
+        or leaving its loop, reads and starts nothing more, cancels the tasks, and closes an input
+        that is a generator; the group goes on.
+
+        Args:
+            fn: The function.
+            items: The input, which may be endless. What it raises is raised by the iterator, and
+                is a failure of the group.
+            window: How many items may have been read whose values have not been taken. `None`:
+                twice the workers.
+
+        Returns:
+            A generator of the values, in the order of the items.
+
+        Raises:
+            Cancelled, GroupClosedError: As `submit`, at once; from the iterator too.
+            TypeError: If `fn` cannot be called, or is a coroutine or generator function, or
+                `items` is not iterable.
+            ValueError: If the window is less than 1.
+            BaseException: From the iterator: the failure of a task that failed. At a cancelled
+                one: waits for all, then raises the first of their failures in time, or if none
+                failed what `Task.result` raises. It has ended then.
+
+        Threads:
+            One at a time takes values.
+
+        Source:
+            `multiprocessing.pool.Pool.imap`; the window, `buffersize` of
+            `concurrent.futures.Executor.map`.
+        """
+        return in_order(self._stream("imap", fn, items, window, sys._getframe(1)))
+
+    def imap_unordered(
+        self, fn: Callable[[T], R], items: Iterable[T], /, *, window: int | None = None
+    ) -> Generator[R, None, None]:
+        """
+        As `imap`, but the values come as soon as they are there, in any order.
+
+        Source:
+            `multiprocessing.pool.Pool.imap_unordered`.
+        """
+        return as_completed(self._stream("imap_unordered", fn, items, window, sys._getframe(1)))
+
+    def _stream(
+        self,
+        caller: str,
+        fn: Callable[[T], R],
+        items: Iterable[T],
+        window: int | None,
+        frame: FrameType,
+    ) -> Source[T, R]:
+        refuse(fn, caller)
+        _input.refuse_no_iterable(caller, items)
+        window = 2 * self._limit if window is None else at_least_one("window", window)
+        self._run.check_open(fn)
+        return Source(self._run, fn, items, window, frame)
+
+    # --- Waiting and cancelling -----------------------------------------------------------
 
     def wait(self, timeout: float | None = None) -> None:
         """
@@ -599,16 +676,6 @@ def _backend(pool: ThreadPool | Backend | str | None) -> Backend:
     raise TypeError(f"pool must be a ThreadPool, a backend or a backend's name, not {pool!r}")
 
 
-def _workers(max_workers: int | None, backend: Backend) -> int:
-    if max_workers is None:
-        return backend.slots
-    if not isinstance(max_workers, int) or isinstance(max_workers, bool):
-        raise TypeError(f"max_workers must be a whole number, not {max_workers!r}")
-    if max_workers < 1:
-        raise ValueError(f"max_workers must be 1 or more, not {max_workers!r}")
-    return max_workers
-
-
 def _policy(policy: Policy | None) -> Policy:
     if policy is None:
         return FailFast()
@@ -657,6 +724,7 @@ def map(
     max_workers: int | None = None,
     name: str | None = None,
     timeout: float | None = None,
+    max_queued: int | None = None,
     policy: Policy | None = None,
     token: CancelToken | None = None,
     pool: ThreadPool | Backend | str | None = None,
@@ -670,8 +738,8 @@ def map(
     Args:
         fn: The function.
         *iterables: One for each argument, read to the end of the shortest.
-        max_workers, name, timeout, policy, token, pool, observers, grace, on_stuck: As for
-            `TaskGroup`.
+        max_workers, name, timeout, max_queued, policy, token, pool, observers, grace, on_stuck:
+            As for `TaskGroup`.
 
     Returns:
         The values, in the order of the items.
@@ -684,6 +752,7 @@ def map(
         max_workers,
         name=name,
         timeout=timeout,
+        max_queued=max_queued,
         policy=policy,
         token=token,
         pool=pool,

@@ -23,6 +23,7 @@ __all__ = [
     "circle_error",
     "find_circle",
     "help_along",
+    "refuse_circle_of_all",
     "refuse_own_group",
     "tell_helpers",
     "tell_waiting",
@@ -323,6 +324,14 @@ def circle_error(waiting: Task[Any], waited: Task[Any]) -> RuntimeError:
     return RuntimeError(
         f"task {waiting.name!r} cannot wait for task {waited.name!r}, which waits for it in turn"
     )
+
+
+def refuse_circle_of_all(lane: Lane, tasks: Sequence[Task[Any]]) -> None:
+    """Raise if the task of a lane would wait for itself by waiting for the first of some others."""
+    # Any one of them would do, so it is a circle only if not one can end without us.
+    circle = find_circle(lane, tasks)
+    if circle is not None and all(find_circle(lane, [task]) for task in tasks):
+        raise circle_error(*circle)
 
 
 def refuse_own_group(run: Ledger, lane: Lane | None) -> None:

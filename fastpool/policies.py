@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from fastpool._task import Failure, Task
 
-__all__ = ["FailFast", "Judge", "Policy"]
+__all__ = ["CollectAll", "FailFast", "FirstSuccess", "Judge", "Policy"]
 
 
 @runtime_checkable
@@ -76,3 +76,85 @@ class FirstFailure:
     def end(self, failures: Sequence[Failure]) -> BaseException | None:
         """The first failure in time."""
         return failures[0].exception if failures else None
+
+
+class CollectAll:
+    """
+    No task's failure cancels the rest; all failures leave the block in an `ExceptionGroup`.
+
+    What leaves the body cancels the rest all the same, as Ctrl-C does, and is among them. What
+    has a value can be read as ever.
+    """
+
+    __slots__ = ()
+
+    def start(self) -> Judge:
+        """The judge of one group."""
+        return Collector()
+
+    def __repr__(self) -> str:
+        return "CollectAll()"
+
+
+class Collector:
+    """The judge that `CollectAll` appoints."""
+
+    __slots__ = ()
+
+    def outcome(self, task: Task[Any], error: BaseException | None) -> bool:
+        """Nothing is enough."""
+        return False
+
+    def end(self, failures: Sequence[Failure]) -> BaseException | None:
+        """All failures, by time, as a group of exceptions."""
+        return _collect(failures)
+
+
+class FirstSuccess:
+    """
+    The first task that has a value cancels the rest, and is the group's `winner`.
+
+    No failure of a task does. The block raises what left the body, if something did; with a
+    winner nothing else, and without one all failures in an `ExceptionGroup`.
+    """
+
+    __slots__ = ()
+
+    def start(self) -> Judge:
+        """The judge of one group."""
+        return FirstValue()
+
+    def __repr__(self) -> str:
+        return "FirstSuccess()"
+
+
+class FirstValue:
+    """The judge that `FirstSuccess` appoints."""
+
+    __slots__ = ("_won",)
+
+    def __init__(self) -> None:
+        self._won = False
+
+    def outcome(self, task: Task[Any], error: BaseException | None) -> bool:
+        """Any value is enough."""
+        if error is None:
+            self._won = True
+        return error is None
+
+    def end(self, failures: Sequence[Failure]) -> BaseException | None:
+        """What no task raised; else all failures, unless somebody has won."""
+        for failure in failures:
+            if failure.task is None:
+                return failure.exception
+        return None if self._won else _collect(failures)
+
+
+def _collect(failures: Sequence[Failure]) -> BaseException | None:
+    errors = [failure.exception for failure in failures]
+    if not errors:
+        return None
+    if len(errors) == 1 and isinstance(errors[0], GeneratorExit):
+        return errors[0]  # a generator that is closed in the block lets nothing else pass
+    how_many = f"{len(errors)} failure{'s' if len(errors) > 1 else ''}"
+    return BaseExceptionGroup(how_many, errors)  # of exceptions alone it is an `ExceptionGroup`

@@ -343,11 +343,12 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     popleft = run.queue.popleft
     token = run.token
     fn, unpack, following, items = stretch.fn, stretch.unpack, stretch.following, stretch.items
+    first, listener = items.first, items.listener
     handles, taken, states, values = items.handles, items.taken, items.states, items.values
-    # Each call has a copy of the context, in which its place is noted. To note it here and copy
-    # then is quicker than the other way round, with a function of ours below the user's.
-    context = stretch.copy()
-    enter, copy, become = context.run, context.copy, current.set
+    # Each call has a copy of the context, in which its place is noted. Where all have the same,
+    # to note it here and copy then is quicker.
+    become, contexts, own = current.set, stretch.contexts, None
+    context = None if stretch.copy is None else stretch.copy()
     entry: Task[Any] | Stretch | None = stretch
     place = (0, stretch)
     while entry is stretch:
@@ -358,9 +359,15 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
             break
         states[index] = lane
         lane.at = place = (index, stretch)
-        enter(become, place)
+        if context is not None:
+            context.run(become, place)
+            own = context.copy()
+        else:
+            own = contexts[index].copy()  # type: ignore[union-attr] # it is there yet
+            contexts[index] = None
+            own.run(become, place)
         try:
-            value = copy().run(fn, *values[index]) if unpack else copy().run(fn, values[index])
+            value = own.run(fn, *values[index]) if unpack else own.run(fn, values[index])
         except BaseException as error:
             run.failed(items.task(index), lane, error)
         else:
@@ -369,6 +376,8 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
             del value
             if index in handles:
                 run.item_ended(items, index)
+            if listener is not None:
+                listener(first + index)
         lane.at = None
         if run.fences:
             run.passed(lane)
@@ -378,7 +387,7 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
             entry = None
     # What failed refers to this frame: see `strip`.
     del run, lane, stretch, popleft, token, fn, following, items
-    del handles, taken, states, values, context, enter, copy, place
+    del handles, taken, states, values, listener, context, contexts, own, place
     return entry
 
 

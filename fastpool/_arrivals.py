@@ -1,0 +1,120 @@
+"""What has ended, for one thread that waits for any of it."""
+
+from __future__ import annotations
+
+import abc
+from collections import deque
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from fastpool import _scope
+from fastpool._closing import Closing
+from fastpool._gate import Gate
+from fastpool._lane import Lane, here
+from fastpool._waiting import AnyOf, help_along, refuse_circle_of_all, waiting
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
+    from fastpool._task import Task
+
+__all__ = ["Arrivals"]
+
+K = TypeVar("K")
+
+
+class Arrivals(Closing, Generic[K]):
+    """
+    Takes note of tasks as they end, whatever they come to; whoever made it takes them.
+
+    A task goes by a key, which is in `left` until it has been taken.
+    """
+
+    __slots__ = ("_asleep", "_ended", "_gate", "_keys", "_lane", "left")
+
+    def __init__(self) -> None:
+        self.left: dict[K, None] = {}
+        self._ended: deque[K] = deque()  # some twice, perhaps
+        self._gate = Gate()
+        self._asleep: dict[None, None] = {}  # not empty while somebody may sleep at the gate
+        self._keys: dict[Run, int] = {}
+        self._lane = here()
+
+    @abc.abstractmethod
+    def task(self, key: K) -> Task[Any]:
+        """The handle that goes by a key."""
+
+    def hear(self, run: Run) -> None:
+        """Listen to a group: what is queued in it has ended when its token is set."""
+        if run not in self._keys:
+            self._keys[run] = run.token._add_sleeper(self._gate)
+            if self._lane is not None:
+                run.helpers[self._gate] = self._lane
+
+    def arrive(self, key: K) -> None:
+        """A task has ended. Any thread says so, more than once perhaps."""
+        self._ended.append(key)
+        if self._asleep:  # looked at after it can be found: who falls asleep does the reverse
+            self._gate.open()
+
+    def ready(self) -> bool:
+        """Whether one can be taken without waiting."""
+        return bool(self._ended)
+
+    def take(self) -> K | None:
+        """
+        Wait for the next one that ends; None if none are left.
+
+        Raises:
+            Cancelled: If the caller's own current token is set before.
+            RuntimeError: If tasks would wait for each other in a circle.
+        """
+        while self.left:
+            while self._ended:
+                key = self._ended.popleft()
+                if self.left.pop(key, key) is None:
+                    return key
+            self._wait()
+        return None
+
+    def _wait(self) -> None:
+        token = _scope.current_token()
+        key = token._add_sleeper(self._gate)
+        self._asleep[None] = None
+        try:
+            while not self._ended:
+                token.check()
+                if self._lane is None:
+                    self._gate.wait()
+                else:
+                    self._wait_in(self._lane)
+                if not self._ended:  # a token was set, perhaps
+                    self.look()
+        finally:
+            self._asleep.clear()
+            token._remove(key)
+
+    def look(self) -> None:
+        """Note what has ended, and what has ended with its group's token: nobody tells."""
+        for key in self.left:
+            if self.task(key).done():
+                self._ended.append(key)
+
+    def _wait_in(self, lane: Lane) -> None:
+        """As a worker waits: it runs what may get no other, or sleeps."""
+        tasks = [self.task(key) for key in self.left]
+        # Only what may get no other worker: a task that one of them begins could wait for what
+        # we do once the first of all has ended, and here it never would.
+        queued = next((task for task in tasks if not (task._taken or task._state)), None)
+        at_work = [task for run in self._keys for task in run.in_hand() if task in tasks]
+        helped = [*at_work] if queued is None else [queued, *at_work]
+        if help_along(lane, *helped, last_resort=True):
+            return
+        first = AnyOf(tasks)
+        with waiting(lane, first):
+            refuse_circle_of_all(lane, first)
+            self._gate.wait()
+
+    def close(self) -> None:
+        """Listen no more."""
+        for run, key in self._keys.items():
+            run.token._remove(key)
+            run.helpers.pop(self._gate, None)

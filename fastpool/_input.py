@@ -1,0 +1,51 @@
+"""Reading what a user gives to be read."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from typing import Any, TypeVar
+
+from fastpool import _marks
+
+__all__ = ["begin", "close", "is_prompt", "read", "read_one", "refuse_no_iterable"]
+
+T = TypeVar("T")
+
+_PROMPT = frozenset({list, tuple, range, str, bytes, set, frozenset, dict, deque})
+
+
+def is_prompt(items: object) -> bool:
+    """Whether something can be read to its end without anybody's code, and without waiting."""
+    return type(items) in _PROMPT
+
+
+def refuse_no_iterable(caller: str, items: object) -> None:
+    """Raise if something cannot be read."""
+    if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
+        raise TypeError(f"{caller}() wants an iterable, not {items!r}")
+
+
+@_marks.calls_out
+def begin(begin: Callable[[], Iterator[T]]) -> Iterator[T]:
+    """Begin to iterate."""
+    return begin()
+
+
+@_marks.calls_out
+def read(iterator: Iterator[T], most: int) -> list[T]:
+    """The next items, `most` at the most; fewer at the end."""
+    return list(itertools.islice(iterator, most))
+
+
+@_marks.calls_out
+def read_one(iterator: Iterator[T]) -> T:
+    """The next item; `StopIteration` at the end."""
+    return next(iterator)
+
+
+@_marks.calls_out
+def close(iterator: Generator[Any, Any, Any]) -> None:
+    """End a generator where it is."""
+    iterator.close()
