@@ -23,6 +23,7 @@ _CALLERS = frozenset(
         "fastpool._task",
         "fastpool._taskgroup",
         "fastpool.backends.threads",
+        "fastpool.futures",
     }
 )
 

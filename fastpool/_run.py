@@ -135,7 +135,7 @@ class Run(Ledger):
         self.backend: Backend | None = None
         self.pool: object = None  # what its lanes' threads belong to
         self.queue: deque[Task[Any] | Stretch] = deque()  # a stretch once for each of its calls
-        self.bounded = False  # whether the queue is a `BoundedQueue`
+        self.bounded: BoundedQueue[Task[Any] | Stretch] | None = None  # the same, with a bound
         # Lanes: all that have a slot; those that wait for work; those on their way.
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
@@ -187,8 +187,7 @@ class Run(Ledger):
 
     def bound(self, limit: int) -> None:
         """Let no more than so many calls wait."""
-        self.queue = BoundedQueue(limit=limit)
-        self.bounded = True
+        self.queue = self.bounded = BoundedQueue(limit=limit)
 
     def room(self, fn: object, most: int = 1, *, waits: bool = True) -> int:
         """
@@ -207,8 +206,8 @@ class Run(Ledger):
                 token is set while it waits.
             RuntimeError: If tasks would wait for each other in a circle.
         """
-        queue = self.queue
-        if type(queue) is not BoundedQueue:
+        queue = self.bounded
+        if queue is None:
             return most
         if not queue.take_room():
             if self.is_around(_scope.current_place()):
@@ -224,10 +223,9 @@ class Run(Ledger):
 
     def give_room(self, count: int) -> None:
         """Give back room that was taken, and for which there is no call."""
-        queue = self.queue
-        if type(queue) is BoundedQueue:
+        if self.bounded is not None:
             for _ in range(count):
-                queue.give_room()
+                self.bounded.give_room()
 
     def is_around(self, place: _scope.Place | None) -> bool:
         """Whether a place is in a task of this group, perhaps in groups further in."""
@@ -396,7 +394,7 @@ class Run(Ledger):
     def withdraw(self, task: Task[Any], reason: object) -> bool:
         """As a ledger does it. What never runs makes room, unless it is one of a stretch."""
         won = super().withdraw(task, reason)
-        if won and self.bounded and not self.stopping():
+        if won and self.bounded is not None and not self.stopping():
             with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
                 self.queue.remove(task)
         return won

@@ -104,7 +104,7 @@ class Source(Generic[T, R]):
 
     def _read_one(self, ahead: int) -> bool:
         run, iterator = self.run, self._iterator
-        if run.bounded and not run.room(self._fn, waits=not ahead):
+        if run.bounded is not None and not run.room(self._fn, waits=not ahead):
             return False
         try:
             if iterator is None:
@@ -132,7 +132,7 @@ class Source(Generic[T, R]):
     def _read_many(self, ahead: int) -> bool:
         run, iterator = self.run, self._iterator
         most = min(self.window - ahead, CHUNK - self.count % CHUNK)
-        if run.bounded:
+        if run.bounded is not None:
             most = run.room(self._fn, most, waits=not ahead)
         if iterator is None:
             iterator = self._open_input()
@@ -211,7 +211,7 @@ class Source(Generic[T, R]):
         self._begin = self._iterator = self._stretch = self.listener = None
         self.chunks.clear()  # they lead back here, if somebody listens
         if isinstance(iterator, Generator):
-            _input.close(iterator)
+            _input.close(iterator)  # pyright: ignore[reportUnknownArgumentType] # as it was
 
 
 def in_order(source: Source[Any, R]) -> Generator[R, None, None]:

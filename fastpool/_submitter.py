@@ -74,7 +74,7 @@ class Submitter:
         run = self._run
         if run.closed is not None or run.disturbed or run.token._reason is not None:
             run.check_open(fn)
-        if run.bounded:
+        if run.bounded is not None:
             run.room(fn)
         options = self._options
         task: Call[R]
@@ -244,7 +244,7 @@ class Submitter:
         iterator: Iterator[Any] | None = None
         size = most = 1  # so that the first one begins at once
         while True:
-            if run.bounded:
+            if run.bounded is not None:
                 most = run.room(fn, size)
             try:
                 if iterator is None:

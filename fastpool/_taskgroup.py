@@ -640,13 +640,21 @@ class TaskGroup(Submitter):
     def _annotate(self, leaving: BaseException, *, outermost: bool) -> None:
         lines: list[str] = []
         others: list[Failure] = []
+        # The policy may have put them together: each bears its own note then.
+        inside = leaving.exceptions if is_a(leaving, BaseExceptionGroup) else ()
+        collected = set(map(id, inside))
         for failure in self._failures:
-            if failure.exception is not leaving:
+            task, error = failure.task, failure.exception
+            if error is not leaving and id(error) not in collected:
                 # A second Ctrl-C tells nothing new.
-                if not is_a(failure.exception, KeyboardInterrupt) or failure.task is not None:
+                if not is_a(error, KeyboardInterrupt) or task is not None:
                     others.append(failure)
-            elif failure.task is not None:
-                lines.append(f"in {_place(failure.task)} to group {self.name!r}")
+            elif task is not None:
+                line = f"in {_place(task)} to group {self.name!r}"
+                if error is leaving:
+                    lines.append(line)
+                else:
+                    annotate(error, [line], outermost=outermost)
         if others:
             named = [
                 f"{type(failure.exception).__qualname__} in {_place(failure.task)}"
