@@ -796,7 +796,7 @@ class Run(Ledger):
         self.loose.clear()
         self.winner = self.backend = self.pool = self.judge_error = self.halted_by = None
         self.entry = self.context = self.notice = None
-        self.queue = deque()
+        self.queue, self.bounded = deque(), None
         return failures
 
     def abandon(self, why: str) -> list[str]:

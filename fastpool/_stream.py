@@ -134,9 +134,14 @@ class Source(Generic[T, R]):
         most = min(self.window - ahead, CHUNK - self.count % CHUNK)
         if run.bounded is not None:
             most = run.room(self._fn, most, waits=not ahead)
-        if iterator is None:
-            iterator = self._open_input()
-        items = _input.read(iterator, most)
+        try:
+            if iterator is None:
+                iterator = self._open_input()
+            items = _input.read(iterator, most)
+        except BaseException as error:  # a dictionary that has changed, say
+            self._begin = None
+            run.token._report(error)
+            raise
         if len(items) < most:
             self._begin = None
             run.give_room(most - len(items))
