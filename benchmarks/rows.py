@@ -155,6 +155,53 @@ def map_(size: Size) -> list[Result]:
     return results + compared("map", taken, {"our own submit": 3.0}, "us", 1e6)
 
 
+def streams(size: Size) -> list[Result]:
+    """No-op tasks: `imap` and `imap_unordered`, with a wide window and the default one."""
+    from benchmarks.peers import executor, ours, threadpool
+
+    workers, narrow, wide = WORKERS, 2 * WORKERS, 1000
+    results: list[Result] = []
+    for job in ("imap", "imap_unordered"):
+        able: dict[str, Callable[[], float]] = {
+            "fastpool": functools.partial(getattr(ours, job), size.tasks, workers, wide),
+            "ThreadPool": functools.partial(getattr(threadpool, job), size.tasks, workers),
+        }
+        if job == "imap":
+            able["ThreadPoolExecutor"] = functools.partial(
+                executor.imap, size.slow_tasks, workers, wide
+            )
+        targets = {"ThreadPool": 3.0, "ThreadPoolExecutor": 3.0}
+        results += compared(job, medians(able, size.rounds), targets, "us", 1e6)
+    able = {
+        "fastpool": functools.partial(ours.imap, size.tasks, workers, narrow),
+        f"ThreadPoolExecutor, {narrow}": functools.partial(
+            executor.imap, size.slow_tasks, workers, narrow
+        ),
+    }
+    return results + compared("imap", medians(able, size.rounds), {}, "us", 1e6)
+
+
+def bounded(size: Size) -> list[Result]:
+    """No-op tasks of which a hundred may wait, against an executor with a semaphore."""
+    from benchmarks.peers import executor, ours
+
+    able = {
+        "fastpool": lambda: ours.bounded(size.tasks, WORKERS, 100),
+        "ThreadPoolExecutor": lambda: executor.bounded(size.slow_tasks, WORKERS, 100),
+    }
+    return compared("max_queued", medians(able, size.rounds), {}, "us", 1e6)
+
+
+def futures(size: Size) -> list[Result]:
+    """No-op tasks through a `GroupExecutor`, against the standard library's."""
+    able = {
+        peer.NAME: functools.partial(peer.futures, size.tasks, WORKERS)
+        for peer in contestants(size)
+        if hasattr(peer, "futures")
+    }
+    return compared("futures", medians(able, size.rounds), {}, "us", 1e6)
+
+
 def three(size: Size) -> list[Result]:
     """A group of three no-op tasks, from enter to exit, warm, against pools that are fresh."""
     able = {
@@ -454,6 +501,9 @@ def leaving(size: Size) -> list[Result]:
 ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "submit": submit,
     "map": map_,
+    "streams": streams,
+    "max-queued": bounded,
+    "futures": futures,
     "three": three,
     "first": first,
     "there-and-back": there_and_back,

@@ -28,13 +28,13 @@ class Arrivals(Closing, Generic[K]):
     A task goes by a key, which is in `left` until it has been taken.
     """
 
-    __slots__ = ("_asleep", "_ended", "_gate", "_keys", "_lane", "left")
+    __slots__ = ("_asleep", "_gate", "_keys", "_lane", "ended", "left")
 
     def __init__(self) -> None:
         self.left: dict[K, None] = {}
-        self._ended: deque[K] = deque()  # some twice, perhaps
+        self.ended: deque[K] = deque()  # some twice, perhaps
         self._gate = Gate()
-        self._asleep: dict[None, None] = {}  # not empty while somebody may sleep at the gate
+        self._asleep: dict[None, None] = {}  # not empty: the gate is to be opened, by one
         self._keys: dict[Run, int] = {}
         self._lane = here()
 
@@ -51,13 +51,10 @@ class Arrivals(Closing, Generic[K]):
 
     def arrive(self, key: K) -> None:
         """A task has ended. Any thread says so, more than once perhaps."""
-        self._ended.append(key)
-        if self._asleep:  # looked at after it can be found: who falls asleep does the reverse
+        self.ended.append(key)
+        # Looked at after it can be found: who falls asleep does the reverse.
+        if self._asleep and self._asleep.pop(None, self) is None:
             self._gate.open()
-
-    def ready(self) -> bool:
-        """Whether one can be taken without waiting."""
-        return bool(self._ended)
 
     def take(self) -> K | None:
         """
@@ -67,26 +64,29 @@ class Arrivals(Closing, Generic[K]):
             Cancelled: If the caller's own current token is set before.
             RuntimeError: If tasks would wait for each other in a circle.
         """
-        while self.left:
-            while self._ended:
-                key = self._ended.popleft()
-                if self.left.pop(key, key) is None:
-                    return key
-            self._wait()
+        left, ended = self.left, self.ended
+        while left:
+            if not ended:
+                self._wait()
+            key = ended.popleft()
+            if left.pop(key, key) is None:
+                return key
         return None
 
     def _wait(self) -> None:
         token = _scope.current_token()
         key = token._add_sleeper(self._gate)
-        self._asleep[None] = None
         try:
-            while not self._ended:
+            while True:
+                self._asleep[None] = None
+                if self.ended:
+                    return
                 token.check()
                 if self._lane is None:
                     self._gate.wait()
                 else:
                     self._wait_in(self._lane)
-                if not self._ended:  # a token was set, perhaps
+                if not self.ended:  # a token was set, perhaps
                     self.look()
         finally:
             self._asleep.clear()
@@ -96,7 +96,7 @@ class Arrivals(Closing, Generic[K]):
         """Note what has ended, and what has ended with its group's token: nobody tells."""
         for key in self.left:
             if self.task(key).done():
-                self._ended.append(key)
+                self.ended.append(key)
 
     def _wait_in(self, lane: Lane) -> None:
         """As a worker waits: it runs what may get no other, or sleeps."""

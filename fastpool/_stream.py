@@ -265,34 +265,30 @@ def as_completed(source: Source[Any, R]) -> Generator[R, None, None]:
     taken = 0
     chunk: Items | None = None
     arrivals = _Arrivals(source)
-    left = arrivals.left
+    left, ended = arrivals.left, arrivals.ended
     try:
         with arrivals:
             while True:
-                if not (queue and len(left) > few and arrivals.ready()):
-                    while len(left) < window and arrivals.read() and not arrivals.ready():
+                # While there is work for the workers, what there is comes first.
+                if not (queue and len(left) > few and ended):
+                    while len(left) < window and arrivals.read() and not ended:
                         pass
                 number = arrivals.take()
                 if number is None:
                     return
-                chunk = chunks[number // CHUNK]
-                if chunk.states[number % CHUNK] != VALUE:
+                chunk, index = chunks[number // CHUNK], number % CHUNK
+                if chunk.states[index] != VALUE:
                     source.meet(number, (number, *left))
-                yield _take(chunk, number % CHUNK)
+                yield _take(chunk, index)
                 taken += 1
-                if taken % CHUNK == 0:
+                if not taken % CHUNK:
                     arrivals.forget()
     finally:
         try:
             source.close(left)
         finally:
-            del (
-                source,
-                chunks,
-                chunk,
-                arrivals,
-                left,
-            )  # what is raised holds this frame in its traceback
+            # What is raised holds this frame in its traceback.
+            del source, chunks, chunk, arrivals, left, ended, queue
 
 
 class _Arrivals(Arrivals[int]):
@@ -311,11 +307,10 @@ class _Arrivals(Arrivals[int]):
 
     def read(self) -> bool:
         """As `Source.read`."""
-        source = self._source
+        source, left = self._source, self.left
         before = source.count
-        more = source.read(len(self.left))
-        for number in range(before, source.count):
-            self.left[number] = None
+        more = source.read(len(left))
+        left.update(dict.fromkeys(range(before, source.count)))
         return more
 
     def forget(self) -> None:

@@ -12,7 +12,8 @@ from typing import Any, ParamSpec, TypeVar
 
 from fastpool._callbacks import Callback
 from fastpool._scope import current_token
-from fastpool._task import NOTHING, Task, label
+from fastpool._submitter import Submitter
+from fastpool._task import Options, Task, label
 from fastpool._taskgroup import TaskGroup
 from fastpool.exceptions import Cancelled, GroupClosedError, TaskCancelledError, describe
 
@@ -21,6 +22,7 @@ __all__ = ["GroupExecutor"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
+WHY = "its future was cancelled"
 WAKING = 50  # milliseconds that a worker may take to come
 
 
@@ -78,14 +80,12 @@ class GroupExecutor(Executor):
             RuntimeError: After `shutdown()`, if the group was cancelled, or if its block has not
                 been entered or has ended. Never `Cancelled`.
         """
-        future: Future[T] = Future()
-        work = _Work(future, fn, args, kwargs, self._fail_fast)
-        future.add_done_callback(functools.partial(_done, self._pending, work))
+        future: _Call[T] = _Call(self._pending, fn, args, kwargs, self._fail_fast)
         self._pending[future] = None  # and look then: `shutdown` does the reverse
         try:
             if self._closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            task = self._group.submit(work)
+            task = Submitter(self._group._run, Options(label(fn))).submit(_begin, future)
         except BaseException as error:
             self._pending.pop(future, None)
             if not isinstance(error, (Cancelled, GroupClosedError)):
@@ -94,7 +94,7 @@ class GroupExecutor(Executor):
             raise RuntimeError(message) from error
         frame = sys._getframe(1)
         task._code, task._lasti = frame.f_code, frame.f_lasti
-        work.task = task
+        future.task = task
         return future
 
     def _what_ended(self, error: Cancelled | GroupClosedError) -> str:
@@ -133,80 +133,79 @@ class GroupExecutor(Executor):
             time.sleep(0.001)
 
 
-class _Work:
-    """One call, which brings its outcome to its future."""
-
-    __slots__ = ("__name__", "_args", "_claims", "_fail_fast", "_fn", "_future", "_kwargs", "task")
+class _Call(Future[T]):
+    """A future that knows its call."""
 
     def __init__(
         self,
-        future: Future[Any],
-        fn: Callable[..., Any],
+        pending: dict[Future[Any], None],
+        fn: Callable[..., T],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         fail_fast: bool,
     ) -> None:
-        self.__name__ = label(fn)
+        super().__init__()
         self.task: Task[None] | None = None
-        self._future: Future[Any] | None = future
-        self._fn: Callable[..., Any] | None = fn
-        self._args = args
-        self._kwargs = kwargs
+        self._pending = pending
+        self._call: tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]] | None
+        self._call = fn, args, kwargs
         self._fail_fast = fail_fast
-        self._claims: dict[None, object] = {}  # whether it runs; `setdefault` decides
+        self._claims: dict[None, object] = {}  # whether it begins; `setdefault` decides
 
-    def claim(self, mine: object) -> bool:
-        """Whether it is the caller who decides what becomes of it."""
-        return self._claims.setdefault(None, mine) is mine
+    def cancel(self) -> bool:
+        """As any future; its task goes with it."""
+        cancelled = super().cancel()
+        mine = object()
+        if cancelled and self._claims.setdefault(None, mine) is mine:
+            self.set_running_or_notify_cancel()  # or who waits for it would not be told
+            task = self.task
+            self._let_go()
+            if task is not None:
+                task.cancel(WHY)
+        return cancelled
 
-    def __call__(self) -> None:
-        future, fn, token = self._future, self._fn, current_token()
+    def begin(self) -> None:
+        """Make the call, and take note of what it comes to."""
+        call = self._call
         try:
+            # Who cancels it claims it first, and takes the call away then.
             if (
-                fn is not None  # else somebody has claimed and forgotten it
-                and future is not None
-                and self.claim(self)
-                and future.set_running_or_notify_cancel()
+                self._claims.setdefault(None, self) is not self
+                or call is None
+                or not self.set_running_or_notify_cancel()
             ):
-                self._run(future, fn)
-            else:
-                token.cancel("its future was cancelled")
+                token = current_token()
+                token.cancel(WHY)
                 token.check()
+                return
+            fn, args, kwargs = call
+            try:
+                value = fn(*args, **kwargs)
+            except BaseException as error:
+                if isinstance(error, Cancelled) and current_token().cancelled():
+                    self.set_exception(TaskCancelledError(current_token().reason))
+                    raise
+                self.set_exception(error)
+                if self._fail_fast:
+                    raise
+            else:
+                self.set_result(value)
         finally:
-            self.forget()
-            del self, future, fn  # what failed refers to this frame
+            self._let_go()
+            # What failed refers to this frame.
+            self = call = fn = args = kwargs = value = None  # type: ignore[assignment]
 
-    def _run(self, future: Future[Any], fn: Callable[..., Any]) -> None:
-        token = current_token()
-        try:
-            value = fn(*self._args, **self._kwargs)
-        except BaseException as error:
-            if isinstance(error, Cancelled) and token.cancelled():
-                future.set_exception(TaskCancelledError(token.reason))
-                raise
-            future.set_exception(error)
-            if self._fail_fast:
-                raise
-        else:
-            future.set_result(value)
-        finally:
-            del self, future, fn
-
-    def forget(self) -> None:
-        """Keep nothing of the call: its future refers to this."""
-        self._future = self._fn = self.task = None
-        self._args, self._kwargs = (), NOTHING
+    def _let_go(self) -> None:
+        """Keep nothing of the call."""
+        self._call = self.task = None
+        self._pending.pop(self, None)
 
 
-def _done(pending: dict[Future[Any], None], work: _Work, future: Future[Any]) -> None:
-    """A future has ended, perhaps because somebody cancelled it."""
-    pending.pop(future, None)
-    if future.cancelled() and work.claim(pending):
-        future.set_running_or_notify_cancel()  # or who waits for it would not be told
-        task = work.task
-        work.forget()
-        if task is not None:
-            task.cancel("its future was cancelled")
+def _begin(future: _Call[Any]) -> None:
+    try:
+        future.begin()
+    finally:
+        del future  # what failed refers to this frame
 
 
 def _cancel_all(pending: dict[Future[Any], None]) -> None:

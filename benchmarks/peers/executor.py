@@ -1,6 +1,8 @@
 """concurrent.futures.ThreadPoolExecutor."""
 
-from concurrent.futures import ThreadPoolExecutor
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 
 from benchmarks.jobs import Failing, clock, nothing
 
@@ -21,6 +23,34 @@ def map_all(tasks: int, workers: int) -> float:
         start = clock()
         list(executor.map(nothing, range(tasks)))
         return (clock() - start) / tasks
+
+
+def imap(tasks: int, workers: int, window: int) -> float:
+    """With a window where it can have one, from Python 3.14 on; else it reads to the end."""
+    options = {"buffersize": window} if sys.version_info >= (3, 14) else {}
+    with ThreadPoolExecutor(workers) as executor:
+        start = clock()
+        for _ in executor.map(nothing, range(tasks), **options):
+            pass
+        return (clock() - start) / tasks
+
+
+def bounded(tasks: int, workers: int, most: int) -> float:
+    """With a semaphore, as one writes it."""
+    room = threading.BoundedSemaphore(workers + most)
+    with ThreadPoolExecutor(workers) as executor:
+        start = clock()
+        futures = []
+        for _ in range(tasks):
+            room.acquire()
+            future = executor.submit(nothing)
+            future.add_done_callback(lambda _: room.release())
+            futures.append(future)
+        wait(futures)
+        return (clock() - start) / tasks
+
+
+futures = submit
 
 
 def three(rounds: int) -> float:

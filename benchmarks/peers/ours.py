@@ -2,6 +2,7 @@
 
 from benchmarks.jobs import Failing, clock, nothing
 from fastpool import TaskGroup, sleep
+from fastpool.futures import GroupExecutor
 
 NAME = "fastpool"
 
@@ -19,6 +20,41 @@ def map_all(tasks: int, workers: int) -> float:
     with TaskGroup(workers) as group:
         start = clock()
         group.map(nothing, range(tasks)).results()
+        return (clock() - start) / tasks
+
+
+def imap(tasks: int, workers: int, window: int | None = None) -> float:
+    with TaskGroup(workers) as group:
+        start = clock()
+        for _ in group.imap(nothing, range(tasks), window=window):
+            pass
+        return (clock() - start) / tasks
+
+
+def imap_unordered(tasks: int, workers: int, window: int | None = None) -> float:
+    with TaskGroup(workers) as group:
+        start = clock()
+        for _ in group.imap_unordered(nothing, range(tasks), window=window):
+            pass
+        return (clock() - start) / tasks
+
+
+def bounded(tasks: int, workers: int, most: int) -> float:
+    with TaskGroup(workers, max_queued=most) as group:
+        start = clock()
+        for _ in range(tasks):
+            group.submit(nothing)
+        group.wait()
+        return (clock() - start) / tasks
+
+
+def futures(tasks: int, workers: int) -> float:
+    with TaskGroup(workers) as group:
+        executor = GroupExecutor(group)
+        start = clock()
+        handles = [executor.submit(nothing) for _ in range(tasks)]
+        for handle in handles:
+            handle.result()
         return (clock() - start) / tasks
 
 

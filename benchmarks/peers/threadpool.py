@@ -23,6 +23,23 @@ def map_all(tasks: int, workers: int) -> float:
         return (clock() - start) / tasks
 
 
+def imap(tasks: int, workers: int) -> float:
+    """It has no window: it reads its input to the end."""
+    with ThreadPool(workers) as pool:
+        start = clock()
+        for _ in pool.imap(nothing, range(tasks)):
+            pass
+        return (clock() - start) / tasks
+
+
+def imap_unordered(tasks: int, workers: int) -> float:
+    with ThreadPool(workers) as pool:
+        start = clock()
+        for _ in pool.imap_unordered(nothing, range(tasks)):
+            pass
+        return (clock() - start) / tasks
+
+
 def three(rounds: int) -> float:
     start = clock()
     for _ in range(rounds):
