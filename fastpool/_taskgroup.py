@@ -642,7 +642,7 @@ class TaskGroup(Submitter):
         others: list[Failure] = []
         # The policy may have put them together: each bears its own note then.
         inside = leaving.exceptions if is_a(leaving, BaseExceptionGroup) else ()
-        collected = set(map(id, inside))
+        collected = {id(error) for error in inside}
         for failure in self._failures:
             task, error = failure.task, failure.exception
             if error is not leaving and id(error) not in collected:
