@@ -67,13 +67,16 @@ class Arrivals(Closing, Generic[K]):
         left, ended = self.left, self.ended
         while left:
             if not ended:
-                self._wait()
+                self.wait()
             key = ended.popleft()
             if left.pop(key, key) is None:
                 return key
         return None
 
-    def _wait(self) -> None:
+    def wait(self) -> None:
+        """Wait until something has ended, unless nothing is left."""
+        if not self.left:
+            return
         token = _scope.current_token()
         key = token._add_sleeper(self._gate)
         try:

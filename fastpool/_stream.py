@@ -48,6 +48,7 @@ class Source(Generic[T, R]):
         "chunks",
         "count",
         "listener",
+        "more",
         "run",
         "window",
     )
@@ -67,6 +68,7 @@ class Source(Generic[T, R]):
         self.listener: Callable[[int], object] | None = None
         self._fn = fn
         self._begin: Callable[[], Iterator[T]] | None = functools.partial(iter, items)
+        self.more = True  # whether there may be more items
         self._iterator: Iterator[T] | None = None
         self._is_prompt = _input.is_prompt(items)
         self._stretch: Stretch | None = None
@@ -94,7 +96,7 @@ class Source(Generic[T, R]):
             BaseException: What the input raises; it is recorded as a failure of the group.
         """
         run = self.run
-        if self._begin is None:
+        if not self.more:
             return False
         if (
             run.closed is not None or run.disturbed or run.token._reason is not None
@@ -111,11 +113,11 @@ class Source(Generic[T, R]):
                 iterator = self._open_input()
             item = _input.read_one(iterator)
         except StopIteration:
-            self._begin = None
+            self.more = False
             run.give_room(1)
             return False
         except BaseException as error:
-            self._begin = None
+            self.more = False
             run.token._report(error)
             raise
         if (
@@ -139,11 +141,11 @@ class Source(Generic[T, R]):
                 iterator = self._open_input()
             items = _input.read(iterator, most)
         except BaseException as error:  # a dictionary that has changed, say
-            self._begin = None
+            self.more = False
             run.token._report(error)
             raise
         if len(items) < most:
-            self._begin = None
+            self.more = False
             run.give_room(most - len(items))
         if not items:
             return False
@@ -213,6 +215,7 @@ class Source(Generic[T, R]):
         for number in left:
             self.task(number).cancel("its iterator was closed")
         iterator = self._iterator
+        self.more = False
         self._begin = self._iterator = self._stretch = self.listener = None
         self.chunks.clear()  # they lead back here, if somebody listens
         if isinstance(iterator, Generator):
@@ -230,7 +233,7 @@ def in_order(source: Source[Any, R]) -> Generator[R, None, None]:
             ahead = source.count - taken
             ready = chunk is not None and ahead > few and chunk.states[index] == VALUE
             # While there is work for the workers, what there is comes first.
-            if not ready or not queue:
+            if source.more and not (ready and queue):
                 while ahead < window and source.read(ahead):
                     ahead = source.count - taken
                     if chunk is None:
@@ -262,33 +265,37 @@ def as_completed(source: Source[Any, R]) -> Generator[R, None, None]:
     """The values as they come."""
     chunks, window, queue = source.chunks, source.window, source.run.queue
     few = window // 2
-    taken = 0
     chunk: Items | None = None
+    left_in: dict[Items, int] = {}  # how many of a chunk have not been taken, those to come too
     arrivals = _Arrivals(source)
     left, ended = arrivals.left, arrivals.ended
     try:
         with arrivals:
             while True:
                 # While there is work for the workers, what there is comes first.
-                if not (queue and len(left) > few and ended):
+                if source.more and not (queue and len(left) > few and ended):
                     while len(left) < window and arrivals.read() and not ended:
                         pass
-                number = arrivals.take()
-                if number is None:
+                if not ended:
+                    arrivals.wait()
+                if not left:
                     return
+                number = ended.popleft()
+                if left.pop(number, number) is not None:
+                    continue
                 chunk, index = chunks[number // CHUNK], number % CHUNK
                 if chunk.states[index] != VALUE:
                     source.meet(number, (number, *left))
+                left_in[chunk] = rest = left_in.get(chunk, CHUNK) - 1
+                if not rest:
+                    del chunks[number // CHUNK], left_in[chunk]
                 yield _take(chunk, index)
-                taken += 1
-                if not taken % CHUNK:
-                    arrivals.forget()
     finally:
         try:
             source.close(left)
         finally:
             # What is raised holds this frame in its traceback.
-            del source, chunks, chunk, arrivals, left, ended, queue
+            del source, chunks, chunk, left_in, arrivals, left, ended, queue
 
 
 class _Arrivals(Arrivals[int]):
@@ -312,13 +319,6 @@ class _Arrivals(Arrivals[int]):
         more = source.read(len(left))
         left.update(dict.fromkeys(range(before, source.count)))
         return more
-
-    def forget(self) -> None:
-        """Let go of the chunks of which all values have been taken."""
-        source = self._source
-        needed = {number // CHUNK for number in (*self.left, source.count)}
-        for key in source.chunks.keys() - needed:
-            del source.chunks[key]
 
 
 def _take(chunk: Items, index: int) -> Any:
