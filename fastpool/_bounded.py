@@ -29,7 +29,7 @@ class BoundedQueue(deque[T]):
         self.limit = limit
         self._fresh = itertools.count()
         self._freed: deque[None] = deque()
-        self._overdrawn: deque[None] = deque()  # for each call that was let in without room
+        self._overdrawn: deque[None] = deque()  # for each that is in without room
         self.waiting: dict[Gate, None] = {}  # where a submitter sleeps, the first to come first
 
     def take_room(self) -> bool:
@@ -52,6 +52,12 @@ class BoundedQueue(deque[T]):
         except IndexError:
             self._freed.append(None)
             self.wake()
+
+    def lend_room(self) -> None:
+        """Give room back for what stays in the queue and will never run."""
+        self._overdrawn.append(None)
+        self._freed.append(None)
+        self.wake()
 
     def wake(self) -> None:
         """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Generator, Iterator
+from typing import Any, TypeGuard, TypeVar
 
 from fastpool import _marks
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 _PROMPT = frozenset({list, tuple, range, str, bytes, set, frozenset, dict, deque})
 
 
-def is_prompt(items: object) -> bool:
+def is_prompt(items: object) -> TypeGuard[Collection[Any]]:
     """Whether something can be read to its end without anybody's code, and without waiting."""
     return type(items) in _PROMPT
 

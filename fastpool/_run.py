@@ -24,6 +24,7 @@ from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
     PENDING,
+    Call,
     Failure,
     Task,
     call,
@@ -239,6 +240,19 @@ class Run(Ledger):
                 place = None if entry is None else entry.place
         return False
 
+    def submit_when_room(self, task: Task[Any], fn: object) -> None:
+        """Queue a task as soon as there is room for it; the group does not end before."""
+        with self.kept_open() as is_open:
+            if not is_open:
+                raise self.closed_error(fn, ENDED)
+            self.room(fn)
+            if self.observers:
+                self.submit_observed((task,), task, fn)
+                return
+            self.queue.append(task)
+            if self.want_lane():
+                self.call_for((task,), task)
+
     def _wait_for_room(self, queue: BoundedQueue[Any], fn: object) -> None:
         token = _scope.current_token()
         lane = here()
@@ -251,10 +265,12 @@ class Run(Ledger):
             with self.kept_open() as is_open:
                 if not is_open:
                     raise self.closed_error(fn, ENDED)
-                while not queue.take_room():  # said first and looked at then
+                while True:  # said first and looked at then
                     token.check()
-                    self.check_open(fn)
-                    self._sleep_for_room(gate, lane)
+                    self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
+                    if queue.take_room():
+                        return
+                    self._sleep_for_room(queue, gate, lane)
         finally:
             self.helpers.pop(gate, None)
             queue.waiting.pop(gate, None)
@@ -262,13 +278,19 @@ class Run(Ledger):
             for heard, key in keys:
                 heard._remove(key)
 
-    def _sleep_for_room(self, gate: Gate, lane: Lane | None) -> None:
+    def _sleep_for_room(self, queue: BoundedQueue[Any], gate: Gate, lane: Lane | None) -> None:
         if lane is None:
             gate.wait()
             return
         # On the same pool a worker can make room itself; on another it can help who will.
+        # Meanwhile it does not hear of room, so others do: what it runs may wait for them.
+        queue.waiting.pop(gate, None)
+        queue.wake()
         in_hand = AnyOf(self.in_hand())
-        if self.help_leave(lane, most=1) or help_along(lane, *in_hand):
+        helped = self.help_leave(lane, most=1) or help_along(lane, *in_hand)
+        queue.waiting[gate] = None
+        queue.wake()
+        if helped:
             return
         with waiting(lane, in_hand):
             refuse_circle_of_all(lane, in_hand)
@@ -357,7 +379,7 @@ class Run(Ledger):
         except NO_LANE as error:
             if self.lanes:
                 return  # it goes on with those that it has
-            withdrawn = [self.withdraw(task, error) for task in tasks]
+            withdrawn = [super(Run, self).withdraw(task, error) for task in tasks]
             for _ in filter(None, withdrawn):
                 with contextlib.suppress(ValueError, IndexError):
                     self.queue.remove(entry)
@@ -392,11 +414,14 @@ class Run(Ledger):
         raise self.closed_error(fn, f"it was cancelled: {describe(reason)}", reason)
 
     def withdraw(self, task: Task[Any], reason: object) -> bool:
-        """As a ledger does it. What never runs makes room, unless it is one of a stretch."""
+        """As a ledger does it. What never runs makes room."""
         won = super().withdraw(task, reason)
         if won and self.bounded is not None and not self.stopping():
-            with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
-                self.queue.remove(task)
+            if isinstance(task, Call):
+                with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
+                    self.queue.remove(task)
+            else:
+                self.bounded.lend_room()  # until a lane comes to its place among those of its map
         return won
 
     # --- Slots and lanes ------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from types import FrameType, FunctionType
 from typing import Any, ParamSpec, TypeVar, TypeVarTuple, overload
@@ -74,8 +74,6 @@ class Submitter:
         run = self._run
         if run.closed is not None or run.disturbed or run.token._reason is not None:
             run.check_open(fn)
-        if run.bounded is not None:
-            run.room(fn)
         options = self._options
         task: Call[R]
         if kwargs or options is not PLAIN:
@@ -97,6 +95,9 @@ class Submitter:
         task._lane = None
         task._state = PENDING
         task._own = None
+        if run.bounded is not None and not run.bounded.take_room():
+            run.submit_when_room(task, fn)
+            return task
         if run.observers:
             run.submit_observed((task,), task, fn)
             return task
@@ -184,10 +185,11 @@ class Submitter:
             raise TypeError(f"map() wants an iterable for each argument of {label(fn)}()")
         for items in iterables:
             _input.refuse_no_iterable("map", items)
-        prompt = all(_input.is_prompt(items) for items in iterables)
+        prompt = [items for items in iterables if _input.is_prompt(items)]
+        sized = prompt if len(prompt) == len(iterables) else None
         if len(iterables) == 1:
-            return self._submit_all(fn, functools.partial(iter, iterables[0]), prompt, frame)
-        return self._submit_all(fn, functools.partial(zip, *iterables), prompt, frame, unpack=True)
+            return self._submit_all(fn, functools.partial(iter, iterables[0]), sized, frame)
+        return self._submit_all(fn, functools.partial(zip, *iterables), sized, frame, unpack=True)
 
     def starmap(self, fn: Callable[[*Ts], R], items: Iterable[tuple[*Ts]], /) -> Batch[R]:
         """
@@ -209,16 +211,18 @@ class Submitter:
         refuse(fn, "starmap")
         _input.refuse_no_iterable("starmap", items)
         # Items of other kinds run their own code when they are read.
-        prompt = type(items) in (list, tuple) and all(type(item) is tuple for item in items)
+        sized = None
+        if isinstance(items, (list, tuple)) and _input.is_prompt(items):
+            sized = [items] if all(type(item) is tuple for item in items) else None
         return self._submit_all(
-            fn, functools.partial(map, _arguments(fn), items), prompt, sys._getframe(1), unpack=True
+            fn, functools.partial(map, _arguments(fn), items), sized, sys._getframe(1), unpack=True
         )
 
     def _submit_all(
         self,
         fn: Callable[..., R],
         begin: Callable[[], Iterator[Any]],
-        prompt: bool,
+        sized: Sequence[Collection[Any]] | None,
         frame: FrameType,
         *,
         unpack: bool = False,
@@ -229,12 +233,13 @@ class Submitter:
         Args:
             fn: The function.
             begin: Begins to iterate.
-            prompt: Whether that runs nobody's code and waits for nothing, so that many items
-                can be taken at once.
+            sized: What it reads, if that runs nobody's code and waits for nothing, so that many
+                items can be taken at once.
             frame: Where the call stands that the handles name.
             unpack: Whether an item is a tuple of arguments.
         """
         run = self._run
+        prompt = sized is not None
         run.check_open(fn)
         items = Items(run, fn, self._options, frame.f_code, frame.f_lasti)
         if self._options.timeout is not None:
@@ -245,6 +250,8 @@ class Submitter:
         size = most = 1  # so that the first one begins at once
         while True:
             if run.bounded is not None:
+                if sized is not None and len(items) >= min(map(len, sized)):
+                    return Batch(items)  # or it would wait for room that nothing needs
                 most = run.room(fn, size)
             try:
                 if iterator is None:

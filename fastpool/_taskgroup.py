@@ -707,7 +707,9 @@ def _end(judge: Judge, failures: tuple[Failure, ...]) -> BaseException | None:
 
 def _judge(policy: Policy) -> Judge:
     judge = _start(policy)
-    if type(judge) is not FirstFailure and not isinstance(judge, Judge):
+    if type(judge) is not FirstFailure and (
+        isinstance(judge, type) or not isinstance(judge, Judge)
+    ):
         raise TypeError(
             f"{policy!r}.start() must give a judge, with outcome() and end(), not {judge!r}"
         )

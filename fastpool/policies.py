@@ -138,7 +138,8 @@ class FirstValue:
 
     def outcome(self, task: Task[Any], error: BaseException | None) -> bool:
         """Any value is enough."""
-        if error is None:
+        # One that comes after the group was cancelled by others has won nothing.
+        if error is None and not task._run.stopping():
             self._won = True
         return error is None
 
@@ -154,7 +155,7 @@ def _collect(failures: Sequence[Failure]) -> BaseException | None:
     errors = [failure.exception for failure in failures]
     if not errors:
         return None
-    if len(errors) == 1 and isinstance(errors[0], GeneratorExit):
+    if len(errors) == 1 and failures[0].task is None and isinstance(errors[0], GeneratorExit):
         return errors[0]  # a generator that is closed in the block lets nothing else pass
     how_many = f"{len(errors)} failure{'s' if len(errors) > 1 else ''}"
     return BaseExceptionGroup(how_many, errors)  # of exceptions alone it is an `ExceptionGroup`
