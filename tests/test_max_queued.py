@@ -429,21 +429,32 @@ def test_what_a_task_took_beyond_the_cap_is_given_back_first(workers, watched):
     """
     Others wait until no more are queued than the cap again.
     """
+    begun, go, holding, release = (threading.Event() for _ in range(4))
+
+    def submits_when_told():
+        begun.set()
+        go.wait(timeout=30)
+        submits_itself(group)
+
+    def holds():
+        holding.set()
+        release.wait(timeout=30)
+
     with TaskGroup(**workers(1), max_queued=2) as group:
-        go = threading.Event()
-        held = Held(group)
-        parent = group.submit(submits_itself, group)
-        group.submit(go.wait, 30)
+        group.submit(submits_when_told)
+        assert begun.wait(timeout=30)
+        group.submit(holds)
+        group.submit(abs, 1)
         late = blocked(group.submit, abs, 1)
         full = waiting(group)
-        held.release.set()
-        assert parent.wait(timeout=30)
-        until(lambda: waiting(group) == 10)
-        asleep = is_asleep(late[0])
         go.set()
+        assert holding.wait(timeout=30)
+        overfull = waiting(group)
+        asleep = is_asleep(late[0])
+        release.set()
         ended(*late)
 
-    assert full == 2
+    assert (full, overfull) == (2, 11)
     assert asleep
 
 
