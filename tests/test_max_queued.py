@@ -489,19 +489,21 @@ def test_worker_that_runs_something_meanwhile_holds_no_wake_up_back(make_pool, w
     What it runs may wait for the call of the next one in the line.
     """
     pool = make_pool(2)
-    begun, happened = threading.Event(), threading.Event()
+    full, begun, happened = (threading.Event() for _ in range(3))
 
     def waits_for_the_last():
         begun.set()
         return happened.wait(timeout=30)
 
     def submits():
+        full.wait(timeout=30)
         group.submit(abs, 1)
 
     with TaskGroup(pool=pool) as other, TaskGroup(pool=pool, max_queued=1) as group:
         held = Held(group)
+        until(other.submit(submits).running)
         waits = group.submit(waits_for_the_last)
-        other.submit(submits)  # its worker makes room, and is at that task then
+        full.set()  # the other group's worker makes room, and is at that task then
         assert begun.wait(timeout=30)
         group.submit(abs, 1)
         last = blocked(group.submit, happened.set)
