@@ -23,6 +23,7 @@ from fastpool import (
     CancelToken,
     GroupClosedError,
     TaskGroup,
+    _run,
     current_token,
     shield,
     use_token,
@@ -511,6 +512,25 @@ def test_worker_that_runs_something_meanwhile_holds_no_wake_up_back(make_pool, w
         ended(*last)
 
     assert waits.result() is True
+
+
+def test_room_that_comes_while_a_worker_looks_what_to_run_is_seen(monkeypatch):
+    """
+    It stands in no line then, and finds nothing to run, either.
+    """
+
+    def finds_nothing(lane, *tasks):
+        held.release.set()
+        until(lambda: not waiting(group))
+        return False
+
+    with TaskGroup(1) as other, TaskGroup(1, max_queued=1) as group:
+        held = Held(group)
+        group.submit(abs, 1)
+        monkeypatch.setattr(_run, "help_along", finds_nothing)
+        task = other.submit(group.submit, abs, -3)
+
+    assert task.result().result() == 3
 
 
 def test_groups_that_feed_each_other_go_on(make_pool):
