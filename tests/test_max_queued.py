@@ -529,6 +529,7 @@ def test_room_that_comes_while_a_worker_looks_what_to_run_is_seen(monkeypatch):
         group.submit(abs, 1)
         monkeypatch.setattr(_run, "help_along", finds_nothing)
         task = other.submit(group.submit, abs, -3)
+        assert task.wait(timeout=30)
 
     assert task.result().result() == 3
 

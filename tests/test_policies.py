@@ -166,8 +166,7 @@ def test_judge_hears_values_and_failures_and_not_the_cancelled(policy):
 
     def body(group):
         started_sleeper(group)
-        queued = group.submit(abs, 1)
-        assert queued.cancel()
+        assert started_sleeper(group).cancel()
         bad = group.submit(fail, error)
         with shield():
             bad.wait(timeout=30)
@@ -175,7 +174,7 @@ def test_judge_hears_values_and_failures_and_not_the_cancelled(policy):
         group.cancel()
 
     tasks = []
-    leaving = left_by(TaskGroup(2, policy=recorded), lambda group: body(group))
+    leaving = left_by(TaskGroup(3, policy=recorded), body)
 
     (judge,) = recorded.judges
     assert judge.told == [(tasks[0], error)]
