@@ -524,12 +524,11 @@ def test_room_that_comes_while_a_worker_looks_what_to_run_is_seen(monkeypatch):
         until(lambda: not waiting(group))
         return False
 
-    with TaskGroup(1) as other, TaskGroup(1, max_queued=1) as group:
+    with TaskGroup(1, max_queued=1) as group, TaskGroup(1) as other:
         held = Held(group)
         group.submit(abs, 1)
         monkeypatch.setattr(_run, "help_along", finds_nothing)
         task = other.submit(group.submit, abs, -3)
-        assert task.wait(timeout=30)
 
     assert task.result().result() == 3
 
