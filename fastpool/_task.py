@@ -339,6 +339,10 @@ class Task(Generic[R_co]):
             return error  # type: ignore[no-any-return]
         self._run.catch_up()
         _scope.checkpoint()
+        return self._cancelled()
+
+    def _cancelled(self) -> TaskCancelledError:
+        """What is raised for a task that was cancelled, to those who were not."""
         reason = self._reason
         cancelled = TaskCancelledError(
             reason,

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import sys
 import time
-from collections.abc import Callable
-from concurrent.futures import Executor, Future
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future, InvalidStateError
 from typing import Any, ParamSpec, TypeVar
 
-from fastpool._callbacks import Callback
-from fastpool._scope import current_token
+from fastpool import _marks, _taskgroup
+from fastpool._callbacks import Callback, Registration
+from fastpool._errors import is_a
+from fastpool._scope import current_place, current_token, use_token
 from fastpool._submitter import Submitter
-from fastpool._task import Options, Task, label
+from fastpool._task import ERROR, Options, Task, label
 from fastpool._taskgroup import TaskGroup
-from fastpool.exceptions import Cancelled, GroupClosedError, TaskCancelledError, describe
+from fastpool._token import CancelToken
+from fastpool._unraisable import unraisable
+from fastpool._waiting import wait_for_all
+from fastpool.exceptions import Cancelled, GroupClosedError, describe
 
 __all__ = ["GroupExecutor"]
 
@@ -52,11 +56,9 @@ class GroupExecutor(Executor):
             raise TypeError(f"GroupExecutor() wants a TaskGroup, not {group!r}")
         self._group = group
         self._fail_fast = fail_fast
-        self._closed = False
-        self._pending: dict[Future[Any], None] = {}  # what has not ended
+        self._calls = calls = _Calls()
         # In a helper, since it takes the locks of the futures, and calls anybody's callbacks.
-        cancel = functools.partial(_cancel_all, self._pending)
-        self._hearing = group.token._register(Callback(cancel, slow=True))
+        calls.hearing = group.token._register(Callback(calls.cancel, slow=True))
 
     @property
     def _max_workers(self) -> int:
@@ -80,28 +82,34 @@ class GroupExecutor(Executor):
             RuntimeError: After `shutdown()`, if the group was cancelled, or if its block has not
                 been entered or has ended. Never `Cancelled`.
         """
-        future: _Call[T] = _Call(self._pending, fn, args, kwargs, self._fail_fast)
-        self._pending[future] = None  # and look then: `shutdown` does the reverse
+        calls = self._calls
+        future: _Call[T] = _Call(calls, fn, args, kwargs, self._fail_fast)
+        calls[future] = None  # and look then: `shutdown` does the reverse
         try:
-            if self._closed:
+            if calls.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
             task = Submitter(self._group._run, Options(label(fn))).submit(_begin, future)
         except BaseException as error:
-            self._pending.pop(future, None)
+            future.cancel()  # `shutdown` may wait for it already
             if not isinstance(error, (Cancelled, GroupClosedError)):
                 raise
             message = f"cannot schedule new futures after {self._what_ended(error)}"
             raise RuntimeError(message) from error
         frame = sys._getframe(1)
+        while frame.f_globals is Executor.submit.__globals__ and frame.f_back is not None:
+            frame = frame.f_back  # whoever called `Executor.map`
         task._code, task._lasti = frame.f_code, frame.f_lasti
-        future.task = task
+        if not future.done():
+            future.task = task
         return future
 
     def _what_ended(self, error: Cancelled | GroupClosedError) -> str:
         group = self._group
         if group.token.cancelled():
             return f"group {group.name!r} was cancelled: {describe(group.token.reason)}"
-        return f"shutdown: {error}"
+        if isinstance(error, Cancelled):
+            return f"the caller was cancelled: {error}"
+        return f"{'interpreter ' if _taskgroup._exiting else ''}shutdown: {error}"
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """
@@ -111,14 +119,23 @@ class GroupExecutor(Executor):
             wait: Whether to wait for the futures that have not ended.
             cancel_futures: Whether to cancel those that have not begun.
         """
-        self._closed = True
+        calls = self._calls
+        calls.close()
         if cancel_futures:
             self._let_woken_begin()
-            _cancel_all(self._pending)
+            calls.cancel()
         if wait:
-            concurrent.futures.wait(self._pending.copy())
-        if not self._pending:
-            self._hearing.unregister()
+            # It ends as they do, and not before, whoever is cancelled. A worker that waits here
+            # runs what has not begun; or is told that it would wait for itself.
+            with use_token(CancelToken.NEVER):
+                wait_for_all(calls.tasks()[::-1], None)
+            _wait(calls.copy())
+
+    def __del__(self) -> None:
+        """Nobody submits any more. This takes no lock, as it may run in the middle of anything."""
+        calls: _Calls | None = getattr(self, "_calls", None)  # None if `__init__` has refused
+        if calls is not None:
+            calls.close()
 
     def _let_woken_begin(self) -> None:
         """
@@ -133,12 +150,45 @@ class GroupExecutor(Executor):
             time.sleep(0.001)
 
 
+class _Calls(dict["_Call[Any]", None]):
+    """The calls of one executor that have not ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closed = False  # set first; who has added a call looks at it then
+        self.hearing: Registration | None = None  # of the group's token
+
+    def close(self) -> None:
+        """There will be no more."""
+        self.closed = True
+        self._look()
+
+    def ended(self, call: _Call[Any]) -> None:
+        """One of them has ended."""
+        self.pop(call, None)
+        self._look()
+
+    def _look(self) -> None:
+        if self.closed and not self and self.hearing is not None:
+            self.hearing.unregister()
+
+    def tasks(self) -> list[Task[None]]:
+        """Their tasks, of those that have one."""
+        return [task for call in self.copy() if (task := call.task) is not None]
+
+    def cancel(self) -> None:
+        """Cancel what has not begun, and have an eye on the rest."""
+        for call in self.copy():
+            if not _cancel(call):
+                call.watch()
+
+
 class _Call(Future[T]):
     """A future that knows its call."""
 
     def __init__(
         self,
-        pending: dict[Future[Any], None],
+        calls: _Calls,
         fn: Callable[..., T],
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -146,7 +196,7 @@ class _Call(Future[T]):
     ) -> None:
         super().__init__()
         self.task: Task[None] | None = None
-        self._pending = pending
+        self._calls = calls
         self._call: tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]] | None
         self._call = fn, args, kwargs
         self._fail_fast = fail_fast
@@ -154,15 +204,16 @@ class _Call(Future[T]):
 
     def cancel(self) -> bool:
         """As any future; its task goes with it."""
-        cancelled = super().cancel()
-        mine = object()
-        if cancelled and self._claims.setdefault(None, mine) is mine:
-            self.set_running_or_notify_cancel()  # or who waits for it would not be told
-            task = self.task
-            self._let_go()
-            if task is not None:
-                task.cancel(WHY)
-        return cancelled
+        try:
+            return super().cancel()
+        finally:  # whatever a callback has raised
+            mine = object()
+            if self.cancelled() and self._claims.setdefault(None, mine) is mine:
+                self.set_running_or_notify_cancel()  # or who waits for it would not be told
+                task = self.task
+                self._let_go()
+                if task is not None:
+                    task.cancel(WHY)
 
     def begin(self) -> None:
         """Make the call, and take note of what it comes to."""
@@ -176,29 +227,46 @@ class _Call(Future[T]):
             ):
                 token = current_token()
                 token.cancel(WHY)
+                self._let_go()
                 token.check()
                 return
+            self.task = current_place()  # type: ignore[assignment] # a task's function is called in it
             fn, args, kwargs = call
             try:
                 value = fn(*args, **kwargs)
             except BaseException as error:
-                if isinstance(error, Cancelled) and current_token().cancelled():
-                    self.set_exception(TaskCancelledError(current_token().reason))
+                if self._fail_fast or (is_a(error, Cancelled) and current_token().cancelled()):
+                    self.watch()  # the group is to know of it before those who wait for this
                     raise
-                self.set_exception(error)
-                if self._fail_fast:
-                    raise
+                _tell(self.set_exception, error)
             else:
-                self.set_result(value)
-        finally:
+                _tell(self.set_result, value)
             self._let_go()
+        finally:
+            self._call = None
             # What failed refers to this frame.
             self = call = fn = args = kwargs = value = None  # type: ignore[assignment]
+
+    def watch(self) -> None:
+        """Take note of what the task comes to; it may be abandoned while the call runs."""
+        task = self.task
+        if task is not None:
+            task._run.watch(task, self)
+            if task.done():  # looked at after
+                task._run.unwatch(task, self)
+                self.notify(task)
+
+    def notify(self, task: Task[Any]) -> None:
+        """The task has ended."""
+        if not self.done():
+            failed = task._state == ERROR
+            _tell(self.set_exception, task._value[0] if failed else task._cancelled())
+            self._let_go()
 
     def _let_go(self) -> None:
         """Keep nothing of the call."""
         self._call = self.task = None
-        self._pending.pop(self, None)
+        self._calls.ended(self)
 
 
 def _begin(future: _Call[Any]) -> None:
@@ -208,6 +276,29 @@ def _begin(future: _Call[Any]) -> None:
         del future  # what failed refers to this frame
 
 
-def _cancel_all(pending: dict[Future[Any], None]) -> None:
-    for future in pending.copy():
-        future.cancel()
+@_marks.swallows
+def _tell(tell: Callable[[Any], None], outcome: object) -> None:
+    """Tell a future what has become of it."""
+    try:
+        tell(outcome)
+    except InvalidStateError:
+        pass  # it knows already; this comes after the call was abandoned, or the other way round
+    except BaseException as error:  # a callback's; the standard library stops at an `Exception`
+        unraisable(error, tell)
+    finally:
+        del tell, outcome
+
+
+@_marks.swallows
+def _cancel(future: Future[Any]) -> bool:
+    """Cancel a future, whatever its callbacks raise; whether it is cancelled."""
+    try:
+        return future.cancel()
+    except BaseException as error:
+        unraisable(error, future.cancel)
+        return True
+
+
+@_marks.calls_out
+def _wait(futures: Iterable[Future[Any]]) -> None:
+    concurrent.futures.wait(futures)
