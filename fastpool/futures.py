@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 WHY = "its future was cancelled"
-WAKING = 50  # milliseconds that a worker may take to come
+WAKING = 100  # milliseconds that a worker may take to come
 
 
 class GroupExecutor(Executor):
@@ -88,7 +88,7 @@ class GroupExecutor(Executor):
         try:
             if calls.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            task = Submitter(self._group._run, Options(label(fn))).submit(_begin, future)
+            task = Submitter(self._group._run, Options(label(fn))).submit(_begin, [future])
         except BaseException as error:
             future.cancel()  # `shutdown` may wait for it already
             if not isinstance(error, (Cancelled, GroupClosedError)):
@@ -109,7 +109,8 @@ class GroupExecutor(Executor):
             return f"group {group.name!r} was cancelled: {describe(group.token.reason)}"
         if isinstance(error, Cancelled):
             return f"the caller was cancelled: {error}"
-        return f"{'interpreter ' if _taskgroup._exiting else ''}shutdown: {error}"
+        exiting = "interpreter " if _taskgroup._exiting else ""
+        return f"{exiting}shutdown: group {group.name!r}: {group._run.closed}"
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """
@@ -145,9 +146,20 @@ class GroupExecutor(Executor):
         it is submitted.
         """
         for _ in range(WAKING):
-            if not self._group._run.called:
+            if self._has_begun():
                 return
             time.sleep(0.001)
+
+    def _has_begun(self) -> bool:
+        """Whether a call has begun, or no worker is on its way to one."""
+        run, calls = self._group._run, self._calls.copy()
+        if run.stopping() or any(call.running() for call in calls):
+            return True
+        at_work = run.in_hand()
+        resting = len(run.idle) + len(run.recalled)
+        if resting + len(at_work) < len(run.lanes):
+            return False
+        return not any(call.task in at_work for call in calls)
 
 
 class _Calls(dict["_Call[Any]", None]):
@@ -218,10 +230,11 @@ class _Call(Future[T]):
     def begin(self) -> None:
         """Make the call, and take note of what it comes to."""
         call = self._call
+        mine = object()
         try:
             # Who cancels it claims it first, and takes the call away then.
             if (
-                self._claims.setdefault(None, self) is not self
+                self._claims.setdefault(None, mine) is not mine
                 or call is None
                 or not self.set_running_or_notify_cancel()
             ):
@@ -269,7 +282,8 @@ class _Call(Future[T]):
         self._calls.ended(self)
 
 
-def _begin(future: _Call[Any]) -> None:
+def _begin(box: list[_Call[Any]]) -> None:
+    future = box.pop()  # the arguments stay in a frame that what failed refers to
     try:
         future.begin()
     finally:
