@@ -3,10 +3,12 @@ What checkers make of groups: the token is gone, arguments are checked, results 
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future
 from typing import assert_type
 
 import fastpool
 from fastpool import Batch, CancelToken, Submitter, Task, TaskGroup, cancellable
+from fastpool.futures import GroupExecutor
 
 
 @cancellable
@@ -59,3 +61,21 @@ def returns_from_inside() -> list[bytes]:
     """The block is not taken for one that may swallow what leaves it."""
     with TaskGroup() as group:
         return group.map(fetch, ["u"]).results()
+
+
+def runs_calls_of_libraries(group: TaskGroup, urls: list[str]) -> None:
+    """An executor takes what the group takes, and gives the standard library's futures."""
+    executor = GroupExecutor(group, fail_fast=True)
+    any_executor: Executor = executor
+    assert_type(executor.submit(fetch, "u"), Future[bytes])
+    assert_type(executor.submit(fetch, "u", retries=1).result(), bytes)
+    assert_type(executor.submit(size, b"", 2.0), Future[int])
+    assert_type(executor.map(fetch, urls), Iterator[bytes])
+    assert_type(any_executor.submit(fetch, "u"), Future[bytes])
+
+    executor.submit(fetch)  # type: ignore[call-arg]
+    executor.submit(fetch, 404)  # type: ignore[arg-type]
+    executor.submit(fetch, "u", retry=1)  # type: ignore[call-arg]
+    executor.submit(404)  # type: ignore[arg-type]
+    GroupExecutor()  # type: ignore[call-arg]
+    GroupExecutor(urls)  # type: ignore[arg-type]
