@@ -4,14 +4,17 @@ The example programs, run as a user runs them.
 
 import hashlib
 import os
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+from staging import start as begin
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -126,6 +129,126 @@ def test_service_hashes_what_it_is_given_until_it_is_told_to_stop(tmp_path, told
         digest = hashlib.sha256(name.encode()).hexdigest()
         assert f"{digest} {name}\n".encode() in said
         assert (spool / f"{name}.done").read_bytes() == name.encode()
+
+
+# --- first_success.py -----------------------------------------------------------------------------
+
+
+def test_first_mirror_that_has_the_file_wins():
+    """
+    A slow one is cancelled, and one that fails stops nobody.
+    """
+    code, out, err = run("first_success.py")
+
+    assert (code, err) == (0, "")
+    assert b"  slow: cancelled\n" in out
+    assert b"  good: has it\n" in out
+    assert b"good was first, with 630 bytes\n" in out
+
+
+def test_every_failure_is_told_where_no_mirror_has_the_file():
+    """
+    That is no success.
+    """
+    code, out, err = run("first_success.py", "failing", "failing")
+
+    assert (code, err) == (1, "nobody has the file\n")
+    assert out.count(b"  failing: failed, HTTP Error 503") == 2
+    assert b"was first" not in out
+
+
+def test_mirror_that_there_is_not_is_refused():
+    """
+    The message says which there are.
+    """
+    code, out, err = run("first_success.py", "quick")
+
+    assert (code, out) == (2, b"")
+    assert "no mirror is 'quick'; choose from: slow, failing, good" in err
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+def test_ctrl_c_ends_requests_that_are_under_way():
+    """
+    Nobody waits for what is left of the minute.
+    """
+    with start("first_success.py", "slow", "slow") as process:
+        process.stdout.readline()
+        opened = Path(f"/proc/{process.pid}/fd")
+        # Two that listen, and both ends of two connections.
+        until(lambda: sum("socket:" in (target(link) or "") for link in opened.iterdir()) >= 6)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=50)
+
+    assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
+# --- error_budget.py ------------------------------------------------------------------------------
+
+
+def test_bad_records_within_the_budget_stop_nothing():
+    """
+    Each is named, and all the others are checked.
+    """
+    code, out, err = run("error_budget.py")
+
+    assert (code, out) == (1, b"994 records are good, 497350 in all\n")
+    assert err.splitlines() == [
+        f"error_budget: record {number} is bad: 'rubbish'" for number in range(150, 1000, 150)
+    ]
+
+
+def test_job_gives_up_when_its_budget_is_exceeded():
+    """
+    What comes after is not begun.
+    """
+    code, out, err = run("error_budget.py", "--budget", "3")
+
+    assert code == 2
+    assert 500 < int(out.split()[0]) < 900
+    assert err.splitlines()[:5] == [
+        "error_budget: gave up: more than 3 records are bad",
+        *(f"error_budget: record {number} is bad: 'rubbish'" for number in (150, 300, 450, 600)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "code", "said"),
+    [
+        (b'{"amount": 5}\n{"amount": 7}\n', 0, ""),
+        (b'{"amount": 5}\n{"amount": null}\n{"amount": 7}\n', 1, "record 2 is bad"),
+        (b'{"amount": 5}\n{"amount": 7}\n' + b"\xff\n", 2, "cannot read"),
+    ],
+)
+def test_records_are_read_from_a_file(tmp_path, content, code, said):
+    """
+    What the file itself fails with is not lost among the bad records.
+    """
+    (tmp_path / "records").write_bytes(content)
+
+    done = run("error_budget.py", tmp_path / "records")
+
+    assert done[0] == code
+    assert said in done[2]
+    assert "Traceback" not in done[2]
+
+
+def test_ctrl_c_says_how_far_the_records_have_come(tmp_path):
+    """
+    While it waits for more of them.
+    """
+    os.mkfifo(tmp_path / "records")
+    with (
+        start("error_budget.py", tmp_path / "records") as process,
+        open(tmp_path / "records", "wb", buffering=0) as records,
+    ):
+        records.write(b'{"amount": 5}\n')
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=50)
+
+    assert process.returncode == 130
+    assert out in (b"", b"0 records are good, 0 in all\n", b"1 records are good, 5 in all\n")
+    assert err == b"error_budget: interrupted\n"
 
 
 # --- checksums.py ---------------------------------------------------------------------------------
@@ -335,6 +458,114 @@ def test_unreadable_file_stops_everything(tree, tmp_path):
     assert printed[:2] == written[:2] == (2, b"")
     assert "plain': Input/output error" in printed[2]
     assert os.listdir(tmp_path) == ["tree"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="nothing that cannot be read")
+def test_keep_going_leaves_out_what_cannot_be_read(tree, tmp_path):
+    """
+    Every such file is named, the manifest has the others, and the exit code tells.
+    """
+    for name in ("plain", "sub/inner"):
+        (tree / name).unlink()
+        (tree / name).symlink_to("/proc/self/mem")
+
+    printed = checksums(tree, "--keep-going")
+    written = checksums(tree, "-k", "-o", tmp_path / "manifest")
+
+    assert printed[0] == written[0] == 2
+    assert printed[1] == (tmp_path / "manifest").read_bytes()
+    assert len(printed[1].splitlines()) == 6
+    assert b"plain" not in printed[1]
+    assert printed[2].splitlines() == [
+        f"checksums: cannot read {str(tree / 'plain')!r}: Input/output error",
+        f"checksums: cannot read {str(tree / 'sub/inner')!r}: Input/output error",
+        "checksums: the manifest lacks 2 that could not be read",
+    ]
+    assert checksums(tree, "--check", tmp_path / "manifest")[0] == 0
+
+
+def test_keep_going_names_every_mismatch(tree):
+    """
+    In a fixed order, with how many there are.
+    """
+    checksums(tree, "-o", tree / "manifest")
+    (tree / "with space").write_text("changed")
+    (tree / "plain").write_text("changed")
+    (tree / "sub/inner").unlink()
+
+    code, out, err = checksums(tree, "--check", tree / "manifest", "--keep-going")
+
+    lines = err.splitlines()
+    assert (code, out) == (1, b"")
+    assert lines[0].startswith("checksums: 'plain' differs: expected ")
+    assert lines[1] == "checksums: 'sub/inner' is missing"
+    assert lines[2].startswith("checksums: 'with space' differs: expected ")
+    assert lines[3:] == ["checksums: 3 of 8 are not as they should be"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="nothing that cannot be read")
+def test_keep_going_tells_by_its_exit_code_that_something_cannot_be_read(tree):
+    """
+    That is worse than a file that differs.
+    """
+    checksums(tree, "-o", tree / "manifest")
+    (tree / "plain").write_text("changed")
+    (tree / "with space").unlink()
+    (tree / "with space").symlink_to("/proc/self/mem")
+
+    code, _, err = checksums(tree, "--check", tree / "manifest", "-k")
+
+    assert code == 2
+    assert "2 of 8 are not as they should be" in err
+
+
+def test_keep_going_has_nothing_to_go_on_with_where_there_is_no_folder(tmp_path):
+    """
+    A manifest that was there stays as it is.
+    """
+    (tmp_path / "manifest").write_text("as it was")
+
+    code, out, err = checksums(tmp_path / "none", "-k", "-o", tmp_path / "manifest")
+
+    assert (code, out) == (2, b"")
+    assert f"cannot read {str(tmp_path / 'none')!r}: No such file" in err
+    assert (tmp_path / "manifest").read_text() == "as it was"
+
+
+@pytest.mark.parametrize("keep_going", [False, True])
+def test_tree_is_read_no_further_than_its_files_are_hashed(keep_going):
+    """
+    However many files there are, a hundred are known that wait to be hashed.
+    """
+    program = runpy.run_path(str(EXAMPLES / "checksums.py"))
+    hash_next = threading.Semaphore(0)
+    found, hashed = [], []
+
+    def find():
+        for number in range(300):
+            found.append(number)
+            yield number
+
+    def hash_one(number):
+        assert hash_next.acquire(timeout=30)
+        hashed.append(number)
+
+    thread, outcome = begin(program["for_each"], hash_one, find(), 2, keep_going)
+    most = []
+    for rounds in range(0, 150, 50):
+        # Two are at work, a hundred wait, and one has been read that there is no room for.
+        until(lambda rounds=rounds: len(found) >= rounds + 2 + program["AHEAD"])
+        most.append(len(found) - rounds)
+        for _ in range(50):
+            hash_next.release()
+        until(lambda rounds=rounds: len(hashed) == rounds + 50)
+    for _ in range(150):
+        hash_next.release()
+    thread.join(30)
+
+    assert max(most) <= 2 + program["AHEAD"] + 1
+    assert outcome == [[]]
+    assert sorted(hashed) == list(range(300))
 
 
 def test_what_is_no_file_is_left_out_with_a_note(tree):
