@@ -20,6 +20,7 @@ def test_snippets_run(page, tmp_path, monkeypatch):
     The blocks of a page run one after the other, in one namespace, in an empty folder.
     """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("tqdm.tqdm.monitor_interval", 0)  # or a thread would outlive the page
 
     run(page)
 
