@@ -146,6 +146,9 @@ class Items:
             states[index] = CANCELLED
         self.abandoned |= set(running)  # whose values may still be written
         self.states = states
+        if self.listener is not None:
+            for index in running:
+                self.listener(self.first + index)
 
 
 @final
