@@ -253,6 +253,8 @@ class Submitter:
                 if sized is not None and len(items) >= min(map(len, sized)):
                     return Batch(items)  # or it would wait for room that nothing needs
                 most = run.room(fn, size)
+                if not prompt:  # not kept meanwhile: the input may submit to the group
+                    run.give_room(most)
             try:
                 if iterator is None:
                     iterator = _input.begin(begin)
@@ -260,13 +262,15 @@ class Submitter:
             except BaseException as error:
                 run.token._report(error)
                 raise
-            if most > len(arguments):
+            if prompt and most > len(arguments):
                 run.give_room(most - len(arguments))
             if not arguments:
                 return Batch(items)
             if run.closed is not None or run.disturbed or run.token._reason is not None:
                 run.check_open(fn)
             if not prompt:
+                if run.bounded is not None:
+                    run.room(fn)
                 run.submit_one(stretch, arguments[0])
             else:
                 run.submit_more(stretch, arguments)
