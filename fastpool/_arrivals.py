@@ -28,15 +28,14 @@ class Arrivals(Closing, Generic[K]):
     A task goes by a key, which is in `left` until it has been taken.
     """
 
-    __slots__ = ("_asleep", "_gate", "_keys", "_lane", "ended", "left")
+    __slots__ = ("_ended", "_keys", "asleep", "gate", "left")
 
     def __init__(self) -> None:
         self.left: dict[K, None] = {}
-        self.ended: deque[K] = deque()  # some twice, perhaps
-        self._gate = Gate()
-        self._asleep: dict[None, None] = {}  # not empty: the gate is to be opened, by one
+        self._ended: deque[K] = deque()  # some twice, perhaps
+        self.gate = Gate()
+        self.asleep: dict[None, None] = {}  # not empty while somebody may sleep at the gate
         self._keys: dict[Run, int] = {}
-        self._lane = here()
 
     @abc.abstractmethod
     def task(self, key: K) -> Task[Any]:
@@ -45,16 +44,17 @@ class Arrivals(Closing, Generic[K]):
     def hear(self, run: Run) -> None:
         """Listen to a group: what is queued in it has ended when its token is set."""
         if run not in self._keys:
-            self._keys[run] = run.token._add_sleeper(self._gate)
-            if self._lane is not None:
-                run.helpers[self._gate] = self._lane
+            self._keys[run] = run.token._add_sleeper(self.gate)
 
     def arrive(self, key: K) -> None:
         """A task has ended. Any thread says so, more than once perhaps."""
-        self.ended.append(key)
-        # Looked at after it can be found: who falls asleep does the reverse.
-        if self._asleep and self._asleep.pop(None, self) is None:
-            self._gate.open()
+        self._ended.append(key)
+        if self.asleep:  # looked at after it can be found: who falls asleep does the reverse
+            self.gate.open()
+
+    def ready(self) -> bool:
+        """Whether one can be taken without waiting."""
+        return bool(self._ended)
 
     def take(self) -> K | None:
         """
@@ -64,42 +64,42 @@ class Arrivals(Closing, Generic[K]):
             Cancelled: If the caller's own current token is set before.
             RuntimeError: If tasks would wait for each other in a circle.
         """
-        left, ended = self.left, self.ended
-        while left:
-            if not ended:
-                self.wait()
-            key = ended.popleft()
-            if left.pop(key, key) is None:
-                return key
+        while self.left:
+            while self._ended:
+                key = self._ended.popleft()
+                if self.left.pop(key, key) is None:
+                    return key
+            self._wait()
         return None
 
-    def wait(self) -> None:
-        """Wait until something has ended, unless nothing is left."""
-        if not self.left:
-            return
+    def _wait(self) -> None:
         token = _scope.current_token()
-        key = token._add_sleeper(self._gate)
+        lane = here()  # an iterator may be handed from thread to thread
+        key = token._add_sleeper(self.gate)
+        if lane is not None:
+            for run in self._keys:
+                run.helpers[self.gate] = lane
+        self.asleep[None] = None
         try:
-            while True:
-                self._asleep[None] = None
-                if self.ended:
-                    return
+            while not self._ended:
                 token.check()
-                if self._lane is None:
-                    self._gate.wait()
+                if lane is None:
+                    self.gate.wait()
                 else:
-                    self._wait_in(self._lane)
-                if not self.ended:  # a token was set, perhaps
+                    self._wait_in(lane)
+                if not self._ended:  # a token was set, perhaps
                     self.look()
         finally:
-            self._asleep.clear()
+            self.asleep.clear()
+            for run in self._keys:
+                run.helpers.pop(self.gate, None)
             token._remove(key)
 
     def look(self) -> None:
         """Note what has ended, and what has ended with its group's token: nobody tells."""
         for key in self.left:
             if self.task(key).done():
-                self.ended.append(key)
+                self._ended.append(key)
 
     def _wait_in(self, lane: Lane) -> None:
         """As a worker waits: it runs what may get no other, or sleeps."""
@@ -114,10 +114,9 @@ class Arrivals(Closing, Generic[K]):
         first = AnyOf(tasks)
         with waiting(lane, first):
             refuse_circle_of_all(lane, first)
-            self._gate.wait()
+            self.gate.wait()
 
     def close(self) -> None:
         """Listen no more."""
         for run, key in self._keys.items():
             run.token._remove(key)
-            run.helpers.pop(self._gate, None)

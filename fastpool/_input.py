@@ -9,10 +9,11 @@ from typing import Any, TypeGuard, TypeVar
 
 from fastpool import _marks
 
-__all__ = ["begin", "close", "is_prompt", "read", "read_one", "refuse_no_iterable"]
+__all__ = ["END", "begin", "close", "is_prompt", "read", "read_one", "refuse_no_iterable"]
 
 T = TypeVar("T")
 
+END: Any = object()  # Any: it stands for an item
 _PROMPT = frozenset({list, tuple, range, str, bytes, set, frozenset, dict, deque})
 
 
@@ -41,8 +42,8 @@ def read(iterator: Iterator[T], most: int) -> list[T]:
 
 @_marks.calls_out
 def read_one(iterator: Iterator[T]) -> T:
-    """The next item; `StopIteration` at the end."""
-    return next(iterator)
+    """The next item; `END` at the end."""
+    return next(iterator, END)
 
 
 @_marks.calls_out

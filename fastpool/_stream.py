@@ -10,10 +10,21 @@ from typing import Any, Generic, TypeVar
 
 from fastpool import _input
 from fastpool._arrivals import Arrivals
+from fastpool._gate import Gate
 from fastpool._items import Items, Stretch
+from fastpool._lane import Lane, here
 from fastpool._run import Run
+from fastpool._scope import current_token
 from fastpool._task import CANCELLED, ERROR, PLAIN, VALUE, Task
-from fastpool._waiting import wait_for, wait_for_all
+from fastpool._waiting import (
+    AnyOf,
+    help_along,
+    refuse_circle_of_all,
+    wait_for,
+    wait_for_all,
+    waiting,
+)
+from fastpool.exceptions import GroupClosedError
 
 __all__ = ["Source", "as_completed", "in_order"]
 
@@ -45,10 +56,9 @@ class Source(Generic[T, R]):
         "_iterator",
         "_lasti",
         "_stretch",
+        "arrivals",
         "chunks",
         "count",
-        "listener",
-        "more",
         "run",
         "window",
     )
@@ -65,10 +75,9 @@ class Source(Generic[T, R]):
         self.window = window
         self.count = 0  # of the items that were read
         self.chunks: dict[int, Items] = {}
-        self.listener: Callable[[int], object] | None = None
+        self.arrivals: _Arrivals | None = None  # where values are taken as they come
         self._fn = fn
         self._begin: Callable[[], Iterator[T]] | None = functools.partial(iter, items)
-        self.more = True  # whether there may be more items
         self._iterator: Iterator[T] | None = None
         self._is_prompt = _input.is_prompt(items)
         self._stretch: Stretch | None = None
@@ -96,7 +105,7 @@ class Source(Generic[T, R]):
             BaseException: What the input raises; it is recorded as a failure of the group.
         """
         run = self.run
-        if not self.more:
+        if self._begin is None:
             return False
         if (
             run.closed is not None or run.disturbed or run.token._reason is not None
@@ -106,24 +115,33 @@ class Source(Generic[T, R]):
 
     def _read_one(self, ahead: int) -> bool:
         run, iterator = self.run, self._iterator
-        if run.bounded is not None and not run.room(self._fn, waits=not ahead):
-            return False
+        if run.bounded is not None:
+            # Not kept meanwhile: the input may submit to the group, or be a stream of it.
+            if not self._room(ahead, 1):
+                return False
+            run.give_room(1)
         try:
             if iterator is None:
                 iterator = self._open_input()
             item = _input.read_one(iterator)
-        except StopIteration:
-            self.more = False
-            run.give_room(1)
-            return False
         except BaseException as error:
-            self.more = False
+            self._begin = None
             run.token._report(error)
             raise
+        if item is _input.END:
+            self._begin = None
+            return False
         if (
             run.closed is not None or run.disturbed or run.token._reason is not None
         ) and not self._is_open(ahead):
             return False
+        if run.bounded is not None:
+            try:
+                run.room(self._fn)
+            except GroupClosedError:
+                if ahead:
+                    return False  # one of those ahead may have failed, and says more
+                raise
         stretch = self._stretch
         if stretch is None or not self.count % CHUNK:
             stretch = self._begin_chunk()
@@ -135,17 +153,19 @@ class Source(Generic[T, R]):
         run, iterator = self.run, self._iterator
         most = min(self.window - ahead, CHUNK - self.count % CHUNK)
         if run.bounded is not None:
-            most = run.room(self._fn, most, waits=not ahead)
+            most = self._room(ahead, most)
+            if not most:
+                return False
         try:
             if iterator is None:
                 iterator = self._open_input()
             items = _input.read(iterator, most)
         except BaseException as error:  # a dictionary that has changed, say
-            self.more = False
+            self._begin = None
             run.token._report(error)
             raise
         if len(items) < most:
-            self.more = False
+            self._begin = None
             run.give_room(most - len(items))
         if not items:
             return False
@@ -155,6 +175,57 @@ class Source(Generic[T, R]):
         self.count += len(items)
         run.submit_more(stretch, items, copy_context())
         return True
+
+    def _room(self, ahead: int, most: int) -> int:
+        """As `Run.room`; but with calls ahead there is none once a value can be taken."""
+        run = self.run
+        if not ahead:
+            return run.room(self._fn, most)
+        room = run.room(self._fn, most, waits=False)
+        lane = here()
+        # A worker of the same pool makes room by the calls that it runs as it waits for values.
+        if room or (lane is not None and lane.pool is run.pool):
+            return room
+        return self._wait_for_room(ahead, most, lane)
+
+    def _wait_for_room(self, ahead: int, most: int, lane: Lane | None) -> int:
+        run, queue, token = self.run, self.run.bounded, current_token()
+        assert queue is not None
+        arrivals, task, gate = self.arrivals, None, Gate()
+        if arrivals is None:
+            task = self.task(self.count - ahead)
+            ready = task.done
+            run.watch(task, gate)
+        else:
+            gate, ready = arrivals.gate, arrivals.ready
+            arrivals.asleep[None] = None
+        keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, run.token))]
+        queue.waiting[gate] = None
+        if lane is not None:
+            run.helpers[gate] = lane
+        try:
+            while not (room := run.room(self._fn, most, waits=False)):
+                if ready() or token.cancelled() or run.closed is not None or run.stopping():
+                    return 0  # what there is to say, who waits for the value says
+                if lane is None:
+                    gate.wait()
+                    continue
+                in_hand = AnyOf(run.in_hand())
+                if not help_along(lane, *in_hand):
+                    with waiting(lane, in_hand):
+                        refuse_circle_of_all(lane, in_hand)
+                        gate.wait()
+            return room
+        finally:
+            if task is not None:
+                run.unwatch(task, gate)
+            if arrivals is not None:
+                arrivals.asleep.clear()
+            run.helpers.pop(gate, None)
+            queue.waiting.pop(gate, None)
+            queue.wake()  # the next one, should this one have been woken for nothing
+            for heard, key in keys:
+                heard._remove(key)
 
     def _open_input(self) -> Iterator[T]:
         assert self._begin is not None
@@ -169,7 +240,7 @@ class Source(Generic[T, R]):
             self._code,
             self._lasti,
             first=self.count,
-            listener=self.listener,
+            listener=None if self.arrivals is None else self.arrivals.arrive,
         )
         self._stretch = stretch = Stretch(chunk, self._fn, unpack=False)
         return stretch
@@ -215,8 +286,7 @@ class Source(Generic[T, R]):
         for number in left:
             self.task(number).cancel("its iterator was closed")
         iterator = self._iterator
-        self.more = False
-        self._begin = self._iterator = self._stretch = self.listener = None
+        self._begin = self._iterator = self._stretch = self.arrivals = None
         self.chunks.clear()  # they lead back here, if somebody listens
         if isinstance(iterator, Generator):
             _input.close(iterator)  # pyright: ignore[reportUnknownArgumentType] # as it was
@@ -233,7 +303,7 @@ def in_order(source: Source[Any, R]) -> Generator[R, None, None]:
             ahead = source.count - taken
             ready = chunk is not None and ahead > few and chunk.states[index] == VALUE
             # While there is work for the workers, what there is comes first.
-            if source.more and not (ready and queue):
+            if not ready or not queue:
                 while ahead < window and source.read(ahead):
                     ahead = source.count - taken
                     if chunk is None:
@@ -265,37 +335,37 @@ def as_completed(source: Source[Any, R]) -> Generator[R, None, None]:
     """The values as they come."""
     chunks, window, queue = source.chunks, source.window, source.run.queue
     few = window // 2
+    taken = 0
     chunk: Items | None = None
-    left_in: dict[Items, int] = {}  # how many of a chunk have not been taken, those to come too
     arrivals = _Arrivals(source)
-    left, ended = arrivals.left, arrivals.ended
+    left = arrivals.left
     try:
         with arrivals:
             while True:
-                # While there is work for the workers, what there is comes first.
-                if source.more and not (queue and len(left) > few and ended):
-                    while len(left) < window and arrivals.read() and not ended:
+                if not (queue and len(left) > few and arrivals.ready()):
+                    while len(left) < window and arrivals.read() and not arrivals.ready():
                         pass
-                if not ended:
-                    arrivals.wait()
-                if not left:
+                number = arrivals.take()
+                if number is None:
                     return
-                number = ended.popleft()
-                if left.pop(number, number) is not None:
-                    continue
-                chunk, index = chunks[number // CHUNK], number % CHUNK
-                if chunk.states[index] != VALUE:
+                chunk = chunks[number // CHUNK]
+                if chunk.states[number % CHUNK] != VALUE:
                     source.meet(number, (number, *left))
-                left_in[chunk] = rest = left_in.get(chunk, CHUNK) - 1
-                if not rest:
-                    del chunks[number // CHUNK], left_in[chunk]
-                yield _take(chunk, index)
+                yield _take(chunk, number % CHUNK)
+                taken += 1
+                if taken % CHUNK == 0:
+                    arrivals.forget()
     finally:
         try:
             source.close(left)
         finally:
-            # What is raised holds this frame in its traceback.
-            del source, chunks, chunk, left_in, arrivals, left, ended, queue
+            del (
+                source,
+                chunks,
+                chunk,
+                arrivals,
+                left,
+            )  # what is raised holds this frame in its traceback
 
 
 class _Arrivals(Arrivals[int]):
@@ -306,7 +376,7 @@ class _Arrivals(Arrivals[int]):
     def __init__(self, source: Source[Any, Any]) -> None:
         super().__init__()
         self._source = source
-        source.listener = self.arrive
+        source.arrivals = self
         self.hear(source.run)
 
     def task(self, key: int) -> Task[Any]:
@@ -314,16 +384,24 @@ class _Arrivals(Arrivals[int]):
 
     def read(self) -> bool:
         """As `Source.read`."""
-        source, left = self._source, self.left
+        source = self._source
         before = source.count
-        more = source.read(len(left))
-        left.update(dict.fromkeys(range(before, source.count)))
+        more = source.read(len(self.left))
+        for number in range(before, source.count):
+            self.left[number] = None
         return more
+
+    def forget(self) -> None:
+        """Let go of the chunks of which all values have been taken."""
+        source = self._source
+        needed = {number // CHUNK for number in (*self.left, source.count)}
+        for key in source.chunks.keys() - needed:
+            del source.chunks[key]
 
 
 def _take(chunk: Items, index: int) -> Any:
     """A value, which is forgotten here unless somebody has the call's handle."""
     value = chunk.values[index]
-    if index not in chunk.handles:
+    if index not in chunk.handles or chunk.known(index) is None:
         chunk.values[index] = None
     return value
