@@ -102,7 +102,7 @@ class Items:
             task._context = None
         return task
 
-    def known(self, index: int) -> Task[Any] | None:
+    def known(self, index: int) -> _Item[Any] | None:
         """The handle of a call, if somebody has it."""
         handles = self.handles
         while (reference := handles.get(index)) is not None:
@@ -118,6 +118,17 @@ class Items:
             return True
         run = self.run
         return (run.disturbed or run.token.cancelled()) and self.task(index).done()
+
+    def hand_out(self, index: int) -> Any:
+        """The value of a call, which is kept from now on by its handle alone, if there is one."""
+        values = self.values
+        value = values[index]
+        if index in self.handles:
+            task = self.known(index)
+            if task is not None:
+                task._kept = value  # first, or who reads there would find neither
+        values[index] = None
+        return value
 
     def _ended(self, index: int) -> bool:
         state = self.states[index]
@@ -235,14 +246,18 @@ class _Reference(weakref.ref["_Item[Any]"]):
         return self
 
 
+_LISTED = object()
+
+
 class _Item(Task[R_co]):
     """The handle of one call of a `map`."""
 
-    __slots__ = ("_index", "_items", "_own", "_stretch")
+    __slots__ = ("_index", "_items", "_kept", "_own", "_stretch")
 
     def __init__(self, items: Items, index: int, stretch: Stretch | None) -> None:
         self._items = items
         self._index = index
+        self._kept: Any = _LISTED  # the value, once it is not in the list any more
         self._stretch = stretch  # until the call has ended
         self._own = items.tokens.get(index)
 
@@ -347,7 +362,9 @@ class _Item(Task[R_co]):
 
         @property
         def _value(self):
-            return self._items.values[self._index]
+            listed = self._items.values[self._index]
+            kept = self._kept  # looked at after the list
+            return listed if kept is _LISTED else kept
 
         @_value.setter
         def _value(self, value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Reversible
 from contextvars import copy_context
 from types import FrameType
 from typing import Any, Generic, TypeVar
@@ -277,13 +277,14 @@ class Source(Generic[T, R]):
         finally:
             del self, task, error  # what is raised holds this frame in its traceback
 
-    def close(self, left: Iterable[int]) -> None:
+    def close(self, left: Reversible[int]) -> None:
         """
         Read nothing more, and cancel some calls.
 
         A generator is closed, since nobody else may have a name for it; a file is its owner's.
         """
-        for number in left:
+        # The last one first: a worker whose call is told would begin one that is still queued.
+        for number in reversed(left):
             self.task(number).cancel("its iterator was closed")
         iterator = self._iterator
         self._begin = self._iterator = self._stretch = self.arrivals = None
@@ -319,7 +320,7 @@ def in_order(source: Source[Any, R]) -> Generator[R, None, None]:
             taken += 1
             at = index
             index += 1
-            yield _take(chunk, at)
+            yield chunk.hand_out(at)
             if index == CHUNK:
                 del chunks[(taken - 1) // CHUNK]
                 chunk = chunks.get(taken // CHUNK)
@@ -351,7 +352,7 @@ def as_completed(source: Source[Any, R]) -> Generator[R, None, None]:
                 chunk = chunks[number // CHUNK]
                 if chunk.states[number % CHUNK] != VALUE:
                     source.meet(number, (number, *left))
-                yield _take(chunk, number % CHUNK)
+                yield chunk.hand_out(number % CHUNK)
                 taken += 1
                 if taken % CHUNK == 0:
                     arrivals.forget()
@@ -397,11 +398,3 @@ class _Arrivals(Arrivals[int]):
         needed = {number // CHUNK for number in (*self.left, source.count)}
         for key in source.chunks.keys() - needed:
             del source.chunks[key]
-
-
-def _take(chunk: Items, index: int) -> Any:
-    """A value, which is forgotten here unless somebody has the call's handle."""
-    value = chunk.values[index]
-    if index not in chunk.handles or chunk.known(index) is None:
-        chunk.values[index] = None
-    return value

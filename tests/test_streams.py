@@ -409,16 +409,23 @@ def test_value_that_was_handed_out_is_the_consumers_alone(stream, workers, obser
     """
     Once it is dropped there it is gone, whether it was waited for or there already.
     """
-    kept = []
 
-    with TaskGroup(observers=observers, **workers(2)) as group:
+    def gone():
+        # Without a GIL the thread that made an object frees it, when it next has something to do.
+        group.submit(resize, 1).result()
+        return reference() is None
+
+    kept = []
+    with TaskGroup(observers=observers, **workers(1)) as group:
         values = stream(group, Payload, itertools.count(), window=window)
         for number in range(30):
             value = next(values)
             reference = weakref.ref(value)
             del value
-            until(lambda reference=reference: reference() is None, within=2)
+            until(gone, within=5)
             kept.append(reference() is not None)
+            if kept[-1]:
+                break
             if number % 3:
                 group.wait()  # so that the next ones are there
         values.close()
@@ -885,12 +892,14 @@ def test_stream_that_goes_in_another_thread_is_closed_there(stream, workers, how
                 cycle.append(cycle)
                 del cycle
             there = in_thread(let_go)
+            until(lambda: done)
             group.wait()
             after = group.submit(resize, 404).result()
     finally:
         gc.enable()
 
-    assert done == [there]
+    # Without a GIL what was dropped elsewhere is freed by the thread that made it.
+    assert done in ([there], [threading.get_ident()] if how == "dropped" else [])
     assert 3 <= len(calls.begun) <= 4  # of six
     assert sorted(calls.told) == sorted(calls.begun)[1:]
     assert after == 404
@@ -1389,7 +1398,7 @@ def test_failed_call_ends_a_stream_under_a_tolerant_policy(stream, workers, kind
         group.wait()
         after = sorted(stream(group, resize, range(300)))
 
-    assert taken == [0, 1]
+    assert sorted(taken) == [0, 1]
     assert raised is error
     assert over == "over"
     assert sorted(heard) in ([3], [3, 4])
@@ -1610,14 +1619,19 @@ def test_waiting_consumer_wakes_as_its_group_is_abandoned(stream, watched):
     """
     It does not wait for what was left behind.
     """
-    release = threading.Event()
+    begun, release = threading.Event(), threading.Event()
+
+    def stuck(number):
+        begun.set()
+        release.wait(LIMIT)
 
     with (
         pytest.warns(RuntimeWarning),
         pytest.raises(StuckTaskError),
         TaskGroup(1, grace=0.01, on_stuck="abandon") as group,
     ):
-        consumer, outcome = start(drain, stream(group, lambda _: release.wait(LIMIT), [0]))
+        consumer, outcome = start(drain, stream(group, stuck, [0]))
+        assert begun.wait(LIMIT)
         until(lambda: is_asleep(consumer))
         group.cancel("rain")
     taken, raised = joined(consumer, outcome)
