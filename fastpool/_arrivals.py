@@ -28,13 +28,13 @@ class Arrivals(Closing, Generic[K]):
     A task goes by a key, which is in `left` until it has been taken.
     """
 
-    __slots__ = ("_ended", "_keys", "asleep", "gate", "left")
+    __slots__ = ("_keys", "asleep", "ended", "gate", "left")
 
     def __init__(self) -> None:
         self.left: dict[K, None] = {}
-        self._ended: deque[K] = deque()  # some twice, perhaps
+        self.ended: deque[K] = deque()  # some twice, perhaps
         self.gate = Gate()
-        self.asleep: dict[None, None] = {}  # not empty while somebody may sleep at the gate
+        self.asleep: dict[None, None] = {}  # not empty: the gate is to be opened, by one
         self._keys: dict[Run, int] = {}
 
     @abc.abstractmethod
@@ -48,13 +48,10 @@ class Arrivals(Closing, Generic[K]):
 
     def arrive(self, key: K) -> None:
         """A task has ended. Any thread says so, more than once perhaps."""
-        self._ended.append(key)
-        if self.asleep:  # looked at after it can be found: who falls asleep does the reverse
+        self.ended.append(key)
+        # Looked at after it can be found: who falls asleep does the reverse.
+        if self.asleep and self.asleep.pop(None, self) is None:
             self.gate.open()
-
-    def ready(self) -> bool:
-        """Whether one can be taken without waiting."""
-        return bool(self._ended)
 
     def take(self) -> K | None:
         """
@@ -64,12 +61,13 @@ class Arrivals(Closing, Generic[K]):
             Cancelled: If the caller's own current token is set before.
             RuntimeError: If tasks would wait for each other in a circle.
         """
-        while self.left:
-            while self._ended:
-                key = self._ended.popleft()
-                if self.left.pop(key, key) is None:
-                    return key
-            self._wait()
+        left, ended = self.left, self.ended
+        while left:
+            if not ended:
+                self._wait()
+            key = ended.popleft()
+            if left.pop(key, key) is None:
+                return key
         return None
 
     def _wait(self) -> None:
@@ -79,15 +77,17 @@ class Arrivals(Closing, Generic[K]):
         if lane is not None:
             for run in self._keys:
                 run.helpers[self.gate] = lane
-        self.asleep[None] = None
         try:
-            while not self._ended:
+            while True:
+                self.asleep[None] = None
+                if self.ended:
+                    return
                 token.check()
                 if lane is None:
                     self.gate.wait()
                 else:
                     self._wait_in(lane)
-                if not self._ended:  # a token was set, perhaps
+                if not self.ended:  # a token was set, perhaps
                     self.look()
         finally:
             self.asleep.clear()
@@ -99,7 +99,7 @@ class Arrivals(Closing, Generic[K]):
         """Note what has ended, and what has ended with its group's token: nobody tells."""
         for key in self.left:
             if self.task(key).done():
-                self._ended.append(key)
+                self.ended.append(key)
 
     def _wait_in(self, lane: Lane) -> None:
         """As a worker waits: it runs what may get no other, or sleeps."""

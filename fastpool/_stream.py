@@ -197,7 +197,7 @@ class Source(Generic[T, R]):
             ready = task.done
             run.watch(task, gate)
         else:
-            gate, ready = arrivals.gate, arrivals.ready
+            gate, ready = arrivals.gate, lambda: bool(arrivals.ended)
             arrivals.asleep[None] = None
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, run.token))]
         queue.waiting[gate] = None
@@ -336,37 +336,33 @@ def as_completed(source: Source[Any, R]) -> Generator[R, None, None]:
     """The values as they come."""
     chunks, window, queue = source.chunks, source.window, source.run.queue
     few = window // 2
-    taken = 0
     chunk: Items | None = None
+    to_take: dict[Items, int] = {}  # how many of a chunk, where it is not all
     arrivals = _Arrivals(source)
-    left = arrivals.left
+    left, ended = arrivals.left, arrivals.ended
     try:
         with arrivals:
             while True:
-                if not (queue and len(left) > few and arrivals.ready()):
-                    while len(left) < window and arrivals.read() and not arrivals.ready():
+                # While there is work for the workers, what there is comes first.
+                if not (queue and len(left) > few and ended):
+                    while len(left) < window and arrivals.read() and not ended:
                         pass
                 number = arrivals.take()
                 if number is None:
                     return
-                chunk = chunks[number // CHUNK]
-                if chunk.states[number % CHUNK] != VALUE:
+                chunk, index = chunks[number // CHUNK], number % CHUNK
+                if chunk.states[index] != VALUE:
                     source.meet(number, (number, *left))
-                yield chunk.hand_out(number % CHUNK)
-                taken += 1
-                if taken % CHUNK == 0:
-                    arrivals.forget()
+                to_take[chunk] = rest = to_take.get(chunk, CHUNK) - 1
+                if not rest:
+                    del chunks[number // CHUNK], to_take[chunk]
+                yield chunk.hand_out(index)
     finally:
         try:
             source.close(left)
         finally:
-            del (
-                source,
-                chunks,
-                chunk,
-                arrivals,
-                left,
-            )  # what is raised holds this frame in its traceback
+            # What is raised holds this frame in its traceback.
+            del source, chunks, chunk, to_take, arrivals, left, ended, queue
 
 
 class _Arrivals(Arrivals[int]):
@@ -385,16 +381,8 @@ class _Arrivals(Arrivals[int]):
 
     def read(self) -> bool:
         """As `Source.read`."""
-        source = self._source
+        source, left = self._source, self.left
         before = source.count
-        more = source.read(len(self.left))
-        for number in range(before, source.count):
-            self.left[number] = None
+        more = source.read(len(left))
+        left.update(dict.fromkeys(range(before, source.count)))
         return more
-
-    def forget(self) -> None:
-        """Let go of the chunks of which all values have been taken."""
-        source = self._source
-        needed = {number // CHUNK for number in (*self.left, source.count)}
-        for key in source.chunks.keys() - needed:
-            del source.chunks[key]
