@@ -2014,9 +2014,9 @@ def test_no_wake_up_is_lost(stream, workers, hasty):
     The consumer falls asleep and is woken for every value.
     """
     with TaskGroup(**workers(2)) as group:
-        values = list(stream(group, resize, iter(range(3000)), window=1))
+        values = list(stream(group, resize, iter(range(1500)), window=1))
 
-    assert values == list(range(3000))
+    assert values == list(range(1500))
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -2041,7 +2041,7 @@ def test_streams_of_all_kinds_lose_nothing(workers, hasty, seed):
         return len(taken) if most < count else sum(taken)
 
     def plan():
-        count = chance.randrange(400, 1200)
+        count = chance.randrange(200, 700)
         most = count if chance.random() < 0.7 else chance.randrange(count)
         name = chance.choice(["imap", "imap_unordered"])
         return name, count, chance.choice([1, 2, 7, 300]), most
