@@ -695,6 +695,7 @@ def test_ctrl_c_ends_a_shutdown(watched):
 
     with pytest.raises(KeyboardInterrupt), TaskGroup(1) as group, GroupExecutor(group) as executor:
         running = executor.submit(sleeper)
+        until(running.running)
         thread, _ = start(interrupt)
     thread.join(LONG)
 
@@ -861,9 +862,10 @@ def test_group_that_times_out_reaches_every_future():
     """
     As any other end of a group does.
     """
-    with pytest.raises(TimeoutError), TaskGroup(1, timeout=0.05) as group:
+    with pytest.raises(TimeoutError), TaskGroup(1, timeout=LONG) as group:
         executor = GroupExecutor(group)
         futures = [executor.submit(sleeper) for _ in range(3)]
+        group.token._limit(0.01)  # once all are submitted
         concurrent.futures.wait(futures)
 
     ended = [future.cancelled() or future.exception(0) for future in futures]
