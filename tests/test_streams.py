@@ -7,6 +7,7 @@ import gc
 import itertools
 import operator
 import random
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -34,6 +35,7 @@ from fastpool import (
 )
 
 LIMIT = 30  # seconds, after which a test hangs
+GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 variable = contextvars.ContextVar("variable", default="nothing")
 
@@ -488,6 +490,7 @@ def test_endless_input_takes_constant_memory(workers, name, slow):
         for _ in itertools.islice(values, count):
             pass
         until(lambda: len(alive) < 30, within=10)
+        gc.collect()
         return len(alive), tracemalloc.get_traced_memory()[0]
 
     with TaskGroup(**workers(2)) as group:
@@ -495,13 +498,14 @@ def test_endless_input_takes_constant_memory(workers, name, slow):
         tracemalloc.start()
         take(600)
         few, before = take(100)
-        many, after = take(4000)
+        many, after = take(3000)
         tracemalloc.stop()
         release.set()
         values.close()
 
     assert max(few, many) < 30
-    assert after - before < 100_000
+    # Without a GIL the threads free what they made when they next have something to do.
+    assert after - before < (100_000 if GIL else 400_000)
 
 
 def test_stream_that_has_ended_keeps_nothing(stream, workers):
@@ -936,12 +940,12 @@ def test_task_takes_values_of_its_own_group(stream, workers, count, kind):
     """
 
     def consume():
-        return sum(stream(group, resize, INPUTS[kind](600), window=3))
+        return sum(stream(group, resize, INPUTS[kind](300), window=3))
 
     with TaskGroup(**workers(count)) as group:
         tasks = [group.submit(consume) for _ in range(count)]
 
-    assert [task.result() for task in tasks] == [sum(range(600))] * count
+    assert [task.result() for task in tasks] == [sum(range(300))] * count
 
 
 @pytest.mark.parametrize("bound", [None, 1])
@@ -1555,6 +1559,7 @@ def test_waiting_consumer_wakes_as_the_group_is_cancelled(stream, workers, watch
 
     with TaskGroup(**workers(1)) as group:
         consumer, outcome = start(drain, stream(group, calls.call, itertools.count(), window=3))
+        assert calls.asleep.acquire(timeout=LIMIT)
         until(lambda: is_asleep(consumer))
         group.cancel("rain")
         taken, raised = joined(consumer, outcome)
@@ -1724,12 +1729,12 @@ def test_two_streams_of_one_group_are_taken_in_turns(stream, workers, count, bou
     Neither waits for the other.
     """
     with TaskGroup(max_queued=bound, **workers(count)) as group:
-        left = stream(group, resize, iter(range(600)), window=3)
-        right = stream(group, operator.neg, range(600), window=7)
+        left = stream(group, resize, iter(range(300)), window=3)
+        right = stream(group, operator.neg, range(300), window=7)
         pairs = list(zip(left, right, strict=True))
 
-    assert sorted(one for one, _ in pairs) == list(range(600))
-    assert sorted(other for _, other in pairs) == list(range(-599, 1))
+    assert sorted(one for one, _ in pairs) == list(range(300))
+    assert sorted(other for _, other in pairs) == list(range(-299, 1))
 
 
 @pytest.mark.parametrize("where", ["body", "task"])
@@ -1741,13 +1746,13 @@ def test_stream_is_the_input_of_another(stream, workers, count, bound, where):
     """
 
     def consume():
-        inner = stream(group, operator.neg, iter(range(300)), window=4)
+        inner = stream(group, operator.neg, iter(range(100)), window=4)
         return sorted(stream(group, operator.neg, inner, window=3))
 
     with TaskGroup(max_queued=bound, **workers(count)) as group:
         values = consume() if where == "body" else group.submit(consume).result()
 
-    assert values == list(range(300))
+    assert values == list(range(100))
 
 
 def test_leaving_a_stream_closes_the_one_it_reads(stream, workers):
