@@ -158,7 +158,8 @@ class Batch(Generic[R_co]):
         Returns:
             True if this call stopped any.
         """
-        stopped = [task for task in self.tasks if task.cancel(reason)]
+        # The last one first: a worker whose task is told would begin one that is still queued.
+        stopped = [task for task in reversed(self.tasks) if task.cancel(reason)]
         return bool(stopped)
 
     def _meet(self, task: Task[Any]) -> None:

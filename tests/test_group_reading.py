@@ -1296,6 +1296,26 @@ def test_batch_cancel_stops_its_tasks_alone(workers):
     assert group.failures == ()
 
 
+def test_batch_cancel_begins_nothing(workers):
+    """
+    What is queued is cancelled before what runs, whose worker would begin it.
+    """
+    started, queued = threading.Event(), []
+
+    def sleeps(number):
+        token = current_token()
+        token.on_cancel(lambda: queued.extend(not task.done() for task in batch.tasks[1:]))
+        started.set()
+        token.sleep(60)
+
+    with TaskGroup(**workers(1)) as group:
+        batch = group.map(sleeps, range(5))
+        started.wait(timeout=60)
+        batch.cancel()
+
+    assert queued == [False] * 4
+
+
 def fail_in_order(group, order, count):
     """A batch whose tasks fail one after the other, in the order given."""
     turns = [threading.Event() for _ in range(count)]
