@@ -8,8 +8,21 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from typing import Any, TypeGuard, TypeVar
 
 from fastpool import _marks
+from fastpool._errors import is_a
+from fastpool._scope import current_token
+from fastpool._token import CancelToken
+from fastpool.exceptions import Cancelled
 
-__all__ = ["END", "begin", "close", "is_prompt", "read", "read_one", "refuse_no_iterable"]
+__all__ = [
+    "END",
+    "begin",
+    "blame",
+    "close",
+    "is_prompt",
+    "read",
+    "read_one",
+    "refuse_no_iterable",
+]
 
 T = TypeVar("T")
 
@@ -26,6 +39,17 @@ def refuse_no_iterable(caller: str, items: object) -> None:
     """Raise if something cannot be read."""
     if not hasattr(items, "__iter__") and not hasattr(items, "__getitem__"):
         raise TypeError(f"{caller}() wants an iterable, not {items!r}")
+
+
+def blame(token: CancelToken, error: BaseException) -> None:
+    """
+    An input has raised: that is a failure of the group whose token it is.
+
+    But for the `Cancelled` of who reads: a task that is cancelled alone, say, or a scope whose
+    time is up.
+    """
+    if not (is_a(error, Cancelled) and current_token().cancelled()):
+        token._report(error)
 
 
 @_marks.calls_out

@@ -242,8 +242,12 @@ class Run(Ledger):
 
     def submit_when_room(self, task: Task[Any], fn: object) -> None:
         """Queue a task as soon as there is room for it; the group does not end before."""
-        with self.kept_open() as is_open:
-            if not is_open:
+        # As `kept_open`, but without a frame between us and what we wait for: a signal handler
+        # that raises in one would leave the entry where it is.
+        me = object()
+        self.calling[me] = None
+        try:
+            if not self.goes_on():
                 raise self.closed_error(fn, ENDED)
             self.room(fn)
             if self.observers:
@@ -252,33 +256,40 @@ class Run(Ledger):
             self.queue.append(task)
             if self.want_lane():
                 self.call_for((task,), task)
+        finally:
+            del self.calling[me]
+            self.wake_leavers()
 
     def _wait_for_room(self, queue: BoundedQueue[Any], fn: object) -> None:
         token = _scope.current_token()
         lane = here()
         gate = Gate()
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, self.token))]
-        queue.waiting[gate] = None
-        if lane is not None:
-            self.helpers[gate] = lane
+        me = object()
+        self.calling[me] = None  # as in `submit_when_room`
         try:
-            with self.kept_open() as is_open:
-                if not is_open:
-                    raise self.closed_error(fn, ENDED)
-                while True:  # said first and looked at then
-                    token.check()
-                    self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
-                    if queue.take_room():
-                        return
-                    self._sleep_for_room(queue, gate, lane)
+            queue.waiting[gate] = None
+            if lane is not None:
+                self.helpers[gate] = lane
+            if not self.goes_on():
+                raise self.closed_error(fn, ENDED)
+            while True:  # said first and looked at then
+                token.check()
+                self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
+                if queue.take_room():
+                    return
+                self.sleep_for_room(queue, gate, lane)
         finally:
+            del self.calling[me]
+            self.wake_leavers()
             self.helpers.pop(gate, None)
             queue.waiting.pop(gate, None)
             queue.wake()  # the next one, should this one have been woken for nothing
             for heard, key in keys:
                 heard._remove(key)
 
-    def _sleep_for_room(self, queue: BoundedQueue[Any], gate: Gate, lane: Lane | None) -> None:
+    def sleep_for_room(self, queue: BoundedQueue[Any], gate: Gate, lane: Lane | None) -> None:
+        """Sleep until there may be room, or do something for it; the gate stands in line."""
         if lane is None:
             gate.wait()
             return
@@ -416,13 +427,19 @@ class Run(Ledger):
     def withdraw(self, task: Task[Any], reason: object) -> bool:
         """As a ledger does it. What never runs makes room."""
         won = super().withdraw(task, reason)
-        if won and self.bounded is not None and not self.stopping():
-            if isinstance(task, Call):
-                with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
-                    self.queue.remove(task)
-            else:
-                self.bounded.lend_room()  # until a lane comes to its place among those of its map
+        if won and not self.stopping():
+            self._leave_queue(task)
         return won
+
+    def _leave_queue(self, task: Task[Any]) -> None:
+        """A queued task waits no more, though no lane has taken it: make room."""
+        if self.bounded is None:
+            return
+        if isinstance(task, Call):
+            with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
+                self.queue.remove(task)
+        else:
+            self.bounded.lend_room()  # until a lane comes to its place among those of its map
 
     # --- Slots and lanes ------------------------------------------------------------------
 
@@ -639,6 +656,7 @@ class Run(Ledger):
                     self.claims.pop(task, None)
                 return False
             task._lane = inner
+            self._leave_queue(task)
             self.perform(task, inner)
             return True
 

@@ -17,12 +17,8 @@ from fastpool._run import Run
 from fastpool._scope import current_token
 from fastpool._task import CANCELLED, ERROR, PLAIN, VALUE, Task
 from fastpool._waiting import (
-    AnyOf,
-    help_along,
-    refuse_circle_of_all,
     wait_for,
     wait_for_all,
-    waiting,
 )
 from fastpool.exceptions import GroupClosedError
 
@@ -126,7 +122,7 @@ class Source(Generic[T, R]):
             item = _input.read_one(iterator)
         except BaseException as error:
             self._begin = None
-            run.token._report(error)
+            _input.blame(run.token, error)
             raise
         if item is _input.END:
             self._begin = None
@@ -162,7 +158,7 @@ class Source(Generic[T, R]):
             items = _input.read(iterator, most)
         except BaseException as error:  # a dictionary that has changed, say
             self._begin = None
-            run.token._report(error)
+            _input.blame(run.token, error)
             raise
         if len(items) < most:
             self._begin = None
@@ -207,14 +203,7 @@ class Source(Generic[T, R]):
             while not (room := run.room(self._fn, most, waits=False)):
                 if ready() or token.cancelled() or run.closed is not None or run.stopping():
                     return 0  # what there is to say, who waits for the value says
-                if lane is None:
-                    gate.wait()
-                    continue
-                in_hand = AnyOf(run.in_hand())
-                if not help_along(lane, *in_hand):
-                    with waiting(lane, in_hand):
-                        refuse_circle_of_all(lane, in_hand)
-                        gate.wait()
+                run.sleep_for_room(queue, gate, lane)
             return room
         finally:
             if task is not None:
@@ -281,16 +270,20 @@ class Source(Generic[T, R]):
         """
         Read nothing more, and cancel some calls.
 
-        A generator is closed, since nobody else may have a name for it; a file is its owner's.
+        A generator is closed, if it has begun; a file, say, is its owner's.
         """
         # The last one first: a worker whose call is told would begin one that is still queued.
-        for number in reversed(left):
-            self.task(number).cancel("its iterator was closed")
-        iterator = self._iterator
-        self._begin = self._iterator = self._stretch = self.arrivals = None
-        self.chunks.clear()  # they lead back here, if somebody listens
-        if isinstance(iterator, Generator):
-            _input.close(iterator)  # pyright: ignore[reportUnknownArgumentType] # as it was
+        try:
+            for number in reversed(left):
+                chunk = self.chunks[number // CHUNK]
+                if number % CHUNK < len(chunk):  # its submit may have been interrupted
+                    chunk.task(number % CHUNK).cancel("its iterator was closed")
+        finally:
+            iterator = self._iterator
+            self._begin = self._iterator = self._stretch = self.arrivals = None
+            self.chunks.clear()  # they lead back here, if somebody listens
+            if isinstance(iterator, Generator):
+                _input.close(iterator)  # pyright: ignore[reportUnknownArgumentType] # as it was
 
 
 def in_order(source: Source[Any, R]) -> Generator[R, None, None]:

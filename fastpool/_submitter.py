@@ -260,7 +260,7 @@ class Submitter:
                     iterator = _input.begin(begin)
                 arguments = _input.read(iterator, most)
             except BaseException as error:
-                run.token._report(error)
+                _input.blame(run.token, error)
                 raise
             if prompt and most > len(arguments):
                 run.give_room(most - len(arguments))

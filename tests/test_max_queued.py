@@ -514,6 +514,30 @@ def test_worker_that_runs_something_meanwhile_holds_no_wake_up_back(make_pool, w
     assert waits.result() is True
 
 
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_task_that_a_waiter_runs_makes_room(call):
+    """
+    It waits no more, though no worker has taken it off the queue.
+    """
+    started, submitted = threading.Event(), threading.Event()
+
+    def child(number):
+        started.set()
+        return submitted.wait(timeout=30)
+
+    def parent():
+        task = group.submit(child, 1) if call == "submit" else group.map(child, [1]).tasks[0]
+        return task.result()
+
+    with TaskGroup(1, max_queued=1) as group:
+        waits = group.submit(parent)
+        assert started.wait(timeout=30)
+        group.submit(abs, 1)
+        submitted.set()
+
+    assert waits.result() is True
+
+
 def test_room_that_comes_while_a_worker_looks_what_to_run_is_seen(monkeypatch):
     """
     It stands in no line then, and finds nothing to run, either.

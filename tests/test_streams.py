@@ -33,6 +33,7 @@ from fastpool import (
     shield,
     use_token,
 )
+from fastpool._run import Run
 
 LIMIT = 30  # seconds, after which a test hangs
 GIL = getattr(sys, "_is_gil_enabled", lambda: True)()
@@ -2059,3 +2060,82 @@ def test_streams_of_all_kinds_lose_nothing(workers, hasty, seed):
         taken = here + [task.result() for task in tasks]
 
     assert taken == [most if most < count else sum(range(count)) for _, count, _, most in plans]
+
+
+# --- The cancel of who reads ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", ["imap", "imap_unordered", "map"])
+def test_cancel_of_the_task_that_reads_is_no_failure(call):
+    """
+    Its `Cancelled` comes through the input, and is its own all the same.
+    """
+    reads, release = threading.Event(), threading.Event()
+
+    def items():
+        yield 1
+        reads.set()
+        fastpool.sleep(3600)
+
+    with TaskGroup(3) as group:
+        other = group.submit(release.wait, LIMIT)
+        consumer = group.submit(lambda: list(getattr(group, call)(abs, items())))
+        assert reads.wait(timeout=LIMIT)
+        consumer.cancel("enough")
+        consumer.wait(timeout=LIMIT)
+        release.set()
+
+    assert consumer.cancelled()
+    assert other.result() is True
+    assert group.failures == ()
+
+
+def test_scope_that_expires_as_the_input_blocks_is_no_failure(stream):
+    """
+    It is a `TimeoutError` of the consumer's, who may handle it; the group goes on.
+    """
+
+    def items():
+        yield 1
+        current_token()._expire()
+
+        fastpool.checkpoint()
+
+    with TaskGroup(1) as group:
+        with pytest.raises(TimeoutError), fastpool.timeout(3600):
+            list(stream(group, abs, items()))
+        after = group.submit(abs, -1)
+
+    assert after.result() == 1
+    assert group.failures == ()
+
+
+def test_interrupted_submit_of_a_stream_leaves_as_it_is(stream, monkeypatch):
+    """
+    What a signal handler raises there cancels what has been read, and closes the input.
+    """
+    closed, started = threading.Event(), threading.Event()
+
+    def items():
+        try:
+            yield from range(10)
+        finally:
+            closed.set()
+
+    def sleeps(number):
+        started.set()
+        current_token().sleep(3600)
+
+    def interrupted(*args):
+        assert started.wait(timeout=LIMIT)
+        raise InterruptedError("by a handler")
+
+    with TaskGroup(1) as group:
+        submit_one = Run.submit_one
+        calls = iter([submit_one, submit_one, interrupted])
+        monkeypatch.setattr(Run, "submit_one", lambda *args: next(calls)(*args))
+        with pytest.raises(InterruptedError, match="by a handler"):
+            list(stream(group, sleeps, items(), window=3))
+
+    assert closed.is_set()
+    assert group.failures == ()
