@@ -35,9 +35,10 @@ class BoundedQueue(deque[T]):
     def take_room(self) -> bool:
         """Room for one more, if there is any."""
         try:
-            self._freed.pop()
+            del self._freed[0]  # see `Run.take_slot`
         except IndexError:
-            return next(self._fresh) < self.limit
+            for number in self._fresh:
+                return number < self.limit
         return True
 
     def overdraw(self) -> None:

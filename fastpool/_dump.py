@@ -21,7 +21,7 @@ from fastpool._task import Task
 from fastpool._taskgroup import _open_runs
 from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
-from fastpool._waiting import waited_for
+from fastpool._waiting import waited_in_words
 
 if TYPE_CHECKING:
     from fastpool._scope import Place
@@ -43,7 +43,7 @@ class RunningTask:
         line: Where it is, as `file:line in function`: the innermost line that is neither
             fastpool's nor the standard library's, if there is one. `None` if that is not known,
             as of a task that has just ended.
-        waits_for: The tasks that it waits for, in words; empty if it waits for none.
+        waits_for: The tasks that it waits for, or the queue, in words; empty if for none.
         groups: The groups that were opened in it, the oldest first.
     """
 
@@ -256,11 +256,7 @@ class _Survey:
             thread=lane.worker,
             elapsed=self.elapsed(lane),
             line=_line(frames),
-            waits_for=tuple(
-                f"task {waited.name!r} of group {waited._run.name!r}"
-                for waited in waited_for(lane)
-                if not waited._state
-            ),
+            waits_for=tuple(waited_in_words(lane)),
             groups=self.groups(task),
         )
 

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextvars import Context
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpool._gate import Gate
 from fastpool._scope import this_thread
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from fastpool._run import Run
     from fastpool._task import Task
 
-__all__ = ["Lane", "here", "stand_in"]
+__all__ = ["Lane", "here", "stand_in", "take_last"]
+
+T = TypeVar("T")
 
 
 class Lane:
@@ -38,6 +40,7 @@ class Lane:
         "number",
         "of_thread",
         "pool",
+        "room",
         "run",
         "since",
         "stays",
@@ -60,6 +63,7 @@ class Lane:
         self.noticed: tuple[weakref.ref[object], int | None, float] | None = None
         self.waits: Iterable[Task[Any]] = ()  # what that task waits for
         self.leaves: Run | None = None  # the group that it waits for as a whole
+        self.room: Run | None = None  # the group in whose queue it waits for room
         self.below: Lane | None = None  # the lane whose waiting task helps out here
         self.above: Lane | None = None  # the lane in which the waiting task helps out
         self.thread: object = None  # `this_thread()` of the thread that serves it
@@ -102,3 +106,20 @@ def here() -> Lane | None:
 def stand_in(lane: Lane | None) -> None:
     """Have the calling thread serve another lane, or none."""
     _local.lane = lane
+
+
+def take_last(entries: dict[T, None]) -> T | None:
+    """
+    Take off a dictionary what came last, which is the caller's then; None if it is empty.
+
+    As `popitem`, but without a call at the end of it, at which a signal handler of the user's
+    could raise: nobody would have what was taken.
+    """
+    while entries:
+        try:
+            last = next(reversed(entries))
+            del entries[last]
+        except (KeyError, RuntimeError, StopIteration):
+            continue  # others have changed it meanwhile
+        return last
+    return None

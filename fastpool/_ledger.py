@@ -6,7 +6,6 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -229,9 +228,8 @@ class Ledger:
         if self.watchers:
             self.notify(task)
         if self.untold:
-            with self.kept_open() as is_open:
-                if is_open:  # else it is told by the one who has closed the group
-                    self.tell_never_ran(task)
+            # If the group has ended, it is told by the one who has closed it.
+            self.while_open(lambda: self.tell_never_ran(task))
 
     def let_go(self, task: Task[Any], reason: object) -> None:
         """Make it final that a task never runs, and keep nothing of the call but its function."""
@@ -540,6 +538,6 @@ class Ledger:
         if self.token.cancelled() and self.shall_tell_cancelled():
             self.emit("group_cancelled", context=self.context)
 
-    def kept_open(self) -> AbstractContextManager[bool]:
-        """Keep the group from ending meanwhile; False if it has. See `Run`."""
+    def while_open(self, fn: Callable[[], object]) -> bool:
+        """Call something, and keep the group from ending meanwhile; False if it has. See `Run`."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import Context, copy_context
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -19,7 +19,7 @@ from fastpool._bounded import BoundedQueue
 from fastpool._callbacks import Callback, Registration
 from fastpool._gate import Gate
 from fastpool._items import Stretch
-from fastpool._lane import Lane, here, stand_in
+from fastpool._lane import Lane, here, stand_in, take_last
 from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
@@ -34,15 +34,14 @@ from fastpool._task import (
 from fastpool._text import some
 from fastpool._token import CancelToken
 from fastpool._waiting import (
-    AnyOf,
     InHand,
     help_along,
-    refuse_circle_of_all,
     refuse_own_group,
     tell_helpers,
+    tell_waiting,
     wait_for,
     wait_for_all,
-    waited_for,
+    waited_in_words,
     waiting,
 )
 from fastpool.events import Observer
@@ -67,8 +66,8 @@ GOES_ON = "goes on"  # the one key in `Run.closing`
 
 def _waits_for(lane: Lane) -> str:
     """What the task of a lane waits for, for a line about it."""
-    tasks = [f"task {task.name!r} of group {task._run.name!r}" for task in waited_for(lane)]
-    return f", waiting for {some(tasks)}" if tasks else ""
+    waited = waited_in_words(lane)
+    return f", waiting for {some(waited)}" if waited else ""
 
 
 class Entry(NamedTuple):
@@ -205,7 +204,6 @@ class Run(Ledger):
         Raises:
             Cancelled, GroupClosedError: As `Submitter.submit`, and if the caller's own current
                 token is set while it waits.
-            RuntimeError: If tasks would wait for each other in a circle.
         """
         queue = self.bounded
         if queue is None:
@@ -214,7 +212,8 @@ class Run(Ledger):
             if self.is_around(_scope.current_place()):
                 queue.overdraw()
             elif waits:
-                self._wait_for_room(queue, fn)
+                if not self.while_open(lambda: self._wait_for_room(queue, fn)):
+                    raise self.closed_error(fn, ENDED)
             else:
                 return 0
         taken = 1
@@ -242,13 +241,8 @@ class Run(Ledger):
 
     def submit_when_room(self, task: Task[Any], fn: object) -> None:
         """Queue a task as soon as there is room for it; the group does not end before."""
-        # As `kept_open`, but without a frame between us and what we wait for: a signal handler
-        # that raises in one would leave the entry where it is.
-        me = object()
-        self.calling[me] = None
-        try:
-            if not self.goes_on():
-                raise self.closed_error(fn, ENDED)
+
+        def submit() -> None:
             self.room(fn)
             if self.observers:
                 self.submit_observed((task,), task, fn)
@@ -256,23 +250,19 @@ class Run(Ledger):
             self.queue.append(task)
             if self.want_lane():
                 self.call_for((task,), task)
-        finally:
-            del self.calling[me]
-            self.wake_leavers()
+
+        if not self.while_open(submit):
+            raise self.closed_error(fn, ENDED)
 
     def _wait_for_room(self, queue: BoundedQueue[Any], fn: object) -> None:
         token = _scope.current_token()
         lane = here()
         gate = Gate()
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, self.token))]
-        me = object()
-        self.calling[me] = None  # as in `submit_when_room`
         try:
             queue.waiting[gate] = None
             if lane is not None:
                 self.helpers[gate] = lane
-            if not self.goes_on():
-                raise self.closed_error(fn, ENDED)
             while True:  # said first and looked at then
                 token.check()
                 self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
@@ -280,8 +270,6 @@ class Run(Ledger):
                     return
                 self.sleep_for_room(queue, gate, lane)
         finally:
-            del self.calling[me]
-            self.wake_leavers()
             self.helpers.pop(gate, None)
             queue.waiting.pop(gate, None)
             queue.wake()  # the next one, should this one have been woken for nothing
@@ -297,15 +285,17 @@ class Run(Ledger):
         # Meanwhile it does not hear of room, so others do: what it runs may wait for them.
         queue.waiting.pop(gate, None)
         queue.wake()
-        in_hand = AnyOf(self.in_hand())
-        helped = self.help_leave(lane, most=1) or help_along(lane, *in_hand)
+        helped = self.help_leave(lane, most=1) or help_along(lane, *self.in_hand())
         queue.waiting[gate] = None
         queue.wake()
         if helped:
             return
-        with waiting(lane, in_hand):
-            refuse_circle_of_all(lane, in_hand)
+        lane.room = self
+        try:
+            tell_waiting(lane)  # who waits for us may be able to make room
             gate.wait()
+        finally:
+            lane.room = None
 
     def entered_at(self) -> float:
         """When its block was entered, on `time.monotonic()`."""
@@ -358,9 +348,8 @@ class Run(Ledger):
         self, tasks: Sequence[Task[Any]], entry: Task[Any] | Stretch, fn: object
     ) -> None:
         """Tell of some tasks, and queue them under an entry."""
-        with self.kept_open() as is_open:
-            if not is_open:
-                raise self.closed_error(fn, ENDED)
+
+        def submit() -> None:
             context = copy_context()
             for task in tasks:
                 self.untold[task] = context
@@ -368,6 +357,9 @@ class Run(Ledger):
             self.queue.extend(itertools.repeat(entry, len(tasks)))
             if self.want_lane():
                 self.call_for(tasks, entry)
+
+        if not self.while_open(submit):
+            raise self.closed_error(fn, ENDED)
 
     def refuse_late(self, tasks: Iterable[Task[Any]], fn: object) -> None:
         """
@@ -449,24 +441,20 @@ class Run(Ledger):
 
     def call(self) -> None:
         """Have one more lane serve the queue, if one is idle or may be started."""
-        # Others may have run all there was since we looked, and the group be about to end, so
-        # say that we are at it before we look whether it does; `close` does the reverse.
-        me = object()
-        self.calling[me] = None
-        try:
-            if self.goes_on():
-                self._call()
-        finally:
-            del self.calling[me]
-            self.wake_leavers()  # one may have stayed for our sake
+        # Others may have run all there was since we looked, and the group be about to end.
+        self.while_open(self._call)
 
     def _call(self) -> None:
         assert self.backend is not None
         for resting in (self.idle, self.recalled):
-            with contextlib.suppress(KeyError):
-                lane, _ = resting.popitem()
+            lane = take_last(resting)
+            if lane is not None:
                 self.called[lane] = None
-                lane.gate.open()
+                try:
+                    lane.gate.open()
+                except BaseException:
+                    lane.gate.open()  # a signal handler of the user's may have been quicker
+                    raise
                 return
         if self.take_slot():
             try:
@@ -475,20 +463,24 @@ class Run(Ledger):
                 self.free_slot()
                 raise
 
-    @contextlib.contextmanager
-    def kept_open(self) -> Generator[bool, None, None]:
+    def while_open(self, fn: Callable[[], object]) -> bool:
         """
-        Keep the group from ending meanwhile; False if it has.
+        Call something, and keep the group from ending meanwhile; False if it has ended.
 
-        So whoever tells something in here has done so before the group is told to be closed.
+        So whoever tells something in there has done so before the group is told to be closed.
         """
+        # Said first, and looked then whether it ends; `close` does the reverse. No context
+        # manager, in whose frames a signal handler could raise between the entry and the body.
         me = object()
-        self.calling[me] = None  # as in `call`
+        self.calling[me] = None
         try:
-            yield self.goes_on()
+            goes_on = self.goes_on()
+            if goes_on:
+                fn()
+            return goes_on
         finally:
             del self.calling[me]
-            self.wake_leavers()
+            self.wake_leavers()  # one may have stayed for our sake
 
     def goes_on(self) -> bool:
         """Whether the group has not ended. If it is about to, it does not, for our sake."""
@@ -499,11 +491,14 @@ class Run(Ledger):
         """Whether one more task may run at once."""
         known = self.full
         for _ in range(2):
+            # Without a call at the end: see `take_last`. There would be a slot less for ever.
             try:
-                self._freed.pop()
+                del self._freed[0]
             except IndexError:
-                if next(self._fresh) < self.limit:
-                    return True
+                for number in self._fresh:
+                    if number < self.limit:
+                        return True
+                    break
             else:
                 return True
             # Say so first, and look once more then: a slot that is freed from here on is seen
@@ -570,11 +565,9 @@ class Run(Ledger):
 
     def recall(self) -> Lane | None:
         """Take back a lane that was called and has not come; its slot is the caller's then."""
-        try:
-            lane, _ = self.called.popitem()
-        except KeyError:
-            return None
-        self.lanes.pop(lane, None)
+        lane = take_last(self.called)
+        if lane is not None:
+            self.lanes.pop(lane, None)
         return lane
 
     def passed(self, lane: Lane) -> None:

@@ -17,7 +17,7 @@ from fastpool._stack import is_ours, looking, module_of, own_frames, render
 from fastpool._syscalls import Look, Seat, cure, look, settle
 from fastpool._text import plain, some
 from fastpool._unraisable import unraisable
-from fastpool._waiting import waited_for
+from fastpool._waiting import waited_in_words
 
 if TYPE_CHECKING:
     from fastpool._run import Run
@@ -147,7 +147,7 @@ def _explain(lane: Lane, stack: list[FrameType], seat: Seat | None) -> list[str]
     if users:
         lines += ["Its Python stack, innermost call last:"]
         lines += render(users)
-    waited = [f"task {task.name!r} of group {task._run.name!r}" for task in waited_for(lane)]
+    waited = waited_in_words(lane)
     if waited:
         lines += [f"It waits for {some(waited)}."]
     elif stack and is_ours(stack[-1]) and seat is not None and seat.call == "futex":

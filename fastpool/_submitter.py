@@ -66,8 +66,7 @@ class Submitter:
             GroupClosedError: If the group was cancelled and the caller was not; if its block
                 has not been entered, or has ended.
             TypeError: If `fn` cannot be called, or is a coroutine or generator function.
-            RuntimeError: If the group has no thread and the system gives it none; if the queue
-                is full, and tasks would wait for each other in a circle.
+            RuntimeError: If the group has no thread and the system gives it none.
         """
         if type(fn) is not FunctionType or fn.__code__.co_flags & UNRUNNABLE:
             refuse(fn)

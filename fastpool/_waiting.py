@@ -29,7 +29,7 @@ __all__ = [
     "tell_waiting",
     "wait_for",
     "wait_for_all",
-    "waited_for",
+    "waited_in_words",
     "waiting",
 ]
 
@@ -190,7 +190,12 @@ def help_along(lane: Lane, *tasks: Task[Any], last_resort: bool = False) -> bool
         leaves = serving.leaves
         if leaves is not None and leaves.help_leave(lane):
             return True
-        links.extend(waited_for(serving))
+        room = serving.room
+        if room is not None:
+            if room.crowded() and room.help_leave(lane, most=1):
+                return True
+            links.extend(room.in_hand())  # one of these makes room when it has ended
+        links.extend(_waited_for(serving))
     return False
 
 
@@ -228,7 +233,10 @@ def _pools_ahead(lane: Lane) -> set[int]:
     for serving in lanes:  # grows as it goes
         if serving.leaves is not None and serving.leaves.queue:
             pools.add(id(serving.leaves.pool))
-        links = list(waited_for(serving))
+        links = list(_waited_for(serving))
+        if serving.room is not None:
+            pools.add(id(serving.room.pool))
+            links.extend(serving.room.in_hand())
         for task in links:  # grows as it goes
             if id(task) in seen or task._state:
                 continue
@@ -242,8 +250,20 @@ def _pools_ahead(lane: Lane) -> set[int]:
     return pools
 
 
-def waited_for(serving: Lane) -> Sequence[Task[Any]]:
-    """What the task of a lane must wait for before it can go on; nothing if it runs."""
+def waited_in_words(lane: Lane) -> list[str]:
+    """What the task of a lane waits for."""
+    if lane.room is not None:
+        return [f"room in the queue of group {lane.room.name!r}"]
+    tasks = [task for task in _waited_for(lane) if not task._state]
+    return [f"task {task.name!r} of group {task._run.name!r}" for task in tasks]
+
+
+def _waited_for(serving: Lane) -> Sequence[Task[Any]]:
+    """
+    The tasks that must end before that of a lane can go on; nothing if it runs.
+
+    Who waits for room is not in a circle with them: a worker of theirs that waits makes room.
+    """
     leaves = serving.leaves
     waits = serving.waits if leaves is None else leaves.in_hand()
     above = serving.above
@@ -278,7 +298,7 @@ def find_circle(lane: Lane, tasks: Sequence[Task[Any]]) -> tuple[Task[Any], Task
             continue
         seen.add(id(task))
         if serving not in mine:
-            links.extend((waited, first) for waited in waited_for(serving))
+            links.extend((waited, first) for waited in _waited_for(serving))
         elif not _can_end(first, mine):
             return own, first
     return None
@@ -299,7 +319,7 @@ def _can_end(task: Task[Any], mine: set[Lane]) -> bool:
         serving = link._lane
         if link in waits or serving is None or link._state or serving in mine:
             continue
-        waits[link] = waited_for(serving)
+        waits[link] = _waited_for(serving)
         links.extend(waits[link])
 
     def goes_on(link: Task[Any]) -> bool:

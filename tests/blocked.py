@@ -17,6 +17,7 @@ FOR_FILES = {
     number
     for number, name in _syscalls._NUMBERS[os.uname().machine].items()
     if name in {"accept", "accept4", "connect", "open", "openat", "poll", "ppoll", "read"}
+    or name in {"epoll_pwait", "epoll_wait"}
     or name in {"recvfrom", "recvmsg", "sendmsg", "sendto", "wait4", "waitid", "write"}
 }
 
@@ -26,13 +27,13 @@ def descriptors():
     return len(os.listdir("/proc/self/fd"))
 
 
-def is_blocked(number, among=FOR_FILES):
+def is_blocked(number, among=FOR_FILES, process="self"):
     """Whether the thread with that native number sleeps in one of those calls, and goes on to."""
-    seen = look(number)
+    seen = look(number, process)
     if seen is None or (among is not None and int(seen[0].split()[0]) not in among):
         return False
     time.sleep(0.005)
-    return look(number) == seen
+    return look(number, process) == seen
 
 
 def is_inside(thread, fn):

@@ -93,9 +93,13 @@ def is_asleep(thread):
 TELLS = os.access("/proc/self/syscall", os.R_OK)  # whether the system says where a thread is
 
 
-def look(number):
+def look(number, process="self"):
     """
     What the system says of a thread that sleeps: its call, and how often it has gone to sleep.
+
+    Args:
+        number: The thread's native number.
+        process: The number of its process, if it is another one's.
 
     Returns:
         None if it does not sleep: on a busy machine it may wait for a processor for long.
@@ -103,9 +107,9 @@ def look(number):
     if not TELLS:
         return ()
     try:
-        with open(f"/proc/self/task/{number}/syscall") as file:
+        with open(f"/proc/{process}/task/{number}/syscall") as file:
             call = file.read()
-        with open(f"/proc/self/task/{number}/status") as file:
+        with open(f"/proc/{process}/task/{number}/status") as file:
             said = [line for line in file if line.startswith(("State", "voluntary"))]
     except OSError:  # it has ended
         return None

@@ -20,6 +20,7 @@ from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Executor, Futur
 from contextlib import closing
 
 import pytest
+from blocked import is_blocked
 from staging import (
     act_at,
     in_thread,
@@ -1381,6 +1382,8 @@ def test_ctrl_c_ends_a_program_whose_event_loop_waits_for_a_call():
         start_new_session=True,
     ) as process:
         begun = process.stdout.readline()
+        # A signal that comes as the main thread is on its way into the system is heard after that.
+        until(lambda: is_blocked(process.pid, process=process.pid))
         os.kill(process.pid, signal.SIGINT)
         out, err = process.communicate(timeout=50)
 

@@ -3,6 +3,7 @@ Ctrl-C: who hears it, where it is raised, and what is left behind.
 """
 
 import io
+import itertools
 import os
 import re
 import signal
@@ -363,6 +364,50 @@ def test_foreign_handler_is_left_alone():
         signal.signal(signal.SIGINT, before)
 
     assert sleeper.cancelled()
+
+
+class Stop(Exception):
+    """What a handler of the user's raises."""
+
+
+def raising_at(point):
+    """A profiler that raises at so many points from here at which a signal handler can run."""
+    points = itertools.count()
+
+    def profile(frame, event, argument):
+        is_ours = frame.f_globals.get("__name__", "").startswith("fastpool")
+        if is_ours and event in ("call", "c_return") and next(points) == point:
+            raise Stop
+
+    return profile
+
+
+@pytest.mark.parametrize("options", [{}, {"max_queued": 2}, {"observers": [lambda event: None]}])
+@pytest.mark.parametrize("idle", [True, False])
+def test_submit_that_a_foreign_handler_ends_anywhere_keeps_no_worker_from_the_next(options, idle):
+    """
+    A body that goes on after it finds the group as it was: with its one worker.
+    """
+    for point in itertools.count():
+        with TaskGroup(1, **options) as group:
+            if idle:
+                group.submit(abs, 1)
+                until(lambda group=group: group._run.idle)
+            sys.setprofile(raising_at(point))
+            try:
+                group.submit(abs, -1)
+            except Stop:
+                stopped = True
+            else:
+                stopped = False
+            finally:
+                sys.setprofile(None)
+
+            assert group.submit(abs, -2).result(timeout=60) == 2
+        if not stopped:
+            break
+
+    assert point > 5
 
 
 def test_handler_that_the_user_puts_in_place_meanwhile_stays():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from multiprocessing.dummy import DummyProcess
 from multiprocessing.pool import ThreadPool
@@ -16,7 +15,7 @@ from fastpool import _marks
 from fastpool._clock import IDLE, check_threads, run_in_helper
 from fastpool._gate import Gate
 from fastpool._items import Stretch
-from fastpool._lane import Lane, stand_in
+from fastpool._lane import Lane, stand_in, take_last
 from fastpool._scope import current
 from fastpool._task import NOTHING, VALUE, Task, call, label
 from fastpool._waiting import tell_helpers
@@ -185,8 +184,8 @@ class _Pool:
     def retire(self) -> bool:
         """End, unless it has just been leased."""
         try:
-            _idle_pools.remove(self)  # whoever takes it off the list owns it
-        except ValueError:
+            del _idle_pools[self]  # whoever takes it off owns it
+        except KeyError:
             return self.ended
         self.end()
         return True
@@ -242,7 +241,7 @@ def _out_of_reach(fn: Callable[[], None]) -> None:
 # All that have not ended.
 _live_pools: dict[_Pool, None] = {}
 # Those that no group has leased; the one that was used last is used next.
-_idle_pools: deque[_Pool] = deque()
+_idle_pools: dict[_Pool, None] = {}
 # Counts the calls of `shutdown`: a pool leased before one is not kept when it comes back.
 _shutdowns = 0
 
@@ -417,24 +416,24 @@ class Leased:
         if pool is None:
             pool = self._lease()
         run.pool = pool
-        try:
-            lane, _ = pool.reserve.popitem()
-        except KeyError:
-            lane = None
+        lane = take_last(pool.reserve)
         if lane is None:
             pool.start(run.enlist)
         else:
             run.enlist(lane)
-            lane.gate.open()
+            try:
+                lane.gate.open()
+            except BaseException:  # see `Run._call`
+                lane.gate.open()
+                raise
 
     def _lease(self) -> _Pool:
-        try:
-            pool = _idle_pools.pop()
-        except IndexError:
+        pool = take_last(_idle_pools)
+        if pool is None:
             pool = _Pool()
         leased = self._leases.setdefault("pool", pool)
         if leased is not pool:
-            _idle_pools.append(pool)
+            _idle_pools[pool] = None
         return leased
 
     def cancel(self, run: Run) -> None:
@@ -457,7 +456,7 @@ class Leased:
             pool.end()
             return
         pool.idle_since = time.monotonic()
-        _idle_pools.append(pool)
+        _idle_pools[pool] = None
 
     def abandon(self, run: Run) -> None:
         """The pool ends when its threads come back."""
@@ -543,11 +542,7 @@ def shutdown() -> None:
     """End every idle pool and wait for its threads; those in use end when they come back."""
     global _shutdowns
     _shutdowns += 1
-    while _idle_pools:
-        try:
-            pool = _idle_pools.pop()
-        except IndexError:
-            break
+    while (pool := take_last(_idle_pools)) is not None:
         pool.end()
         if pool.threads is not None:
             pool.threads.join()
