@@ -32,7 +32,6 @@ from fastpool._task import (
     site,
 )
 from fastpool._text import some
-from fastpool._token import CancelToken
 from fastpool._waiting import (
     InHand,
     help_along,
@@ -104,7 +103,6 @@ class Run(Ledger):
         "attended",
         "backend",
         "bounded",
-        "callbacks",
         "called",
         "calling",
         "closed",
@@ -128,8 +126,6 @@ class Run(Ledger):
         super().__init__(name)
         self.closed: str | None = UNENTERED
         self.entry: Entry | None = None
-        # What the cancel of a dropped group has left for a helper thread to call.
-        self.callbacks: list[tuple[Callback, CancelToken]] = []
         # Whether a group that is about to close does so; `setdefault` decides.
         self.closing: dict[str, bool] | None = None
         self.backend: Backend | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -501,8 +502,10 @@ class TaskGroup(Submitter):
         cause = Cause("it was dropped without leaving its block", source=run.token._key)
         if run.token._claim(cause):
             pending = run.token._spread(cause)
-            run.callbacks = [pair for pair in pending if pair[0].slow]
+            slow = [pair for pair in pending if pair[0].slow]
             run_callbacks([pair for pair in pending if not pair[0].slow])
+            if slow:  # others may wait for what they do
+                _clock.run_from_handler(functools.partial(run_callbacks, slow))
         run.token._unlink()
         # The code that goes on was in the body, and is so no more; in contexts that are not
         # current here, the scope stays and stands for what is around it.
@@ -815,7 +818,6 @@ def _warn_about(run: Run, what: str) -> None:
 def _end_dropped() -> None:
     """End the groups that were dropped, as far as their tasks have ended."""
     for run in list(_dropped):
-        run_callbacks(run.callbacks)
         if run.come_to_rest(None):
             try:
                 _dropped.remove(run)
@@ -844,7 +846,6 @@ def _finish() -> None:
     """At interpreter exit: finish every group that is open, as if its block ended now."""
     _exiting.append(True)
     for run in list(_open_runs):
-        run_callbacks(run.callbacks)
         if _is_left_behind(run):
             continue  # its task may never end, and nobody waits for it any more
         run.closed = EXITING  # its tasks may go on submitting, as while a block is left

@@ -1349,6 +1349,28 @@ def test_cancel_of_a_group_reaches_the_event_loop():
     assert isinstance(pending, asyncio.CancelledError)
 
 
+def test_futures_of_a_dropped_group_end():
+    """
+    Who waits for one is told, though nobody leaves the block.
+    """
+
+    def opens():
+        group = TaskGroup(1)
+        group.__enter__()
+        executor = GroupExecutor(group)
+        held = executor.submit(fastpool.sleep, LONG)
+        until(held.running)
+        return held, executor.submit(abs, -1)
+
+    with pytest.warns(ResourceWarning, match="dropped"):
+        futures = opens()
+        gc.collect()
+
+    for future in futures:
+        with pytest.raises(concurrent.futures.CancelledError):
+            future.result(timeout=LONG)
+
+
 ASYNC_PROGRAM = """
 import asyncio, os
 import fastpool
