@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections import deque
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fastpool import _scope
@@ -25,13 +26,12 @@ class Arrivals(Closing, Generic[K]):
     """
     Takes note of tasks as they end, whatever they come to; whoever made it takes them.
 
-    A task goes by a key, which is in `left` until it has been taken.
+    A task goes by a key.
     """
 
-    __slots__ = ("_keys", "asleep", "ended", "gate", "left")
+    __slots__ = ("_keys", "asleep", "ended", "gate")
 
     def __init__(self) -> None:
-        self.left: dict[K, None] = {}
         self.ended: deque[K] = deque()  # some twice, perhaps
         self.gate = Gate()
         self.asleep: dict[None, None] = {}  # not empty: the gate is to be opened, by one
@@ -40,6 +40,10 @@ class Arrivals(Closing, Generic[K]):
     @abc.abstractmethod
     def task(self, key: K) -> Task[Any]:
         """The handle that goes by a key."""
+
+    @abc.abstractmethod
+    def left(self) -> Iterable[K]:
+        """The keys of those that have not been taken."""
 
     def hear(self, run: Run) -> None:
         """Listen to a group: what is queued in it has ended when its token is set."""
@@ -50,27 +54,24 @@ class Arrivals(Closing, Generic[K]):
         """A task has ended. Any thread says so, more than once perhaps."""
         self.ended.append(key)
         # Looked at after it can be found: who falls asleep does the reverse.
-        if self.asleep and self.asleep.pop(None, self) is None:
+        if self.asleep:
+            self.wake()
+
+    def wake(self) -> None:
+        """Have who sleeps look what has ended; one of those that say so does it."""
+        if self.asleep.pop(None, self) is None:
             self.gate.open()
 
-    def take(self) -> K | None:
+    def wait(self) -> None:
         """
-        Wait for the next one that ends; None if none are left.
+        Wait until one has ended.
 
         Raises:
             Cancelled: If the caller's own current token is set before.
             RuntimeError: If tasks would wait for each other in a circle.
         """
-        left, ended = self.left, self.ended
-        while left:
-            if not ended:
-                self._wait()
-            key = ended.popleft()
-            if left.pop(key, key) is None:
-                return key
-        return None
-
-    def _wait(self) -> None:
+        if self.ended:
+            return
         token = _scope.current_token()
         lane = here()  # an iterator may be handed from thread to thread
         key = token._add_sleeper(self.gate)
@@ -97,13 +98,13 @@ class Arrivals(Closing, Generic[K]):
 
     def look(self) -> None:
         """Note what has ended, and what has ended with its group's token: nobody tells."""
-        for key in self.left:
+        for key in self.left():
             if self.task(key).done():
                 self.ended.append(key)
 
     def _wait_in(self, lane: Lane) -> None:
         """As a worker waits: it runs what may get no other, or sleeps."""
-        tasks = [self.task(key) for key in self.left]
+        tasks = [self.task(key) for key in self.left()]
         # Only what may get no other worker: a task that one of them begins could wait for what
         # we do once the first of all has ended, and here it never would.
         queued = next((task for task in tasks if not (task._taken or task._state)), None)

@@ -226,14 +226,21 @@ def _as_completed(tasks: list[Task[R]]) -> Iterator[Task[R]]:
 class _Arrivals(Arrivals[Task[R]], Generic[R]):
     """Tasks of any groups, each its own key."""
 
-    __slots__ = ()
+    __slots__ = ("_left",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left: dict[Task[R], None] = {}
 
     def task(self, key: Task[R]) -> Task[R]:
         return key
 
+    def left(self) -> Iterable[Task[R]]:
+        return self._left
+
     def add(self, task: Task[R]) -> None:
         self.hear(task._run)
-        self.left[task] = None
+        self._left[task] = None
         task._run.watch(task, self)
 
     def notify(self, task: Task[Any]) -> None:
@@ -241,12 +248,16 @@ class _Arrivals(Arrivals[Task[R]], Generic[R]):
         self.arrive(task)
 
     def take(self) -> Task[R] | None:
-        task = super().take()
-        if task is not None:
-            task._run.unwatch(task, self)
-        return task
+        """Wait for the next one that ends; None if none are left."""
+        while self._left:
+            self.wait()
+            task = self.ended.popleft()
+            if self._left.pop(task, task) is None:
+                task._run.unwatch(task, self)
+                return task
+        return None
 
     def close(self) -> None:
         super().close()
-        for task in self.left:
+        for task in self._left:
             task._run.unwatch(task, self)

@@ -14,6 +14,7 @@ from fastpool._task import CANCELLED, NOTHING, PENDING, VALUE, Options, Task, la
 from fastpool._token import CancelToken
 
 if TYPE_CHECKING:
+    from fastpool._arrivals import Arrivals
     from fastpool._run import Run
 
 __all__ = ["Items", "Stretch"]
@@ -57,7 +58,7 @@ class Items:
         lasti: int,
         *,
         first: int = 0,
-        listener: Callable[[int], object] | None = None,
+        listener: Arrivals[int] | None = None,
     ) -> None:
         self.run = run
         self.name = label(fn)  # of the function itself nothing is kept when all are done
@@ -119,16 +120,16 @@ class Items:
         run = self.run
         return (run.disturbed or run.token.cancelled()) and self.task(index).done()
 
-    def hand_out(self, index: int) -> Any:
-        """The value of a call, which is kept from now on by its handle alone, if there is one."""
-        values = self.values
-        value = values[index]
-        if index in self.handles:
-            task = self.known(index)
-            if task is not None:
-                task._kept = value  # first, or who reads there would find neither
-        values[index] = None
-        return value
+    def hand_out(self, start: int, stop: int) -> list[Any]:
+        """The values of some calls, each kept from now on by its handle alone, if it has one."""
+        values = self.values[start:stop]
+        if self.handles:
+            for index, value in enumerate(values, start):
+                task = self.known(index)
+                if task is not None:
+                    task._kept = value  # first, or who reads there would find neither
+        self.values[start:stop] = [None] * len(values)
+        return values
 
     def _ended(self, index: int) -> bool:
         state = self.states[index]
@@ -159,7 +160,7 @@ class Items:
         self.states = states
         if self.listener is not None:
             for index in running:
-                self.listener(self.first + index)
+                self.listener.arrive(self.first + index)
 
 
 @final
@@ -173,8 +174,8 @@ class Stretch:
         items: What they come to.
         fn: The function.
         unpack: Whether an item is a tuple of arguments.
-        context: Of all the calls, each of which has a copy. `None`: each was submitted in one
-            of its own, in `contexts`.
+        context: Of all the calls, each of which has a copy. `None`: they are in `contexts`.
+        shares: Whether several of these may be one, of which each call has a copy, too.
     """
 
     __slots__ = (
@@ -184,17 +185,25 @@ class Stretch:
         "fn",
         "following",
         "items",
+        "shares",
         "unpack",
     )
 
     def __init__(
-        self, items: Items, fn: Callable[..., Any], *, unpack: bool, context: Context | None = None
+        self,
+        items: Items,
+        fn: Callable[..., Any],
+        *,
+        unpack: bool,
+        context: Context | None = None,
+        shares: bool = False,
     ) -> None:
         self.items = items
         self.fn = fn
         self.unpack = unpack
         self.copy = None if context is None else context.copy
-        self.contexts: list[Context | None] = []  # none is entered; None where it has been used
+        self.contexts: list[Context | None] = []  # None where it has been used
+        self.shares = shares
         self.following = itertools.count().__next__
         items.stretch = weakref.ref(self)
 
@@ -329,6 +338,9 @@ class _Item(Task[R_co]):
 
         @_context.setter
         def _context(self, context):
+            stretch = self._stretch
+            if stretch is not None and stretch.contexts:
+                stretch.contexts[self._index] = None
             self._stretch = None
 
         @property
@@ -358,7 +370,7 @@ class _Item(Task[R_co]):
             items = self._items
             items.states[self._index] = state
             if items.listener is not None:
-                items.listener(items.first + self._index)
+                items.listener.arrive(items.first + self._index)
 
         @property
         def _value(self):

@@ -324,10 +324,10 @@ class Run(Ledger):
         if not self.called and (self.idle or not self.full or self.recalled):
             self.call_for(tasks, stretch)
 
-    def submit_one(self, stretch: Stretch, argument: object) -> None:
-        """As `submit_more`, for one call; it is submitted in the context of who calls this."""
+    def submit_one(self, stretch: Stretch, argument: object, context: Context) -> None:
+        """As `submit_more`, for one call; nobody else has the context."""
         items = stretch.items
-        stretch.contexts.append(copy_context())
+        stretch.contexts.append(context)
         items.taken.append(False)
         items.states.append(PENDING)
         items.values.append(argument)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Generator, Iterable, Iterator, Reversible
-from contextvars import copy_context
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextvars import Context, copy_context
 from types import FrameType
 from typing import Any, Generic, TypeVar
 
@@ -20,7 +21,6 @@ from fastpool._waiting import (
     wait_for,
     wait_for_all,
 )
-from fastpool.exceptions import GroupClosedError
 
 __all__ = ["Source", "as_completed", "in_order"]
 
@@ -28,6 +28,8 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 CHUNK = 256  # calls that are kept, and forgotten, together; so many that their lists cost nothing
+MOST = 64  # values that are handed out before the input is read again
+PATIENCE = 5e-5  # seconds that a value waits while the input is read, and goes on to be quick
 
 
 class Source(Generic[T, R]):
@@ -45,10 +47,13 @@ class Source(Generic[T, R]):
     """
 
     __slots__ = (
-        "_begin",
         "_code",
         "_fn",
+        "_handed",
+        "_in_hand",
+        "_is_over",
         "_is_prompt",
+        "_items",
         "_iterator",
         "_lasti",
         "_stretch",
@@ -56,6 +61,7 @@ class Source(Generic[T, R]):
         "chunks",
         "count",
         "run",
+        "taken",
         "window",
     )
 
@@ -69,13 +75,17 @@ class Source(Generic[T, R]):
     ) -> None:
         self.run = run
         self.window = window
-        self.count = 0  # of the items that were read
+        self.count = 0  # of the calls that were submitted
+        self.taken = 0  # of the values that were handed out
         self.chunks: dict[int, Items] = {}
+        self._handed: dict[int, bytearray] = {}  # of each chunk: which values were handed out
         self.arrivals: _Arrivals | None = None  # where values are taken as they come
         self._fn = fn
-        self._begin: Callable[[], Iterator[T]] | None = functools.partial(iter, items)
+        self._items: Iterable[T] | None = items
         self._iterator: Iterator[T] | None = None
         self._is_prompt = _input.is_prompt(items)
+        self._is_over = False  # nothing more is read
+        self._in_hand: tuple[T, Context] | None = None  # an item that waits for room
         self._stretch: Stretch | None = None
         self._code = frame.f_code
         self._lasti = frame.f_lasti
@@ -84,84 +94,98 @@ class Source(Generic[T, R]):
         """The handle of a call that has not been forgotten."""
         return self.chunks[number // CHUNK].task(number % CHUNK)
 
-    def read(self, ahead: int) -> bool:
-        """
-        Read an item and submit its call; more of them if that waits for nothing.
+    def has_value(self) -> bool:
+        """Whether there is a value to take, or what is raised in its place."""
+        if self.arrivals is not None:
+            return bool(self.arrivals.ended)
+        chunk, index = self.chunks.get(self.taken // CHUNK), self.taken % CHUNK
+        return chunk is not None and index < len(chunk) and chunk.states[index] == VALUE
 
-        Args:
-            ahead: How many calls there are that nobody has taken the value of. If there are any,
-                this does not wait for room in the group's queue, nor raise because the group is
-                closed.
+    def fill(self) -> int:
+        """
+        Read items and submit their calls, until the window is full.
+
+        With calls ahead this does not wait for room in the group's queue once a value can be
+        taken, nor raise because the group is closed.
 
         Returns:
-            False if there are no more items, or it is not the time for one.
+            How many calls there are that nobody has taken the value of.
 
         Raises:
             Cancelled, GroupClosedError: As `Submitter.submit`.
             BaseException: What the input raises; it is recorded as a failure of the group.
         """
-        run = self.run
-        if self._begin is None:
-            return False
-        if (
-            run.closed is not None or run.disturbed or run.token._reason is not None
-        ) and not self._is_open(ahead):
-            return False
-        return self._read_many(ahead) if self._is_prompt else self._read_one(ahead)
+        read = self._read_many if self._is_prompt else self._read_each
+        while not self._is_over and (ahead := self.count - self.taken) < self.window:
+            if self._is_closed(ahead) or not read(ahead) or self.has_value():
+                break
+        return self.count - self.taken
 
-    def _read_one(self, ahead: int) -> bool:
-        run, iterator = self.run, self._iterator
-        if run.bounded is not None:
-            # Not kept meanwhile: the input may submit to the group, or be a stream of it.
-            if not self._room(ahead, 1):
-                return False
-            run.give_room(1)
-        try:
-            if iterator is None:
-                iterator = self._open_input()
-            item = _input.read_one(iterator)
-        except BaseException as error:
-            self._begin = None
-            _input.blame(run.token, error)
-            raise
-        if item is _input.END:
-            self._begin = None
-            return False
-        if (
-            run.closed is not None or run.disturbed or run.token._reason is not None
-        ) and not self._is_open(ahead):
-            return False
-        if run.bounded is not None:
-            try:
-                run.room(self._fn)
-            except GroupClosedError:
-                if ahead:
-                    return False  # one of those ahead may have failed, and says more
-                raise
-        stretch = self._stretch
-        if stretch is None or not self.count % CHUNK:
-            stretch = self._begin_chunk()
-        self.count += 1
-        run.submit_one(stretch, item)
+    def _read_each(self, before: int) -> bool:
+        """Read items one by one; False if there are no more, or it is not the time."""
+        run, read, stretch = self.run, _input.read_one, self._stretch
+        token, until = run.token, time.monotonic() + PATIENCE
+        for ahead in range(before, self.window):
+            if self._in_hand is None:
+                if run.bounded is not None:
+                    # Not kept meanwhile: the input may submit to the group, or be a stream of it.
+                    if not self._room(ahead, 1):
+                        return False
+                    run.give_room(1)
+                try:
+                    iterator = self._iterator
+                    if iterator is None:
+                        iterator = self._open_input()
+                    item = read(iterator)
+                except BaseException as error:
+                    self._is_over = True
+                    _input.blame(token, error)
+                    raise
+                if item is _input.END:
+                    self._is_over = True
+                    return False
+                context = copy_context()
+            else:
+                item, context = self._in_hand
+            if (
+                run.bounded is not None
+                or run.closed is not None
+                or run.disturbed
+                or token._reason is not None
+            ):
+                self._in_hand = (item, context)
+                if self._is_closed(ahead) or not self._room(ahead, 1):
+                    return False
+                self._in_hand = None
+            number = self.count
+            if stretch is None or not number % CHUNK:
+                stretch = self._begin_chunk()
+            self.count = number + 1
+            run.submit_one(stretch, item, context)
+            # Once a value is there it waits for no slow input; but mostly that is quick.
+            if time.monotonic() > until:
+                break
         return True
 
     def _read_many(self, ahead: int) -> bool:
-        run, iterator = self.run, self._iterator
+        """As `_read_each`, in one go."""
+        run = self.run
         most = min(self.window - ahead, CHUNK - self.count % CHUNK)
         if run.bounded is not None:
             most = self._room(ahead, most)
             if not most:
                 return False
         try:
+            iterator = self._iterator
             if iterator is None:
                 iterator = self._open_input()
             items = _input.read(iterator, most)
         except BaseException as error:  # a dictionary that has changed, say
-            self._begin = None
+            self._is_over = True
             _input.blame(run.token, error)
             raise
         if len(items) < most:
-            self._begin = None
+            self._is_over = True
             run.give_room(most - len(items))
         if not items:
             return False
@@ -186,10 +210,11 @@ class Source(Generic[T, R]):
 
     def _wait_for_room(self, ahead: int, most: int, lane: Lane | None) -> int:
         run, queue, token = self.run, self.run.bounded, current_token()
-        assert queue is not None
+        if queue is None:
+            return 0  # the group has ended meanwhile
         arrivals, task, gate = self.arrivals, None, Gate()
         if arrivals is None:
-            task = self.task(self.count - ahead)
+            task = self.task(self.taken)
             ready = task.done
             run.watch(task, gate)
         else:
@@ -217,8 +242,9 @@ class Source(Generic[T, R]):
                 heard._remove(key)
 
     def _open_input(self) -> Iterator[T]:
-        assert self._begin is not None
-        iterator = self._iterator = _input.begin(self._begin)
+        assert self._items is not None
+        iterator = self._iterator = _input.begin(functools.partial(iter, self._items))
+        self._items = None
         return iterator
 
     def _begin_chunk(self) -> Stretch:
@@ -229,58 +255,101 @@ class Source(Generic[T, R]):
             self._code,
             self._lasti,
             first=self.count,
-            listener=None if self.arrivals is None else self.arrivals.arrive,
+            listener=self.arrivals,
         )
-        self._stretch = stretch = Stretch(chunk, self._fn, unpack=False)
+        self._handed[self.count // CHUNK] = bytearray(CHUNK)
+        self._stretch = stretch = Stretch(chunk, self._fn, unpack=False, shares=self._is_prompt)
         return stretch
 
-    def _is_open(self, ahead: int) -> bool:
-        """Whether the group takes one more; raises if not, unless there are values to take."""
+    def _is_closed(self, ahead: int) -> bool:
+        """Whether the group takes nothing more; raises then, unless there are values to take."""
         run = self.run
-        if ahead and (run.closed is not None or run.stopping()):
+        if run.closed is None and not run.disturbed and run.token._reason is None:
             return False
+        if ahead and (run.closed is not None or run.stopping()):
+            return True
         run.check_open(self._fn)
-        return True
+        return False
 
-    def meet(self, number: int, left: Iterable[int]) -> R:
+    def left(self) -> list[int]:
+        """The calls that nobody has taken the value of."""
+        return [
+            number
+            for chunk in self.chunks.copy()
+            for number in range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.count))
+            if not self.is_taken(number)
+        ]
+
+    def is_taken(self, number: int) -> bool:
+        """Whether the value of a call was handed out."""
+        handed = self._handed.get(number // CHUNK)
+        return handed is None or bool(handed[number % CHUNK])
+
+    def in_a_row(self, first: int, most: int) -> int:
+        """Of how many calls in a row, at most so many, the value can be handed out."""
+        number, start = divmod(first, CHUNK)
+        states, handed = self.chunks[number].states, self._handed[number]
+        stop = min(start + most, CHUNK)
+        while states[start:stop].count(VALUE) < stop - start or 1 in handed[start:stop]:
+            stop = (start + stop) // 2
+        return stop - start
+
+    def hand_out(self, first: int, count: int) -> list[R]:
+        """The values of some calls in a row, the last one first."""
+        number, start = divmod(first, CHUNK)
+        values = self.chunks[number].hand_out(start, start + count)
+        values.reverse()
+        self.taken += count
+        handed = self._handed[number]
+        handed[start : start + count] = b"\1" * count
+        if 0 not in handed:
+            del self.chunks[number], self._handed[number]
+        return values
+
+    def most(self) -> int:
+        """How many values may be handed out now before the input is read again."""
+        ahead = self.count - self.taken
+        return min(max(1, ahead if self._is_over else ahead - self.window // 2), MOST)
+
+    def meet(self, number: int) -> None:
         """
-        The value of a call, or what is raised in its place.
+        Wait until a call has a value, or raise what is raised in its place.
 
-        Args:
-            number: Which.
-            left: All that nobody has taken the value of, this one too: a cancelled one must not
-                hide the failure of another.
+        A cancelled one does not hide the failure of another that nobody has taken the value of.
         """
         task = self.task(number)
         error = None
         try:
             wait_for((task,), None)
             if task._state == CANCELLED:
-                tasks = [self.task(other) for other in left]
+                tasks = [self.task(other) for other in self.left()]
                 wait_for_all(reversed(tasks), None)
                 failed = [other for other in tasks if other._state == ERROR]
                 if failed:
                     error = min(failed, key=lambda other: other._value[2])._error()
                     raise error
-            return task.result()
+            task.result()
         finally:
             del self, task, error  # what is raised holds this frame in its traceback
 
-    def close(self, left: Reversible[int]) -> None:
+    def close(self) -> None:
         """
-        Read nothing more, and cancel some calls.
+        Read nothing more, and cancel the calls that nobody has taken the value of.
 
-        A generator is closed, if it has begun; a file, say, is its owner's.
+        A generator is closed; a file, say, is its owner's.
         """
         # The last one first: a worker whose call is told would begin one that is still queued.
         try:
-            for number in reversed(left):
+            for number in reversed(self.left()):
                 chunk = self.chunks[number // CHUNK]
                 if number % CHUNK < len(chunk):  # its submit may have been interrupted
                     chunk.task(number % CHUNK).cancel("its iterator was closed")
         finally:
-            iterator = self._iterator
-            self._begin = self._iterator = self._stretch = self.arrivals = None
+            # A generator that has not begun is closed, too: it may have been used before.
+            iterator = self._items if self._iterator is None else self._iterator
+            self._is_over = True
+            self._items = self._iterator = self._in_hand = self._stretch = self.arrivals = None
+            self._handed.clear()
             self.chunks.clear()  # they lead back here, if somebody listens
             if isinstance(iterator, Generator):
                 _input.close(iterator)  # pyright: ignore[reportUnknownArgumentType] # as it was
@@ -288,74 +357,75 @@ class Source(Generic[T, R]):
 
 def in_order(source: Source[Any, R]) -> Generator[R, None, None]:
     """The values in the order of the items, each as soon as it and those before it are there."""
-    chunks, window, queue = source.chunks, source.window, source.run.queue
-    few = window // 2
-    taken = index = 0
-    chunk: Items | None = None
-    try:
-        while True:
-            ahead = source.count - taken
-            ready = chunk is not None and ahead > few and chunk.states[index] == VALUE
-            # While there is work for the workers, what there is comes first.
-            if not ready or not queue:
-                while ahead < window and source.read(ahead):
-                    ahead = source.count - taken
-                    if chunk is None:
-                        chunk = chunks[taken // CHUNK]
-                    if chunk.states[index] == VALUE:
-                        break  # the next value is there, and the input may be slow
-            if not ahead:
-                return
-            assert chunk is not None
-            if chunk.states[index] != VALUE:
-                value: R = source.meet(taken, range(taken, source.count))
-                del value
-            taken += 1
-            at = index
-            index += 1
-            yield chunk.hand_out(at)
-            if index == CHUNK:
-                del chunks[(taken - 1) // CHUNK]
-                chunk = chunks.get(taken // CHUNK)
-                index = 0
-    finally:
-        try:
-            source.close(range(taken, source.count))
-        finally:
-            del source, chunks, chunk, queue  # what is raised holds this frame in its traceback
+    return _begun(_in_order(source))
 
 
 def as_completed(source: Source[Any, R]) -> Generator[R, None, None]:
     """The values as they come."""
-    chunks, window, queue = source.chunks, source.window, source.run.queue
-    few = window // 2
-    chunk: Items | None = None
-    to_take: dict[Items, int] = {}  # how many of a chunk, where it is not all
-    arrivals = _Arrivals(source)
-    left, ended = arrivals.left, arrivals.ended
+    return _begun(_as_completed(source))
+
+
+def _begun(values: Generator[Any, None, None]) -> Generator[Any, None, None]:
+    """Begin a generator, or to close it would do nothing."""
+    next(values)
+    return values
+
+
+def _in_order(source: Source[Any, Any]) -> Generator[Any, None, None]:
+    queue, few = source.run.queue, source.window // 2
     try:
-        with arrivals:
-            while True:
-                # While there is work for the workers, what there is comes first.
-                if not (queue and len(left) > few and ended):
-                    while len(left) < window and arrivals.read() and not ended:
-                        pass
-                number = arrivals.take()
-                if number is None:
+        yield None  # see `_begun`
+        while True:
+            # While there is work for the workers, what there is comes first.
+            if source.count - source.taken <= few or not queue or not source.has_value():
+                if not source.fill():
                     return
-                chunk, index = chunks[number // CHUNK], number % CHUNK
-                if chunk.states[index] != VALUE:
-                    source.meet(number, (number, *left))
-                to_take[chunk] = rest = to_take.get(chunk, CHUNK) - 1
-                if not rest:
-                    del chunks[number // CHUNK], to_take[chunk]
-                yield chunk.hand_out(index)
+                if not source.has_value():
+                    source.meet(source.taken)
+            values = source.hand_out(source.taken, source.in_a_row(source.taken, source.most()))
+            while values:
+                yield values.pop()
     finally:
         try:
-            source.close(left)
+            source.close()
         finally:
-            # What is raised holds this frame in its traceback.
-            del source, chunks, chunk, to_take, arrivals, left, ended, queue
+            del source, queue  # what is raised holds this frame in its traceback
+
+
+def _as_completed(source: Source[Any, Any]) -> Generator[Any, None, None]:
+    queue, few = source.run.queue, source.window // 2
+    arrivals = _Arrivals(source)
+    ended = arrivals.ended
+    try:
+        with arrivals:
+            yield None  # see `_begun`
+            while True:
+                if source.count - source.taken <= few or not queue or not ended:
+                    if not source.fill():
+                        return
+                    arrivals.wait()
+                most = min(source.most(), len(ended))
+                numbers = [ended.popleft() for _ in range(most)]
+                # Mostly they have ended in their order.
+                are_in_order = numbers == [*range(numbers[0], numbers[0] + most)]
+                while numbers:
+                    first = numbers[0]
+                    if source.is_taken(first):
+                        del numbers[0]
+                        continue
+                    count = source.in_a_row(first, len(numbers) if are_in_order else 1)
+                    if not count:
+                        source.meet(first)
+                        continue
+                    del numbers[:count]
+                    values = source.hand_out(first, count)
+                    while values:
+                        yield values.pop()
+    finally:
+        try:
+            source.close()
+        finally:
+            del source, arrivals, ended, queue  # as above
 
 
 class _Arrivals(Arrivals[int]):
@@ -369,13 +439,8 @@ class _Arrivals(Arrivals[int]):
         source.arrivals = self
         self.hear(source.run)
 
+    def left(self) -> list[int]:
+        return self._source.left()
+
     def task(self, key: int) -> Task[Any]:
         return self._source.task(key)
-
-    def read(self) -> bool:
-        """As `Source.read`."""
-        source, left = self._source, self.left
-        before = source.count
-        more = source.read(len(left))
-        left.update(dict.fromkeys(range(before, source.count)))
-        return more

@@ -270,7 +270,7 @@ class Submitter:
             if not prompt:
                 if run.bounded is not None:
                     run.room(fn)
-                run.submit_one(stretch, arguments[0])
+                run.submit_one(stretch, arguments[0], copy_context())
             else:
                 run.submit_more(stretch, arguments)
                 size = most = min(2 * size, MOST_AT_ONCE)

@@ -343,11 +343,11 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     token = run.token
     fn, unpack, following, items = stretch.fn, stretch.unpack, stretch.following, stretch.items
     first, listener = items.first, items.listener
+    arrive, asleep = (None, None) if listener is None else (listener.ended.append, listener.asleep)
     handles, taken, states, values = items.handles, items.taken, items.states, items.values
-    # Each call has a copy of the context, in which its place is noted. Where all have the same,
-    # to note it here and copy then is quicker.
-    become, contexts, own = current.set, stretch.contexts, None
-    context = None if stretch.copy is None else stretch.copy()
+    copy, contexts, shares = stretch.copy, stretch.contexts, stretch.shares
+    become = current.set
+    own: Any = None  # Any: the context of the call that runs
     entry: Task[Any] | Stretch | None = stretch
     place = (0, stretch)
     while entry is stretch:
@@ -358,13 +358,14 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
             break
         states[index] = lane
         lane.at = place = (index, stretch)
-        if context is not None:
-            context.run(become, place)
-            own = context.copy()
+        if copy is not None:
+            own = copy()
         else:
-            own = contexts[index].copy()  # type: ignore[union-attr] # it is there yet
+            own = contexts[index]
             contexts[index] = None
-            own.run(become, place)
+            if shares:
+                own = own.copy()
+        own.run(become, place)
         try:
             value = own.run(fn, *values[index]) if unpack else own.run(fn, values[index])
         except BaseException as error:
@@ -375,8 +376,10 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
             del value
             if index in handles:
                 run.item_ended(items, index)
-            if listener is not None:
-                listener(first + index)
+            if arrive is not None:  # `Arrivals.arrive` written out
+                arrive(first + index)
+                if asleep:
+                    listener.wake()  # type: ignore[union-attr] # there is one
         lane.at = None
         if run.fences:
             run.passed(lane)
@@ -386,7 +389,7 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
             entry = None
     # What failed refers to this frame: see `strip`.
     del run, lane, stretch, popleft, token, fn, following, items
-    del handles, taken, states, values, listener, context, contexts, own, place
+    del handles, taken, states, values, listener, arrive, asleep, copy, contexts, own, place
     return entry
 
 
