@@ -4,6 +4,7 @@
 
 import contextvars
 import gc
+import inspect
 import itertools
 import operator
 import random
@@ -463,6 +464,39 @@ def test_argument_is_not_kept(stream, workers):
     assert not any(left)
 
 
+@pytest.mark.parametrize("observers", [(), (lambda event: None,)], ids=["alone", "observed"])
+def test_context_of_a_reading_is_not_kept(stream, workers, observers):
+    """
+    What the input has set for a call is gone when that has ended, whoever looks on.
+    """
+    references = []
+
+    def inputs():
+        for number in itertools.count():
+            payload = Payload()
+            references.append(weakref.ref(payload))
+            variable.set(payload)
+            del payload
+            yield number
+
+    def consume():
+        values = stream(group, lambda number: type(variable.get()), inputs(), window=5)
+        kinds = {next(values) for _ in range(20)}
+        group.wait()
+        # The consumer's own context has the last one.
+        until(lambda: not any(reference() for reference in references[:-1]), within=10)
+        left = [reference() for reference in references[:-1]]
+        values.close()
+        return kinds, left
+
+    with TaskGroup(observers=observers, **workers(2)) as group:
+        kinds, left = in_thread(consume)
+
+    assert kinds == {Payload}
+    assert len(left) >= 19
+    assert not any(left)
+
+
 @pytest.mark.parametrize(
     ("name", "slow"), [("imap", False), ("imap_unordered", False), ("imap_unordered", True)]
 )
@@ -788,6 +822,44 @@ def test_generator_that_was_given_is_closed(stream, workers):
 
     assert at_once == done == [threading.get_ident()]
     assert list(given) == []
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["fresh", "begun"])
+@pytest.mark.parametrize("leave", ["close", "drop"])
+def test_generator_of_a_stream_that_was_never_begun_is_closed(stream, leave, begun):
+    """
+    The stream has it from the call on, whether or not a value was taken.
+    """
+    numbers = Numbers(100)
+    given = iter(numbers)
+    if begun:
+        next(given)
+
+    with TaskGroup(1) as group:
+        values = stream(group, resize, given)
+        if leave == "close":
+            values.close()
+        del values
+        after = group.submit(resize, 404).result()
+
+    assert inspect.getgeneratorstate(given) == inspect.GEN_CLOSED
+    assert (numbers.taken, numbers.closed) == (int(begun), begun)
+    assert after == 404
+
+
+def test_refused_stream_leaves_its_input_alone(stream):
+    """
+    It was never taken.
+    """
+    numbers = Numbers(3)
+    given = iter(numbers)
+
+    with TaskGroup(1) as group:
+        group.cancel()
+        with pytest.raises(Cancelled):
+            stream(group, resize, given)
+
+    assert list(given) == [0, 1, 2]
 
 
 def test_file_that_was_given_is_left_open(stream, tmp_path):
@@ -1871,6 +1943,161 @@ def test_full_queue_does_not_hold_up_the_next_value(stream, workers, watched):
 
     assert [first, *rest] == [0, 1]
     assert others[0].result() == 404
+
+
+class FullAtSecond:
+    """
+    An input of two, the second of which finds the queue full that the first one found empty.
+
+    Args:
+        group: Has one worker, and room for one.
+        ready: Waits before the queue is filled.
+    """
+
+    def __init__(self, group, ready=lambda: None):
+        self.group = group
+        self.ready = ready
+        self.release = threading.Event()
+        self.closed = False
+
+    def __iter__(self):
+        try:
+            variable.set("first")
+            yield 0
+            self.ready()
+            until(self.group.submit(self.release.wait, LIMIT).running)
+            self.group.submit(resize, 404)
+            variable.set("second")
+            yield 1
+        finally:
+            self.closed = True
+
+
+def test_item_that_waits_for_room_holds_up_no_value(stream, workers):
+    """
+    It is kept, with the context that it was read in, and its call submitted when there is room.
+    """
+
+    def consume():
+        values = stream(group, lambda number: (number, variable.get()), items, window=5)
+        first = next(values)
+        variable.set("body")
+        items.release.set()
+        return [first, *values]
+
+    with TaskGroup(max_queued=1, **workers(1)) as group:
+        items = FullAtSecond(group)
+        consumer, outcome = start(consume)
+        try:
+            taken = joined(consumer, outcome)
+        finally:
+            items.release.set()
+
+    assert taken == [(0, "first"), (1, "second")]
+    assert items.closed
+
+
+def test_cancel_while_an_item_waits_for_room_closes_the_input(stream, workers, watched):
+    """
+    The stream ends as the group does, though nobody makes room.
+    """
+    begun = threading.Event()
+
+    def call(number):
+        begun.set()
+        fastpool.sleep(60)
+
+    with TaskGroup(2, max_queued=1) as group:
+        items = FullAtSecond(group, lambda: begun.wait(LIMIT))
+        consumer, outcome = start(drain, stream(group, call, items, window=5))
+        until(lambda: len(group._run.queue) == 1 and is_asleep(consumer))
+        group.cancel("rain")
+        taken, raised = joined(consumer, outcome)
+        items.release.set()
+
+    assert taken == []
+    assert type(raised) is TaskCancelledError
+    assert raised.reason == "rain"
+    assert items.closed
+
+
+def test_group_that_ends_as_a_stream_is_to_wait_for_room_says_so(stream, monkeypatch):
+    """
+    There is nothing to wait for then; the values that were there come first.
+    """
+    release, wait = gates(2)
+    looked, ended = threading.Event(), threading.Event()
+    room = Run.room
+
+    def look(run, fn, most=1, *, waits=True):
+        found = room(run, fn, most, waits=waits)
+        if not (found or looked.is_set()):
+            looked.set()
+            assert ended.wait(LIMIT)
+        return found
+
+    with TaskGroup(1, max_queued=1) as group:
+        until(group.submit(wait, 0).running)
+        values = stream(group, wait, [1, 1, 1], window=3)
+        monkeypatch.setattr(Run, "room", look)
+        consumer, outcome = start(drain, values)
+        assert looked.wait(LIMIT)
+        for event in release:
+            event.set()
+    ended.set()
+    taken, raised = joined(consumer, outcome)
+
+    assert taken == [1]
+    assert type(raised) is GroupClosedError
+
+
+@pytest.mark.parametrize("reader", ["imap", "imap_unordered", "submit"])
+def test_what_a_reader_runs_as_it_waits_for_room_holds_up_no_other(reader, watched):
+    """
+    Room that comes meanwhile is for the next in line, for whom that call may wait.
+    """
+    begun, go, helps, release, submitted = (threading.Event() for _ in range(5))
+    helped = []
+
+    def call(number):
+        if number == 0:
+            assert go.wait(LIMIT)
+            helped[0].result()
+        elif number == 1:
+            begun.set()
+            assert release.wait(LIMIT)
+        return number
+
+    def consume():
+        if reader == "submit":
+            return sorted(task.result() for task in [group.submit(call, n) for n in range(4)])
+        return sorted(getattr(group, reader)(call, range(4), window=4))
+
+    def waits_for_the_submitter():
+        helps.set()
+        return submitted.wait(LIMIT)
+
+    def submit():
+        group.submit(resize, 404)
+        submitted.set()
+
+    with TaskGroup(2, max_queued=1) as group, TaskGroup(1) as others:
+        consumer = others.submit(consume)
+        # Calls 0 and 1 are running, 2 is queued, and 3 finds no room.
+        assert begun.wait(LIMIT)
+        until(lambda: len(group._run.queue) == 1)
+        # The reader is the only worker there is for what call 0 waits for.
+        helped.append(others.submit(waits_for_the_submitter))
+        go.set()
+        assert helps.wait(LIMIT)
+        submitter, _ = start(submit)
+        until(lambda: is_asleep(submitter))
+        release.set()  # a worker takes call 2
+
+    submitter.join(LIMIT)
+
+    assert helped[0].result() is True
+    assert consumer.result() == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", ["generator", "range"])
