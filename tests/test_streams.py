@@ -479,12 +479,16 @@ def test_context_of_a_reading_is_not_kept(stream, workers, observers):
             del payload
             yield number
 
+    def gone():
+        # Without a GIL the thread that made an object frees it, when it next has something to do.
+        group.map(resize, range(4)).results()
+        return not any(reference() for reference in references[:-1])
+
     def consume():
         values = stream(group, lambda number: type(variable.get()), inputs(), window=5)
         kinds = {next(values) for _ in range(20)}
         group.wait()
-        # The consumer's own context has the last one.
-        until(lambda: not any(reference() for reference in references[:-1]), within=10)
+        until(gone, within=10)  # but the last one, which the consumer's own context has
         left = [reference() for reference in references[:-1]]
         values.close()
         return kinds, left
