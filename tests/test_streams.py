@@ -1962,7 +1962,7 @@ class FullAtSecond:
         self.group = group
         self.ready = ready
         self.release = threading.Event()
-        self.closed = False
+        self.full = self.closed = False
 
     def __iter__(self):
         try:
@@ -1972,6 +1972,7 @@ class FullAtSecond:
             until(self.group.submit(self.release.wait, LIMIT).running)
             self.group.submit(resize, 404)
             variable.set("second")
+            self.full = True
             yield 1
         finally:
             self.closed = True
@@ -2001,7 +2002,7 @@ def test_item_that_waits_for_room_holds_up_no_value(stream, workers):
     assert items.closed
 
 
-def test_cancel_while_an_item_waits_for_room_closes_the_input(stream, workers, watched):
+def test_cancel_while_an_item_waits_for_room_closes_the_input(stream, watched):
     """
     The stream ends as the group does, though nobody makes room.
     """
@@ -2014,7 +2015,7 @@ def test_cancel_while_an_item_waits_for_room_closes_the_input(stream, workers, w
     with TaskGroup(2, max_queued=1) as group:
         items = FullAtSecond(group, lambda: begun.wait(LIMIT))
         consumer, outcome = start(drain, stream(group, call, items, window=5))
-        until(lambda: len(group._run.queue) == 1 and is_asleep(consumer))
+        until(lambda: items.full and is_asleep(consumer))
         group.cancel("rain")
         taken, raised = joined(consumer, outcome)
         items.release.set()
