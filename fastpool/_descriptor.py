@@ -31,12 +31,21 @@ class Descriptor:
         return self._fds[0]
 
     def open(self) -> None:
-        """Make it readable, for good."""
+        """Make it readable."""
         self._opened = True
         try:
             os.write(self._fds[-1], _ONE)
         except OSError:
             return  # it is full, so it is readable; or somebody has closed what is not theirs
+
+    def clear(self) -> None:
+        """Be unreadable again, until it is opened once more."""
+        self._opened = False
+        try:
+            while len(os.read(self._fds[0], 8)) == 8 and len(self._fds) > 1:
+                pass
+        except BlockingIOError:
+            return
 
     def renew(self) -> None:
         """In a forked child: become another file than the parent's, under the same number."""

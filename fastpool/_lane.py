@@ -86,6 +86,14 @@ class Lane:
         """The name of the thread that serves it."""
         return "" if self.of_thread is None else self.of_thread.name
 
+    def in_hand(self) -> list[Task[Any]]:
+        """What it has taken and not ended; all of it was shipped, if it is a far one's."""
+        task = self.task
+        return [] if task is None else [task]
+
+    def task_cancelled(self, task: Task[Any], reason: object) -> None:
+        """The token of what it runs was set: it listens to that, where it runs here."""
+
     def stack(self) -> Iterator[Lane]:
         """This lane and those below it, whose tasks wait on the same thread."""
         lane: Lane | None = self

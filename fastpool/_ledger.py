@@ -246,7 +246,12 @@ class Ledger:
             return False
         if self.withdraw(task, reason):
             return True
-        return not task.done() and self.token_for(task).cancel(reason)
+        if task.done() or not self.token_for(task).cancel(reason):
+            return False
+        lane = task._lane
+        if lane is not None:
+            lane.task_cancelled(task, reason)
+        return True
 
     # --- Tokens of tasks ----------------------------------------------------------------------
 
@@ -312,11 +317,7 @@ class Ledger:
         heard = self.token if own is None else own
         if is_a(error, Cancelled) and heard.cancelled():
             if own is None or not own._set_itself():
-                self.ended(task, CANCELLED, heard.reason)
-                if self.watchers:
-                    self.notify(task)
-                self.tell_ended("task_cancelled", task, lane, error)
-                self.tell_cancelled()
+                self.stopped(task, lane, error)
                 return
             late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
             late.__cause__ = error
@@ -341,6 +342,16 @@ class Ledger:
         self.tell_ended("task_failed", task, lane, error)
         if tells:
             self.emit("group_cancelled", context=self.context)
+
+    def stopped(self, task: Task[Any], lane: Lane, error: BaseException | None = None) -> None:
+        """A task has ended in `Cancelled`, and its own token was set."""
+        own = self.tokens.get(task)
+        reason = (self.token if own is None else own).reason
+        self.ended(task, CANCELLED, "its group was cancelled" if reason is None else reason)
+        if self.watchers:
+            self.notify(task)
+        self.tell_ended("task_cancelled", task, lane, error)
+        self.tell_cancelled()
 
     def ended(self, task: Task[Any], state: int, value: object) -> None:
         """Make an outcome final, and keep nothing of the call."""

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from multiprocessing.pool import ThreadPool
 from types import FrameType, TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, NoReturn, Self, TypeVar
 
 from fastpool import _clock, _descriptor, _guard, _input, _marks, _scope, structlog_observer
 from fastpool._callbacks import run_callbacks
@@ -486,6 +486,12 @@ class TaskGroup(Submitter):
                 run.backend.abandon(run)  # its threads end with what they are at
             _warn_about(run, f"is still open as group {self.name!r} around it is left; cancelled")
 
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"group {self.name!r} cannot be pickled: a task in another process cannot submit to "
+            "the group that it runs in; let it return what is to be submitted"
+        )
+
     def __del__(self) -> None:
         """
         Dropped without leaving its block: stop its tasks, let its threads go, and say so.
@@ -678,8 +684,12 @@ def _place(task: Task[Any] | None) -> str:
 def _backend(pool: ThreadPool | Backend | str | None) -> Backend:
     if pool is None or pool == "threads":
         return Leased(min(32, _CPUS + 4))
+    if pool == "processes":
+        from fastpool.backends import processes
+
+        return processes.default()
     if isinstance(pool, str):
-        raise ValueError(f"no pool named {pool!r}; choose one of: threads")
+        raise ValueError(f"no pool named {pool!r}; choose one of: processes, threads")
     if isinstance(pool, ThreadPool):
         return Shared(pool)
     if isinstance(pool, Backend):

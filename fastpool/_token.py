@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, ClassVar, NoReturn, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
 from fastpool import _clock, _marks, _wakers
 from fastpool._callbacks import Callback, Interrupts, Registration, keys, run_callbacks
@@ -595,7 +596,10 @@ class CancelToken:
                     found.append(parent)
         return found
 
-    def __reduce__(self) -> NoReturn:
+    def __reduce__(self) -> tuple[Any, ...]:
+        away = messages.reduce(self)
+        if away is not None:
+            return away
         raise TypeError(
             "a CancelToken cannot be pickled or copied: it belongs to its process and its group; "
             "let @cancellable inject the token where the function runs, or use current_token()"
@@ -603,6 +607,34 @@ class CancelToken:
 
     is_set = cancelled
     set = cancel
+
+
+class _Messages(threading.local):
+    """
+    Whose message the calling thread writes or reads, if it does: a group's to its workers.
+
+    Attributes:
+        writing: The group's token, and the number that the workers know it by.
+        reading: Finds the token of a number.
+    """
+
+    writing: tuple[CancelToken, int] | None = None
+    reading: Callable[[int], CancelToken] | None = None
+
+    def reduce(self, token: CancelToken) -> tuple[Any, ...] | None:
+        """How a token is pickled, if it may be."""
+        if self.writing is None or self.writing[0] is not token:
+            return None
+        return _find, (self.writing[1],)
+
+
+messages = _Messages()
+
+
+def _find(number: int) -> CancelToken:
+    if messages.reading is None:
+        raise TypeError("a CancelToken can be read by the worker process alone that it was sent to")
+    return messages.reading(number)
 
 
 CancelToken.NEVER = CancelToken()

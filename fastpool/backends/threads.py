@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from multiprocessing.dummy import DummyProcess
 from multiprocessing.pool import ThreadPool
@@ -23,7 +24,7 @@ from fastpool._waiting import tell_helpers
 if TYPE_CHECKING:
     from fastpool._run import Run
 
-__all__ = ["Leased", "Shared", "serve_stretch", "shutdown"]
+__all__ = ["Crew", "Leased", "Shared", "serve_stretch", "shutdown"]
 
 SLICE = 0.01  # seconds after which we let other users of a shared pool have their turn
 
@@ -112,6 +113,30 @@ class _GrowingPool(ThreadPool):
             self._inqueue.put(None)
 
 
+class Crew:
+    """
+    Pools whose threads do the same, and which go from group to group.
+
+    Args:
+        serve: What a thread does in a group: run its tasks until there is nothing to do.
+        lane: Makes the lane of a thread.
+        leave: Called with the lane when its thread ends.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[Run, Any], None],
+        lane: Callable[[object, int], Lane] = Lane,
+        leave: Callable[[Any], None] | None = None,
+    ) -> None:
+        self.serve = serve
+        self.lane = lane
+        self.leave = leave
+        # Those that no group has leased; the one that was used last is used next.
+        self.idle: dict[_Pool, None] = {}
+        _crews[self] = None
+
+
 class _Pool:
     """
     A pool of threads, each of which has one job for good: to serve lane after lane.
@@ -120,7 +145,8 @@ class _Pool:
     through `apply_async` and its result costs as much as a dozen tasks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, crew: Crew) -> None:
+        self.crew = crew
         self.threads: _GrowingPool | None = None
         self.lanes: list[Lane] = []
         self.reserve: dict[Lane, None] = {}
@@ -148,7 +174,7 @@ class _Pool:
                 threads = self.threads = contextvars.Context().run(_GrowingPool)
             else:
                 threads.grow()
-            lane = Lane(self, len(self.lanes) + 1)
+            lane = self.crew.lane(self, len(self.lanes) + 1)
             self.lanes.append(lane)
         lane_ready(lane)
         lane.gate.open()
@@ -179,12 +205,12 @@ class _Pool:
 
     def patience(self) -> float:
         """How long its threads go on waiting, in seconds, while nobody leases it."""
-        return self.idle_since + IDLE - time.monotonic() if self in _idle_pools else IDLE
+        return self.idle_since + IDLE - time.monotonic() if self in self.crew.idle else IDLE
 
     def retire(self) -> bool:
         """End, unless it has just been leased."""
         try:
-            del _idle_pools[self]  # whoever takes it off owns it
+            del self.crew.idle[self]  # whoever takes it off owns it
         except KeyError:
             return self.ended
         self.end()
@@ -240,8 +266,7 @@ def _out_of_reach(fn: Callable[[], None]) -> None:
 
 # All that have not ended.
 _live_pools: dict[_Pool, None] = {}
-# Those that no group has leased; the one that was used last is used next.
-_idle_pools: dict[_Pool, None] = {}
+_crews: weakref.WeakKeyDictionary[Crew, None] = weakref.WeakKeyDictionary()
 # Counts the calls of `shutdown`: a pool leased before one is not kept when it comes back.
 _shutdowns = 0
 
@@ -265,11 +290,13 @@ def _park(pool: _Pool, lane: Lane) -> None:
             continue
         try:
             if run.begin(lane):
-                serve(run, lane)
+                pool.crew.serve(run, lane)
         except BaseException as error:
             run.broken(lane, error)
             run.dismiss(lane)
         del run
+    if pool.crew.leave is not None:
+        pool.crew.leave(lane)
     thread.lane = None
     assert pool.threads is not None
     pool.threads.close()
@@ -403,13 +430,17 @@ def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> bool:
     return goes_on
 
 
+_threads = Crew(serve)
+
+
 class Leased:
     """The backend of a group without a pool of its own: leases one when it has a task."""
 
     remote = False
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, crew: Crew | None = None) -> None:
         self.slots = slots
+        self._crew = crew or _threads
         self._leases: dict[str, _Pool] = {}  # under one key: `setdefault` decides who leases
         self._shutdowns = _shutdowns
 
@@ -431,12 +462,12 @@ class Leased:
                 raise
 
     def _lease(self) -> _Pool:
-        pool = take_last(_idle_pools)
+        pool = take_last(self._crew.idle)
         if pool is None:
-            pool = _Pool()
+            pool = _Pool(self._crew)
         leased = self._leases.setdefault("pool", pool)
         if leased is not pool:
-            _idle_pools[pool] = None
+            self._crew.idle[pool] = None
         return leased
 
     def cancel(self, run: Run) -> None:
@@ -459,7 +490,7 @@ class Leased:
             pool.end()
             return
         pool.idle_since = time.monotonic()
-        _idle_pools[pool] = None
+        self._crew.idle[pool] = None
 
     def abandon(self, run: Run) -> None:
         """The pool ends when its threads come back."""
@@ -545,15 +576,17 @@ def shutdown() -> None:
     """End every idle pool and wait for its threads; those in use end when they come back."""
     global _shutdowns
     _shutdowns += 1
-    while (pool := take_last(_idle_pools)) is not None:
-        pool.end()
-        if pool.threads is not None:
-            pool.threads.join()
+    for crew in list(_crews):
+        while (pool := take_last(crew.idle)) is not None:
+            pool.end()
+            if pool.threads is not None:
+                pool.threads.join()
 
 
 def after_fork() -> None:
     """In a forked child: the threads did not come along."""
-    _idle_pools.clear()
+    for crew in list(_crews):
+        crew.idle.clear()
     for pool in list(_live_pools):
         pool.disown()
     _live_pools.clear()

@@ -1,0 +1,100 @@
+"""What goes to a worker process and comes back, as bytes."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fastpool._task import label
+from fastpool.exceptions import describe
+
+__all__ = [
+    "Far",
+    "cannot_return",
+    "dump_error",
+    "dump_function",
+    "load_error",
+]
+
+PROTOCOL = pickle.HIGHEST_PROTOCOL
+
+
+class Far(NamedTuple):
+    """
+    An exception on its way home.
+
+    Attributes:
+        pickled: The exception itself; None if that cannot be pickled, or not read again.
+        kind: The name of its class.
+        text: What it says.
+        why: Why it cannot come itself, if it cannot.
+        traceback: As text.
+    """
+
+    pickled: bytes | None
+    kind: str
+    text: str
+    why: str
+    traceback: str
+
+
+def dump_function(fn: Callable[..., Any]) -> bytes:
+    """
+    A function as bytes: its name, where it has one, or with cloudpickle all of it.
+
+    Raises:
+        TypeError: If it cannot be sent.
+    """
+    try:
+        return pickle.dumps(fn, PROTOCOL)
+    except Exception as error:
+        try:
+            import cloudpickle
+        except ModuleNotFoundError:
+            raise TypeError(
+                f"{label(fn)}() cannot be sent to a worker process: {error}; define it at the top"
+                " of a module, or have it sent by value: pip install fastpool[processes]"
+            ) from error
+        try:
+            dumped: bytes = cloudpickle.dumps(fn, PROTOCOL)
+        except Exception as wrong:
+            raise TypeError(f"{label(fn)}() cannot be sent to a worker process: {wrong}") from wrong
+        return dumped
+
+
+def dump_error(error: BaseException) -> Far:
+    """An exception as it goes home, in the thread that caught it. Raises nothing."""
+    lines = "".join(traceback.format_exception(error))
+    kind = f"{type(error).__module__}.{type(error).__qualname__}"
+    try:
+        pickled = pickle.dumps(error, PROTOCOL)
+        if type(pickle.loads(pickled)) is type(error):
+            return Far(pickled, kind, describe(error), "", lines)
+        why = "it comes out of its pickle as something else"
+    except BaseException as wrong:
+        why = f"{type(wrong).__name__}: {wrong}"
+    return Far(None, kind, describe(error), why, lines)
+
+
+def load_error(far: Far, task: str, worker: str) -> BaseException:
+    """The exception that a task left in a worker, with its traceback there as a note."""
+    error: BaseException | None = None
+    why = far.why
+    if far.pickled is not None:
+        try:
+            loaded: object = pickle.loads(far.pickled)
+            if isinstance(loaded, BaseException):
+                error = loaded
+        except BaseException as wrong:
+            why = f"{type(wrong).__name__}: {wrong}"
+    if error is None:
+        error = cannot_return(task, f"raised {far.kind} ({far.text})", why)
+    error.add_note(f"the traceback in {worker}:\n{far.traceback.rstrip()}")
+    return error
+
+
+def cannot_return(task: str, what: str, why: str) -> TypeError:
+    """What a task fails with whose outcome cannot come home."""
+    return TypeError(f"task {task!r} {what}, which cannot be sent back from its process: {why}")

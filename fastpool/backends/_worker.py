@@ -1,0 +1,280 @@
+"""A worker process: the far side of `processes`."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import importlib
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+from fastpool import _clock
+from fastpool._errors import is_a
+from fastpool._scope import current, this_thread
+from fastpool._token import CancelToken, Cause, messages
+from fastpool.backends._wire import PROTOCOL, Far, dump_error
+from fastpool.exceptions import Cancelled
+
+__all__ = ["main"]
+
+SWITCH = 0.001  # seconds: a task that computes lets the thread in that brings a cancel
+LAST_WORDS = 0.2  # seconds that tasks have to clean up when the parent has gone
+
+Message = tuple[Any, ...]
+
+
+class Place:
+    """Where a task is: its own token is a child of its group's, made when it is asked for."""
+
+    __slots__ = ("_group", "_own", "_parent", "_thread")
+
+    def __init__(self, parent: CancelToken) -> None:
+        self._parent = parent
+        self._own: CancelToken | None = None
+        self._group = None
+        self._thread: object = this_thread()
+
+    @property
+    def _token(self) -> CancelToken:
+        own = self._own
+        if own is None:
+            own = CancelToken()
+            own._link(self._parent, strongly=True)
+            self._own = own
+        return own
+
+    def end(self) -> None:
+        """The task has ended: nothing sets its token any more, and no callback runs after it."""
+        self._thread = None
+        own = self._own
+        if own is not None and not own._seal():
+            own._close_callbacks()
+
+
+class Worker:
+    """One process: its main thread runs calls, another hears of cancels meanwhile."""
+
+    def __init__(self, calls: Connection, control: Connection, progress: Any) -> None:
+        self._calls = calls
+        self._control = control
+        self._progress = progress
+        self._functions: dict[int, Callable[..., Any]] = {}
+        self._run: int | None = None
+        # By the number of the run: set by the thread that hears, used by the one that runs.
+        self._tokens: dict[int, CancelToken] = {}
+        self._places: dict[int, Place] = {}  # of the task that runs, by its number
+        self._cancelled: dict[int, object] = {}  # tasks that are not to begin, and why
+        self._outcomes: list[tuple[str, object]] = []  # of the last batch
+
+    # --- Hearing ---------------------------------------------------------------------------
+
+    def hear(self) -> None:
+        """Take orders, until the parent is gone."""
+        try:
+            while True:
+                order = pickle.loads(self._control.recv_bytes())
+                if order[0] == "cancel":
+                    self._cancel(order[1], order[2])
+                elif order[0] == "cancel task":
+                    self._cancel_task(order[1], order[2])
+                elif order[0] == "end":
+                    self._tokens.pop(order[1], None)
+                elif order[0] == "where":
+                    self._control.send_bytes(pickle.dumps(self._where(), PROTOCOL))
+                elif order[0] == "stop":
+                    return
+        except (EOFError, OSError):
+            for run in list(self._tokens):
+                self._cancel(run, "the process that wanted it has gone")
+            time.sleep(LAST_WORDS)
+            os._exit(1)
+
+    def _cancel(self, run: int, reason: object) -> None:
+        token = self._token_of(run)
+        token._set_by(_cause(token, reason), _clock.run_in_helper)
+
+    def _cancel_task(self, number: int, reason: object) -> None:
+        self._cancelled[number] = reason
+        place = self._places.get(number)
+        if place is not None:  # looked at after it was noted: it has begun, or does not begin
+            token = place._token
+            token._set_by(_cause(token, reason), _clock.run_in_helper)
+
+    def _token_of(self, run: int) -> CancelToken:
+        token = self._tokens.get(run)
+        return self._tokens.setdefault(run, CancelToken()) if token is None else token
+
+    def _where(self) -> str:
+        """The main thread's stack."""
+        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        stack = traceback.extract_stack(frame)
+        ours = [at for at, entry in enumerate(stack) if entry.filename == __file__]
+        return "".join(traceback.format_list(stack[max(ours, default=-1) + 1 :]))
+
+    # --- Running ---------------------------------------------------------------------------
+
+    def serve(self) -> None:
+        """Run what comes, until there is nothing more to come."""
+        while True:
+            try:
+                message = self._calls.recv_bytes()
+            except (EOFError, OSError):
+                return
+            self._calls.send_bytes(self._answer(message))
+
+    def _answer(self, message: bytes) -> bytes:
+        messages.reading = self._token_of
+        try:
+            order = pickle.loads(message)
+        except BaseException as error:
+            return pickle.dumps(("unread", dump_error(error)), PROTOCOL)
+        finally:
+            messages.reading = None
+        if order[0] == "again":
+            return pickle.dumps(("each", list(map(self._encoded, self._outcomes))), PROTOCOL)
+        _, run, first, span, slice_, functions, calls = order
+        if run != self._run:
+            self._run = run
+            self._functions.clear()
+            self._cancelled.clear()
+        token = self._token_of(run)
+        if span is not None and token.deadline is None:
+            token._limit(span)
+        outcomes: list[tuple[str, object]] = []
+        self._outcomes = outcomes
+        wrong = self._learn(functions)
+        until = time.monotonic() + slice_
+        for number, call in enumerate(calls, first):
+            if outcomes and (time.monotonic() >= until or token.cancelled()):
+                break
+            self._progress.value = number
+            outcomes.append(self._run_call(number, token, call, wrong))
+            if outcomes[-1][0] != "value":
+                break
+        self._progress.value = -1
+        try:
+            if outcomes[-1][0] == "value":
+                return pickle.dumps(("values", [value for _, value in outcomes]), PROTOCOL)
+            values = [value for _, value in outcomes[:-1]]
+            return pickle.dumps(("stopped", values, outcomes[-1]), PROTOCOL)
+        except BaseException:
+            return pickle.dumps(("each", list(map(self._encoded, outcomes))), PROTOCOL)
+
+    def _learn(self, functions: dict[int, bytes]) -> dict[int, BaseException]:
+        """Read functions that are new; those that cannot be read, and why."""
+        wrong: dict[int, BaseException] = {}
+        for key, pickled in functions.items():
+            try:
+                self._functions[key] = pickle.loads(pickled)
+            except BaseException as error:
+                wrong[key] = error
+        return wrong
+
+    def _run_call(
+        self,
+        number: int,
+        token: CancelToken,
+        call: Message | bytes,
+        wrong: dict[int, BaseException],
+    ) -> tuple[str, object]:
+        """What a call comes to: a word for it, and the value, the error or the reason."""
+        if isinstance(call, bytes):
+            try:
+                call = pickle.loads(call)
+            except BaseException as error:
+                return "unread", dump_error(error)
+        key, args, kwargs, timeout, variables = call
+        if key in wrong:
+            return "unread", dump_error(wrong[key])
+        place = Place(token)
+        self._places[number] = place
+        try:
+            if number in self._cancelled:
+                place._token.cancel(self._cancelled[number])
+            elif timeout is not None:
+                place._token._limit(timeout)
+            if place._parent.cancelled() or (place._own is not None and place._own.cancelled()):
+                return "cancelled", None
+            context = contextvars.Context()
+            value = context.run(_call, place, self._functions[key], args, kwargs, variables)
+        except BaseException as error:
+            heard = token if place._own is None else place._own
+            if is_a(error, Cancelled) and heard.cancelled():
+                if place._own is not None and place._own._set_itself():
+                    return "late", dump_error(error)
+                return "cancelled", None
+            return "error", dump_error(error)
+        else:
+            return "value", value
+        finally:
+            place.end()
+            self._places.pop(number, None)
+
+    def _encoded(self, outcome: tuple[str, object]) -> bytes:
+        """An outcome by itself, so that one that cannot be pickled spoils no other."""
+        try:
+            return pickle.dumps(outcome, PROTOCOL)
+        except BaseException as error:
+            return pickle.dumps(("unsent", _why(outcome[1], error)), PROTOCOL)
+
+
+def _why(value: object, error: BaseException) -> tuple[str, str]:
+    return f"returned a {type(value).__name__}", f"{type(error).__name__}: {error}"
+
+
+def _cause(token: CancelToken, reason: object) -> Cause:
+    if isinstance(reason, Far):
+        with contextlib.suppress(BaseException):
+            error = None if reason.pickled is None else pickle.loads(reason.pickled)
+            if isinstance(error, BaseException):
+                return Cause(error, source=token._key, failure=error)
+        reason = f"{reason.kind}: {reason.text}"
+    return Cause(reason, source=token._key)
+
+
+def _call(
+    place: Place,
+    fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    variables: tuple[dict[str, Any], list[tuple[str, str, Any]]] | None,
+) -> Any:
+    current.set(place)
+    if variables is not None:
+        logged, named = variables
+        if logged:
+            from structlog.contextvars import bind_contextvars
+
+            bind_contextvars(**logged)
+        for module, name, value in named:
+            getattr(importlib.import_module(module), name).set(value)
+    return fn(*args, **kwargs)
+
+
+def _ignore(signum: int, frame: object) -> None:
+    """Ctrl-C is the parent's. Not `SIG_IGN`, which programs started from here would inherit."""
+
+
+def main(calls: Connection, control: Connection, progress: Any, start: bytes) -> None:
+    """The life of a worker process."""
+    signal.signal(signal.SIGINT, _ignore)
+    sys.setswitchinterval(SWITCH)
+    worker = Worker(calls, control, progress)
+    threading.Thread(target=worker.hear, name="fastpool-control", daemon=True).start()
+    try:
+        initializer, initargs = pickle.loads(start)
+        if initializer is not None:
+            initializer(*initargs)
+    except BaseException as error:
+        calls.send_bytes(pickle.dumps(("failed", dump_error(error)), PROTOCOL))
+        return
+    calls.send_bytes(pickle.dumps(("hello", os.getpid()), PROTOCOL))
+    worker.serve()

@@ -1,0 +1,594 @@
+"""Processes of this machine: each lane has a worker of its own, with pipes of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import itertools
+import math
+import multiprocessing
+import os
+import pickle
+import select
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fastpool import _clock, _token
+from fastpool._descriptor import Descriptor
+from fastpool._lane import Lane
+from fastpool._task import Task
+from fastpool.backends import _worker
+from fastpool.backends._wire import (
+    PROTOCOL,
+    cannot_return,
+    dump_error,
+    dump_function,
+    load_error,
+)
+from fastpool.backends.threads import Crew, Leased
+from fastpool.exceptions import WorkerDiedError
+
+if TYPE_CHECKING:
+    from fastpool._run import Run
+
+__all__ = ["Processes", "default"]
+
+KILL_AFTER = 30.0  # seconds, well after the report of a task that does not stop
+SLICE = 0.002  # seconds after which a worker sends home what it has, so that nothing waits long
+MOST = 1024  # calls that are shipped at once
+MOST_WORKERS = 10_000
+FAREWELL = 2.0  # seconds that a worker has to end by itself
+STARTS = 3  # workers that may die one after another before they have begun a task
+UNGUARDED = 86  # with what a worker exits whose main script starts a group as it is imported
+
+_CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
+
+_numbers = itertools.count(1)  # of runs, for the workers
+# Guards the start of processes: one at a time, so that none inherits another's pipes.
+_starting = threading.Lock()
+
+
+class Processes:
+    """
+    The backend of a group whose tasks run in processes of this machine.
+
+    Args:
+        workers: How many processes at most; `None`: as many as there are processors.
+        start_method: `"forkserver"` or `"spawn"`; `None`: the first where there is one.
+        initializer: Called in each process before its first task.
+        initargs: Its arguments.
+        kill_after: Seconds after the cancel of its group when a process is killed whose task has
+            not stopped. `None`: never.
+        context_vars: The context variables that go along with a task, with what they are set to
+            where it is submitted; each is a variable of a module.
+
+    Raises:
+        ValueError, TypeError: If one of them cannot be meant.
+    """
+
+    remote = True
+
+    def __init__(
+        self,
+        workers: int | None = None,
+        *,
+        start_method: str | None = None,
+        initializer: Callable[..., object] | None = None,
+        initargs: Sequence[Any] = (),
+        kill_after: float | None = KILL_AFTER,
+        context_vars: Sequence[contextvars.ContextVar[Any]] = (),
+    ) -> None:
+        if workers is not None and (not isinstance(workers, int) or isinstance(workers, bool)):
+            raise TypeError(f"workers must be a whole number, not {workers!r}")
+        if workers is not None and not 1 <= workers <= MOST_WORKERS:
+            raise ValueError(f"workers must be between 1 and {MOST_WORKERS}, not {workers!r}")
+        if initializer is not None and not callable(initializer):
+            raise TypeError(f"initializer must be a function, not {initializer!r}")
+        self.slots = workers or _CPUS
+        self._context = multiprocessing.get_context(_start_method(start_method))
+        self._start = pickle.dumps((initializer, tuple(initargs)), PROTOCOL)
+        self._kill_after = _clock.seconds(kill_after, "kill_after")
+        self._variables = [_place_of(variable) for variable in context_vars]
+        self._crew = Crew(lambda run, lane: lane.serve(run), self._lane, _Lane.leave)
+        self._leases: dict[Run, Leased] = {}
+        self._numbers: dict[Run, int] = {}  # what the workers know a group by
+
+    def _lane(self, pool: object, number: int) -> _Lane:
+        return _Lane(pool, number, self)
+
+    def start_lane(self, run: Run) -> None:
+        """Wake a thread that has a worker, or start one that gets one."""
+        _refuse_in_import()
+        lease = self._leases.get(run)
+        if lease is None:
+            lease = self._leases.setdefault(run, Leased(self.slots, self._crew))
+        lease.start_lane(run)
+
+    def cancel(self, run: Run) -> None:
+        """The lanes hear the group's token themselves, and tell their workers."""
+
+    def escalate(self, run: Run, level: int) -> bool:
+        """Kill the workers that are at work."""
+        if level < 2:
+            return False
+        for lane in run.lanes.copy():
+            if isinstance(lane, _Lane):
+                lane.kill()
+        return True
+
+    def end(self, run: Run) -> None:
+        """The workers are for the next group."""
+        self._numbers.pop(run, None)
+        lease = self._leases.pop(run, None)
+        if lease is not None:
+            lease.end(run)
+
+    def abandon(self, run: Run) -> None:
+        """What still runs is killed."""
+        lease = self._leases.pop(run, None)
+        if lease is not None:
+            lease.abandon(run)
+        self.escalate(run, 2)
+
+    def number_of(self, run: Run) -> int:
+        """What the workers know a group by."""
+        number = self._numbers.get(run)
+        return self._numbers.setdefault(run, next(_numbers)) if number is None else number
+
+    def start_worker(self) -> _Far:
+        """A new worker, which has said that it is ready."""
+        with _starting:
+            return _Far(self._context, self._start)
+
+    def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
+        """What goes along with a task of the context that it was submitted in."""
+        logged = sys.modules.get("structlog.contextvars")
+        if logged is None and not self._variables:
+            return None
+        context = task._context
+        if context is None:
+            return None
+        bound = {} if logged is None else context.run(logged.get_contextvars)
+        named = [
+            (module, name, context[variable])
+            for module, name, variable in self._variables
+            if variable in context
+        ]
+        return (bound, named) if bound or named else None
+
+
+class _Far:
+    """One worker process, as its lane sees it."""
+
+    def __init__(self, context: Any, start: bytes) -> None:
+        self.calls, calls = context.Pipe()
+        self.control, control = context.Pipe()
+        self.progress = context.RawValue("q", -1)
+        self.known: dict[int, tuple[object, int]] = {}  # the functions that it has, by `id`
+        self.run: int | None = None
+        self.process = context.Process(
+            target=_worker.main,
+            args=(calls, control, self.progress, start),
+            name="fastpool-worker",
+        )
+        try:
+            self.process.start()
+        except BaseException:
+            self.calls.close()
+            self.control.close()
+            raise
+        finally:
+            calls.close()
+            control.close()
+        try:
+            word, what = pickle.loads(self.calls.recv_bytes())
+        except (EOFError, OSError):
+            self.close()
+            raise self._never_came() from None
+        if word == "failed":
+            self.close()
+            raise load_error(what, "initializer", self.name)
+        with contextlib.suppress(OSError, AttributeError):
+            self._pidfd = os.pidfd_open(self.process.pid)
+
+    _pidfd: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"worker process {self.process.pid}"
+
+    def _never_came(self) -> BaseException:
+        if self.process.exitcode == UNGUARDED:
+            return RuntimeError(
+                "a worker process imports the main script, and that starts a group of its own; put"
+                ' what the script does under: if __name__ == "__main__":'
+            )
+        return WorkerDiedError(f"{self.name} died as it started: {self.how_it_ended()}")
+
+    def how_it_ended(self) -> str:
+        """By exit code or signal, once it has."""
+        code = self.process.exitcode
+        if code is None:
+            return "it does not answer"
+        if code >= 0:
+            return f"exit code {code}"
+        try:
+            return f"killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"killed by signal {-code}"
+
+    @property
+    def sentinel(self) -> int:
+        """A descriptor that is readable once the process has ended."""
+        return self.process.sentinel if self._pidfd is None else self._pidfd
+
+    def tell(self, *order: object) -> None:
+        """Give an order to the thread that hears; a worker that is gone needs none."""
+        with contextlib.suppress(OSError):
+            self.control.send_bytes(pickle.dumps(order, PROTOCOL))
+
+    def kill(self) -> None:
+        self.process.kill()
+
+    def close(self) -> None:
+        """Have it end, and wait for that."""
+        self.tell("stop")
+        self.calls.close()
+        self.process.join(FAREWELL)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        self.control.close()
+        if self._pidfd is not None:
+            os.close(self._pidfd)
+            self._pidfd = None
+
+    def disown(self) -> None:
+        """In a forked child: the worker is the parent's."""
+        for connection in (self.calls, self.control):
+            with contextlib.suppress(OSError):
+                os.close(connection.fileno())
+
+
+class _Died(Exception):
+    """The worker has died, and what it was at is known by its progress."""
+
+
+class _Lane(Lane):
+    """A thread that ships tasks to one worker, and takes home what they come to."""
+
+    __slots__ = ("_backend", "_batch", "_bell", "_far", "_first", "_killed", "_orders")
+
+    def __init__(self, pool: object, number: int, backend: Processes) -> None:
+        super().__init__(pool, number)
+        self._backend = backend
+        self._far: _Far | None = None
+        self._batch: list[Task[Any]] = []
+        self._first = 0  # the number of the first of them, as the worker counts
+        self._bell: Descriptor | None = None
+        self._orders: deque[tuple[Task[Any], object]] = deque()
+        self._killed = False
+
+    # --- Asked by others ---------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task[Any] | None:
+        batch, far = self._batch, self._far
+        if not batch:
+            return None
+        at = -1 if far is None else far.progress.value - self._first
+        return batch[min(max(at, 0), len(batch) - 1)]
+
+    def in_hand(self) -> list[Task[Any]]:
+        return [task for task in self._batch if not task._state]
+
+    def task_cancelled(self, task: Task[Any], reason: object) -> None:
+        self._orders.append((task, reason))
+        bell = self._bell
+        if bell is not None:
+            bell.open()
+
+    def kill(self) -> None:
+        """Kill the worker, if it is at something."""
+        self._killed = True
+        bell = self._bell
+        if bell is not None:
+            bell.open()
+
+    @property
+    def worker(self) -> str:
+        far = self._far
+        return super().worker if far is None else far.name
+
+    # --- Serving -----------------------------------------------------------------------------
+
+    def serve(self, run: Run) -> None:
+        """Run a group's tasks until there is nothing to do."""
+        number = self._backend.number_of(run)
+        self._killed = False
+        self._bell = bell = Descriptor()
+        key = run.token._add_sleeper(bell)
+        most = 1
+        try:
+            while True:
+                tasks = run.take(self, most)
+                if not tasks:
+                    if run.rest(self):
+                        return
+                    continue
+                begun = time.monotonic()
+                done = self._ship(run, number, tasks, bell)
+                if run.observers:
+                    continue
+                if done < len(tasks):
+                    most = max(1, done)
+                elif time.monotonic() - begun < SLICE:
+                    fair = len(run.queue) // (2 * self._backend.slots)
+                    most = max(1, min(2 * most, fair, MOST))
+        finally:
+            self._bell = None
+            run.token._remove(key)
+            if self._far is not None:
+                self._far.tell("end", number)
+
+    def _ship(self, run: Run, number: int, tasks: list[Task[Any]], bell: Descriptor) -> int:
+        """Have a batch run; how many of it have ended."""
+        self.at, self._batch = tasks[0], tasks
+        for task in tasks:
+            run.started(task, self)
+        try:
+            for _ in range(STARTS):
+                far = self._ready_worker(number)
+                try:
+                    ended = self._take_home(run, far, number, tasks, bell)
+                except _Died:
+                    ended = self._bury(run, far, tasks)
+                    if not ended and not self._killed:
+                        continue
+                break
+            else:
+                raise WorkerDiedError(f"{STARTS} workers died before they began a task")
+        except BaseException as error:
+            run.failed(tasks[0], self, error)
+            ended = 1
+        finally:
+            self._batch, self.at = [], None
+        rest = [task for task in tasks if not task._state]
+        if rest:
+            run.give_back(rest)
+        if run.fences:
+            run.passed(self)
+        return ended
+
+    def _ready_worker(self, number: int) -> _Far:
+        far = self._far
+        if far is not None and far.process.exitcode is not None:
+            far.close()
+            far = None
+        if far is None:
+            far = self._far = self._backend.start_worker()
+        if far.run != number:
+            far.run = number
+            far.known.clear()
+        return far
+
+    def _take_home(
+        self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], bell: Descriptor
+    ) -> int:
+        self._first = first = self._first + len(tasks)
+        far.progress.value = -1
+        _token.messages.writing = run.token, number
+        try:
+            message, sent = self._encode(run, far, number, first, tasks)
+        finally:
+            _token.messages.writing = None
+        if not sent:
+            return 1
+        word, *rest = self._ask(run, far, number, message, bell)
+        if word == "unread":
+            self._report(run, far, tasks[0], "unread", rest[0])
+            return 1
+        if word == "values":
+            values = rest[0]
+            for task, value in zip(tasks, values, strict=False):
+                run.succeeded(task, self, value)
+            return len(values)
+        if word == "stopped":
+            values, (how, what) = rest
+            for task, value in zip(tasks, values, strict=False):
+                run.succeeded(task, self, value)
+            self._report(run, far, tasks[len(values)], how, what)
+            return len(values) + 1
+        for task, each in zip(tasks, rest[0], strict=False):
+            try:
+                how, what = pickle.loads(each)
+            except BaseException as error:
+                how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
+            self._report(run, far, task, how, what)
+        return len(rest[0])
+
+    def _encode(
+        self, run: Run, far: _Far, number: int, first: int, tasks: list[Task[Any]]
+    ) -> tuple[bytes, bool]:
+        functions: dict[int, bytes] = {}
+        calls: list[Any] = []
+        for task in tasks:
+            fn = task._fn
+            known = far.known.get(id(fn))
+            if known is None:
+                key = len(far.known)
+                functions[key] = dump_function(fn)  # type: ignore[arg-type] # not its name
+                far.known[id(fn)] = known = fn, key
+            variables = self._backend.variables(task)
+            calls.append((known[1], task._args, task._kwargs, task._options.timeout, variables))
+        header = ("run", number, first, run.token.remaining(), SLICE, functions)
+        try:
+            return pickle.dumps((*header, calls), PROTOCOL), True
+        except BaseException:
+            for at, call in enumerate(calls):
+                try:
+                    calls[at] = pickle.dumps(call, PROTOCOL)
+                except BaseException as error:
+                    wrong = TypeError(
+                        f"the arguments of task {tasks[at].name!r} cannot be sent to a worker "
+                        f"process: {type(error).__name__}: {error}"
+                    )
+                    wrong.__cause__ = error
+                    del tasks[at + 1 :], calls[at:]
+                    bad = tasks.pop() if at else tasks[0]
+                    run.failed(bad, self, wrong)
+                    break
+            return pickle.dumps((*header, calls), PROTOCOL), bool(calls)
+
+    def _ask(
+        self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
+    ) -> tuple[Any, ...]:
+        try:
+            far.calls.send_bytes(message)
+            reply = self._await(run, far, number, bell)
+            try:
+                answer: tuple[Any, ...] = pickle.loads(reply)
+            except BaseException:  # one of the values; each by itself, then
+                far.calls.send_bytes(pickle.dumps(("again",), PROTOCOL))
+                answer = pickle.loads(self._await(run, far, number, bell))
+        except (EOFError, OSError) as error:
+            raise _Died from error
+        return answer
+
+    def _await(self, run: Run, far: _Far, number: int, bell: Descriptor) -> bytes:
+        """What the worker answers; meanwhile it is told of cancels, and killed in the end."""
+        poll = select.poll()
+        calls = far.calls.fileno()
+        for fd in (calls, far.sentinel, bell.fileno()):
+            poll.register(fd, select.POLLIN)
+        deadline = math.inf
+        told = False
+        while True:
+            if self._killed or run.abandoned is not None or time.monotonic() >= deadline:
+                self._killed = True
+                far.kill()
+            elif run.token.cancelled() and not told:
+                told = True
+                far.tell("cancel", number, _sendable(run.token.reason))
+                if self._backend._kill_after is not None:
+                    deadline = time.monotonic() + self._backend._kill_after
+            while self._orders:
+                task, reason = self._orders.popleft()
+                if task in self._batch:
+                    at = self._first + self._batch.index(task)
+                    far.tell("cancel task", at, _sendable(reason))
+            left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+            ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
+            if bell.fileno() in ready:
+                bell.clear()
+            if calls in ready or far.calls.poll():
+                return far.calls.recv_bytes()
+            if far.sentinel in ready:
+                raise EOFError
+
+    def _report(self, run: Run, far: _Far, task: Task[Any], how: str, what: Any) -> None:
+        """Enter what a task came to."""
+        if how == "value":
+            run.succeeded(task, self, what)
+        elif how == "cancelled":
+            run.stopped(task, self)
+        elif how == "unsent":
+            run.failed(task, self, cannot_return(task.name, *what))
+        elif how == "unread":
+            error = load_error(what, task.name, far.name)
+            wrong = TypeError(
+                f"task {task.name!r} cannot be read in its worker process: "
+                f"{type(error).__name__}: {error}"
+            )
+            wrong.__cause__ = error
+            run.failed(task, self, wrong)
+        elif how == "late":
+            late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
+            late.__cause__ = load_error(what, task.name, far.name)
+            run.failed(task, self, late)
+        else:
+            run.failed(task, self, load_error(what, task.name, far.name))
+
+    def _bury(self, run: Run, far: _Far, tasks: list[Task[Any]]) -> int:
+        """The worker has died: what it was at has failed, or was killed by us for not stopping."""
+        at = far.progress.value - self._first
+        self._far = None
+        far.process.join(FAREWELL)
+        how = far.how_it_ended()
+        far.close()
+        if at < 0:
+            return 0
+        for position in (at, *range(at)):
+            task = tasks[position]
+            if self._killed:
+                run.stopped(task, self)
+                continue
+            what = "ran" if position == at else "was about to bring home what it came to"
+            run.failed(
+                task,
+                self,
+                WorkerDiedError(f"{far.name} died while task {task.name!r} {what}: {how}"),
+            )
+        return at + 1
+
+    def leave(self) -> None:
+        """The thread ends, and its worker with it."""
+        if self._far is not None:
+            self._far.close()
+            self._far = None
+
+
+def _sendable(reason: object) -> object:
+    """A reason as the worker can have it."""
+    if isinstance(reason, BaseException):
+        return dump_error(reason)
+    try:
+        pickle.dumps(reason, PROTOCOL)
+    except BaseException:
+        return repr(reason)
+    return reason
+
+
+def _start_method(name: str | None) -> str:
+    known = multiprocessing.get_all_start_methods()
+    methods = [method for method in ("forkserver", "spawn") if method in known]
+    if name is None:
+        return methods[0]
+    if name not in methods:
+        why = "; fork copies locks that other threads hold" if name == "fork" else ""
+        raise ValueError(f"start_method must be {' or '.join(methods)}, not {name!r}{why}")
+    return name
+
+
+def _place_of(
+    variable: contextvars.ContextVar[Any],
+) -> tuple[str, str, contextvars.ContextVar[Any]]:
+    """Where a worker finds a context variable: a module, and its name there."""
+    if not isinstance(variable, contextvars.ContextVar):
+        raise TypeError(f"context_vars must be context variables, not {variable!r}")
+    for module, holder in sys.modules.copy().items():
+        for name, value in getattr(holder, "__dict__", {}).copy().items():
+            if value is variable:
+                return module, name, variable
+    raise ValueError(f"{variable!r} is not a module's, where a worker process could find it")
+
+
+def _refuse_in_import() -> None:
+    """Exit, in a worker that is still importing a main script which is not guarded."""
+    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
+        os._exit(UNGUARDED)
+
+
+_default: list[Processes] = []
+
+
+def default() -> Processes:
+    """The backend of `pool="processes"`; its workers are for one group after another."""
+    if not _default:
+        _default.append(Processes())
+    return _default[0]
