@@ -66,16 +66,20 @@ def dump_function(fn: Callable[..., Any]) -> bytes:
 
 def dump_error(error: BaseException) -> Far:
     """An exception as it goes home, in the thread that caught it. Raises nothing."""
-    lines = "".join(traceback.format_exception(error))
+    try:
+        text = str(error)
+        lines = "".join(traceback.format_exception(error))
+    except BaseException:  # its own code
+        text = lines = describe(error)
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     try:
         pickled = pickle.dumps(error, PROTOCOL)
         if type(pickle.loads(pickled)) is type(error):
-            return Far(pickled, kind, describe(error), "", lines)
+            return Far(pickled, kind, text, "", lines)
         why = "it comes out of its pickle as something else"
     except BaseException as wrong:
         why = f"{type(wrong).__name__}: {wrong}"
-    return Far(None, kind, describe(error), why, lines)
+    return Far(None, kind, text, why, lines)
 
 
 def load_error(far: Far, task: str, worker: str) -> BaseException:
@@ -90,7 +94,7 @@ def load_error(far: Far, task: str, worker: str) -> BaseException:
         except BaseException as wrong:
             why = f"{type(wrong).__name__}: {wrong}"
     if error is None:
-        error = cannot_return(task, f"raised {far.kind} ({far.text})", why)
+        error = cannot_return(task, f"raised {far.kind}: {far.text}", why)
     error.add_note(f"the traceback in {worker}:\n{far.traceback.rstrip()}")
     return error
 

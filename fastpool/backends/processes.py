@@ -96,6 +96,7 @@ class Processes:
         self._variables = [_place_of(variable) for variable in context_vars]
         self._crew = Crew(lambda run, lane: lane.serve(run), self._lane, _Lane.leave)
         self._leases: dict[Run, Leased] = {}
+        self._serving: dict[_Lane, Run] = {}
         self._numbers: dict[Run, int] = {}  # what the workers know a group by
 
     def _lane(self, pool: object, number: int) -> _Lane:
@@ -116,8 +117,8 @@ class Processes:
         """Kill the workers that are at work."""
         if level < 2:
             return False
-        for lane in run.lanes.copy():
-            if isinstance(lane, _Lane):
+        for lane, served in self._serving.copy().items():
+            if served is run:
                 lane.kill()
         return True
 
@@ -311,6 +312,7 @@ class _Lane(Lane):
         """Run a group's tasks until there is nothing to do."""
         number = self._backend.number_of(run)
         self._killed = False
+        self._backend._serving[self] = run
         self._bell = bell = Descriptor()
         key = run.token._add_sleeper(bell)
         most = 1
@@ -331,6 +333,7 @@ class _Lane(Lane):
                     fair = len(run.queue) // (2 * self._backend.slots)
                     most = max(1, min(2 * most, fair, MOST))
         finally:
+            self._backend._serving.pop(self, None)
             self._bell = None
             run.token._remove(key)
             if self._far is not None:
