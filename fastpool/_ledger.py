@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import Context, copy_context
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -305,6 +305,17 @@ class Ledger:
         self.tell_ended("task_succeeded", task, lane)
         if tells:
             self.emit("group_cancelled", context=self.context)
+
+    def all_succeeded(self, tasks: Sequence[Task[Any]], lane: Lane, values: list[Any]) -> None:
+        """Tasks have returned, in another process."""
+        if self.observers or self.judging is not None or self.abandoned is not None:
+            for task, value in zip(tasks, values, strict=False):
+                self.succeeded(task, lane, value)
+            return
+        for task, value in zip(tasks, values, strict=False):
+            self.ended(task, VALUE, value)
+            if self.watchers:
+                self.notify(task)
 
     def failed(self, task: Task[Any], lane: Lane, error: BaseException) -> None:
         """A task has raised, whatever it was."""

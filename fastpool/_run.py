@@ -579,14 +579,21 @@ class Run(Ledger):
         Tasks for a lane to run: in the order submitted, `most` at the most, perhaps none.
         """
         tasks: list[Task[Any]] = []
-        while len(tasks) < most and not self.stopping():
+        popleft, token = self.queue.popleft, self.token
+        while len(tasks) < most:
+            if (self.disturbed or token._reason is not None) and self.stopping():
+                break
             try:
-                entry = self.queue.popleft()
+                entry = popleft()
             except IndexError:
                 break
             task = entry.take() if type(entry) is Stretch else entry
             task._taken = True
-            if self.admit(task, lane):
+            if self.disturbed or token._reason is not None:  # as in `threads.serve`
+                if self.admit(task, lane):
+                    tasks.append(task)
+            else:
+                task._lane = lane
                 tasks.append(task)
         return tasks
 

@@ -30,6 +30,8 @@ LAST_WORDS = 0.2  # seconds that tasks have to clean up when the parent has gone
 
 Message = tuple[Any, ...]
 
+PLAIN: Message = ({}, None, None)  # no keyword arguments, timeout nor variables
+
 
 class Place:
     """Where a task is: its own token is a child of its group's, made when it is asked for."""
@@ -128,7 +130,11 @@ class Worker:
                 message = self._calls.recv_bytes()
             except (EOFError, OSError):
                 return
-            self._calls.send_bytes(self._answer(message))
+            answer = self._answer(message)
+            try:
+                self._calls.send_bytes(answer)
+            except OSError:
+                return  # nobody is left to hear it
 
     def _answer(self, message: bytes) -> bytes:
         messages.reading = self._token_of
@@ -191,7 +197,7 @@ class Worker:
                 call = pickle.loads(call)
             except BaseException as error:
                 return "unread", dump_error(error)
-        key, args, kwargs, timeout, variables = call
+        key, args, kwargs, timeout, variables = call if len(call) > 2 else (*call, *PLAIN)
         if key in wrong:
             return "unread", dump_error(wrong[key])
         place = Place(token)

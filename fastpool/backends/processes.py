@@ -149,7 +149,7 @@ class Processes:
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
         """What goes along with a task of the context that it was submitted in."""
         logged = sys.modules.get("structlog.contextvars")
-        if logged is None and not self._variables:
+        if not self._variables and (logged is None or not logged._CONTEXT_VARS):
             return None
         context = task._context
         if context is None:
@@ -342,8 +342,8 @@ class _Lane(Lane):
     def _ship(self, run: Run, number: int, tasks: list[Task[Any]], bell: Descriptor) -> int:
         """Have a batch run; how many of it have ended."""
         self.at, self._batch = tasks[0], tasks
-        for task in tasks:
-            run.started(task, self)
+        if run.observers:
+            run.started(tasks[0], self)
         try:
             for _ in range(STARTS):
                 far = self._ready_worker(number)
@@ -361,8 +361,8 @@ class _Lane(Lane):
             ended = 1
         finally:
             self._batch, self.at = [], None
-        rest = [task for task in tasks if not task._state]
-        if rest:
+        if ended < len(tasks):
+            rest = [task for task in tasks if not task._state]
             run.give_back(rest)
         if run.fences:
             run.passed(self)
@@ -398,13 +398,11 @@ class _Lane(Lane):
             return 1
         if word == "values":
             values = rest[0]
-            for task, value in zip(tasks, values, strict=False):
-                run.succeeded(task, self, value)
+            run.all_succeeded(tasks, self, values)
             return len(values)
         if word == "stopped":
             values, (how, what) = rest
-            for task, value in zip(tasks, values, strict=False):
-                run.succeeded(task, self, value)
+            run.all_succeeded(tasks, self, values)
             self._report(run, far, tasks[len(values)], how, what)
             return len(values) + 1
         for task, each in zip(tasks, rest[0], strict=False):
@@ -420,15 +418,19 @@ class _Lane(Lane):
     ) -> tuple[bytes, bool]:
         functions: dict[int, bytes] = {}
         calls: list[Any] = []
+        known, variables = far.known, self._backend.variables
         for task in tasks:
             fn = task._fn
-            known = far.known.get(id(fn))
-            if known is None:
-                key = len(far.known)
+            entry = known.get(id(fn))
+            if entry is None:
+                key = len(known)
                 functions[key] = dump_function(fn)  # type: ignore[arg-type] # not its name
-                far.known[id(fn)] = known = fn, key
-            variables = self._backend.variables(task)
-            calls.append((known[1], task._args, task._kwargs, task._options.timeout, variables))
+                known[id(fn)] = entry = fn, key
+            kwargs, timeout, around = task._kwargs, task._options.timeout, variables(task)
+            if kwargs or timeout is not None or around is not None:
+                calls.append((entry[1], task._args, kwargs, timeout, around))
+            else:
+                calls.append((entry[1], task._args))
         header = ("run", number, first, run.token.remaining(), SLICE, functions)
         try:
             return pickle.dumps((*header, calls), PROTOCOL), True
