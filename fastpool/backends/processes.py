@@ -94,7 +94,7 @@ class Processes:
         self._start = pickle.dumps((initializer, tuple(initargs)), PROTOCOL)
         self._kill_after = _clock.seconds(kill_after, "kill_after")
         self._variables = [_place_of(variable) for variable in context_vars]
-        self._crew = Crew(lambda run, lane: lane.serve(run), self._lane, _Lane.leave)
+        self._crew = Crew(_serve, self._lane, _Lane.leave, _Lane.disown)
         self._leases: dict[Run, Leased] = {}
         self._serving: dict[_Lane, Run] = {}
         self._numbers: dict[Run, int] = {}  # what the workers know a group by
@@ -546,6 +546,16 @@ class _Lane(Lane):
         if self._far is not None:
             self._far.close()
             self._far = None
+
+    def disown(self) -> None:
+        """In a forked child: its worker must see that the parent is gone when that goes."""
+        if self._far is not None:
+            self._far.disown()
+            self._far = None
+
+
+def _serve(run: Run, lane: _Lane) -> None:
+    lane.serve(run)
 
 
 def _sendable(reason: object) -> object:

@@ -121,6 +121,7 @@ class Crew:
         serve: What a thread does in a group: run its tasks until there is nothing to do.
         lane: Makes the lane of a thread.
         leave: Called with the lane when its thread ends.
+        disown: Called with the lane in a forked child.
     """
 
     def __init__(
@@ -128,10 +129,12 @@ class Crew:
         serve: Callable[[Run, Any], None],
         lane: Callable[[object, int], Lane] = Lane,
         leave: Callable[[Any], None] | None = None,
+        disown: Callable[[Any], None] | None = None,
     ) -> None:
         self.serve = serve
         self.lane = lane
         self.leave = leave
+        self.disown = disown
         # Those that no group has leased; the one that was used last is used next.
         self.idle: dict[_Pool, None] = {}
         _crews[self] = None
@@ -202,6 +205,9 @@ class _Pool:
         self.ended = True
         if self.threads is not None:
             self.threads._state = "CLOSE"  # or its finalizer would write to them
+        if self.crew.disown is not None:
+            for lane in self.lanes:
+                self.crew.disown(lane)
 
     def patience(self) -> float:
         """How long its threads go on waiting, in seconds, while nobody leases it."""
