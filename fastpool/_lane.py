@@ -91,6 +91,15 @@ class Lane:
         task = self.task
         return [] if task is None else [task]
 
+    @property
+    def where(self) -> str:
+        """What runs its tasks, for a line about it."""
+        return f"thread {self.worker!r}"
+
+    def far_stack(self) -> str | None:
+        """The stack of what it runs, if that is in another process; empty if it does not say."""
+        return None
+
     def task_cancelled(self, task: Task[Any], reason: object) -> None:
         """The token of what it runs was set: it listens to that, where it runs here."""
 

@@ -854,16 +854,14 @@ class Run(Ledger):
         self.halt(why)
         self.token.cancel(why)
         running = [
-            (lane, task)
-            for lane in self.lanes.copy()
-            if (task := lane.task) is not None and not task._state
+            (lane, task) for lane in self.lanes.copy() for task in lane.in_hand() if not task._state
         ]
         left: list[str] = []
         for lane, task in running:
             task._abandon()
             left.append(
                 f"left behind in group {self.name!r}: task {task.name!r}, submitted at "
-                f"{task.site}, in thread {lane.worker!r}{_waits_for(lane)}"
+                f"{task.site}, in {lane.where}{_waits_for(lane)}"
             )
         for lane, task in running:
             self.notify(task)

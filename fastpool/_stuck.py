@@ -102,7 +102,7 @@ def warn(message: str) -> None:
 
 def _headline(task: Task[Any], lane: Lane, waited: float) -> str:
     return plain(
-        f"task {task.name!r} of group {task._run.name!r} still runs in thread {lane.worker!r}, "
+        f"task {task.name!r} of group {task._run.name!r} still runs in {lane.where}, "
         f"{waited:.1f} s after it was cancelled; it was submitted at {task.site}"
     )
 
@@ -110,6 +110,7 @@ def _headline(task: Task[Any], lane: Lane, waited: float) -> str:
 def _details(stuck: list[tuple[Task[Any], Lane]]) -> list[str]:
     """For each task what a reader needs to find out why it goes on."""
     try:
+        far = [lane.far_stack() for _, lane in stuck]
         first = [_look(lane) for _, lane in stuck]
         with looking():
             frames = sys._current_frames()
@@ -119,9 +120,14 @@ def _details(stuck: list[tuple[Task[Any], Lane]]) -> list[str]:
             Gate().wait(STILL)
         second = [_look(lane) for _, lane in stuck]
         return [
-            "".join(f"\n  {line}" for line in _explain(lane, stack, settle(*looks)))
-            for (_, lane), stack, looks in zip(
-                stuck, stacks, zip(first, second, strict=True), strict=True
+            "".join(
+                f"\n  {line}"
+                for line in (
+                    _explain(lane, stack, settle(*looks)) if away is None else _explain_far(away)
+                )
+            )
+            for (_, lane), away, stack, looks in zip(
+                stuck, far, stacks, zip(first, second, strict=True), strict=True
             )
         ]
     except Exception as error:  # the report's first line must get out, whatever is wrong here
@@ -131,6 +137,13 @@ def _details(stuck: list[tuple[Task[Any], Lane]]) -> list[str]:
 
 def _look(lane: Lane) -> Look | None:
     return None if lane.of_thread is None else look(lane.of_thread.native_id)
+
+
+def _explain_far(stack: str) -> list[str]:
+    """The same of a task in another process."""
+    if not stack:
+        return ["Its process does not answer."]
+    return ["Its Python stack, innermost call last:", *map(plain, stack.splitlines())]
 
 
 def _explain(lane: Lane, stack: list[FrameType], seat: Seat | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 import traceback
 from collections.abc import Callable
@@ -51,7 +52,7 @@ def dump_function(fn: Callable[..., Any]) -> bytes:
         return pickle.dumps(fn, PROTOCOL)
     except Exception as error:
         try:
-            import cloudpickle
+            cloudpickle = importlib.import_module("cloudpickle")
         except ModuleNotFoundError:
             raise TypeError(
                 f"{label(fn)}() cannot be sent to a worker process: {error}; define it at the top"

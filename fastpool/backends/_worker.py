@@ -192,12 +192,14 @@ class Worker:
         wrong: dict[int, BaseException],
     ) -> tuple[str, object]:
         """What a call comes to: a word for it, and the value, the error or the reason."""
-        if isinstance(call, bytes):
-            try:
-                call = pickle.loads(call)
-            except BaseException as error:
-                return "unread", dump_error(error)
-        key, args, kwargs, timeout, variables = call if len(call) > 2 else (*call, *PLAIN)
+        whole: Message
+        try:
+            whole = pickle.loads(call) if isinstance(call, bytes) else call
+        except BaseException as error:
+            return "unread", dump_error(error)
+        if len(whole) == 2:
+            whole += PLAIN
+        key, args, kwargs, timeout, variables = whole
         if key in wrong:
             return "unread", dump_error(wrong[key])
         place = Place(token)
@@ -210,7 +212,7 @@ class Worker:
             if place._parent.cancelled() or (place._own is not None and place._own.cancelled()):
                 return "cancelled", None
             context = contextvars.Context()
-            value = context.run(_call, place, self._functions[key], args, kwargs, variables)
+            value: object = context.run(_call, place, self._functions[key], args, kwargs, variables)
         except BaseException as error:
             heard = token if place._own is None else place._own
             if is_a(error, Cancelled) and heard.cancelled():

@@ -7,6 +7,7 @@ import contextvars
 import itertools
 import math
 import multiprocessing
+import multiprocessing.process
 import os
 import pickle
 import select
@@ -42,6 +43,7 @@ KILL_AFTER = 30.0  # seconds, well after the report of a task that does not stop
 SLICE = 0.002  # seconds after which a worker sends home what it has, so that nothing waits long
 MOST = 1024  # calls that are shipped at once
 MOST_WORKERS = 10_000
+ANSWER = 1.0  # seconds that a worker has to say where it is
 FAREWELL = 2.0  # seconds that a worker has to end by itself
 STARTS = 3  # workers that may die one after another before they have begun a task
 UNGUARDED = 86  # with what a worker exits whose main script starts a group as it is imported
@@ -51,6 +53,9 @@ _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 _numbers = itertools.count(1)  # of runs, for the workers
 # Guards the start of processes: one at a time, so that none inherits another's pipes.
 _starting = threading.Lock()
+
+
+_forked: list[bool] = []  # not empty in a forked child
 
 
 class Processes:
@@ -143,8 +148,10 @@ class Processes:
 
     def start_worker(self) -> _Far:
         """A new worker, which has said that it is ready."""
+        # The server of a forked child's parent is no child of its own, and so not usable.
+        context = multiprocessing.get_context("spawn") if _forked else self._context
         with _starting:
-            return _Far(self._context, self._start)
+            return _Far(context, self._start)
 
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
         """What goes along with a task of the context that it was submitted in."""
@@ -154,7 +161,9 @@ class Processes:
         context = task._context
         if context is None:
             return None
-        bound = {} if logged is None else context.run(logged.get_contextvars)
+        bound: dict[str, Any] = {}
+        if logged is not None:
+            bound = context.run(logged.get_contextvars)
         named = [
             (module, name, context[variable])
             for module, name, variable in self._variables
@@ -172,6 +181,9 @@ class _Far:
         self.progress = context.RawValue("q", -1)
         self.known: dict[int, tuple[object, int]] = {}  # the functions that it has, by `id`
         self.run: int | None = None
+        # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
+        # that does not stop. Held for one short write.
+        self._telling = threading.Lock()
         self.process = context.Process(
             target=_worker.main,
             args=(calls, control, self.progress, start),
@@ -230,8 +242,17 @@ class _Far:
 
     def tell(self, *order: object) -> None:
         """Give an order to the thread that hears; a worker that is gone needs none."""
-        with contextlib.suppress(OSError):
+        with self._telling, contextlib.suppress(OSError):
             self.control.send_bytes(pickle.dumps(order, PROTOCOL))
+
+    def stack(self) -> str:
+        """The stack of what it runs, as text; empty if it does not answer."""
+        self.tell("where")
+        with contextlib.suppress(EOFError, OSError):
+            if self.control.poll(ANSWER):
+                text: str = pickle.loads(self.control.recv_bytes())
+                return text
+        return ""
 
     def kill(self) -> None:
         self.process.kill()
@@ -251,9 +272,9 @@ class _Far:
 
     def disown(self) -> None:
         """In a forked child: the worker is the parent's."""
-        for connection in (self.calls, self.control):
-            with contextlib.suppress(OSError):
-                os.close(connection.fileno())
+        self.calls.close()
+        self.control.close()
+        multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined] # or the exit would join it
 
 
 class _Died(Exception):
@@ -305,6 +326,14 @@ class _Lane(Lane):
     def worker(self) -> str:
         far = self._far
         return super().worker if far is None else far.name
+
+    @property
+    def where(self) -> str:
+        return self.worker if self._far is None else self._far.name
+
+    def far_stack(self) -> str | None:
+        far = self._far
+        return None if far is None else far.stack()
 
     # --- Serving -----------------------------------------------------------------------------
 
@@ -492,7 +521,8 @@ class _Lane(Lane):
             if bell.fileno() in ready:
                 bell.clear()
             if calls in ready or far.calls.poll():
-                return far.calls.recv_bytes()
+                reply: bytes = far.calls.recv_bytes()
+                return reply
             if far.sentinel in ready:
                 raise EOFError
 
@@ -521,7 +551,7 @@ class _Lane(Lane):
 
     def _bury(self, run: Run, far: _Far, tasks: list[Task[Any]]) -> int:
         """The worker has died: what it was at has failed, or was killed by us for not stopping."""
-        at = far.progress.value - self._first
+        at: int = far.progress.value - self._first
         self._far = None
         far.process.join(FAREWELL)
         how = far.how_it_ended()
@@ -598,6 +628,15 @@ def _refuse_in_import() -> None:
     if getattr(multiprocessing.process.current_process(), "_inheriting", False):
         os._exit(UNGUARDED)
 
+
+def _after_fork() -> None:
+    global _starting
+    _starting = threading.Lock()
+    _forked.append(True)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 _default: list[Processes] = []
 
