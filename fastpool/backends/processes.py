@@ -284,14 +284,14 @@ class _Died(Exception):
 class _Lane(Lane):
     """A thread that ships tasks to one worker, and takes home what they come to."""
 
-    __slots__ = ("_backend", "_batch", "_bell", "_far", "_first", "_killed", "_orders")
+    __slots__ = ("_backend", "_batch", "_bell", "_far", "_first", "_killed", "_next", "_orders")
 
     def __init__(self, pool: object, number: int, backend: Processes) -> None:
         super().__init__(pool, number)
         self._backend = backend
         self._far: _Far | None = None
         self._batch: list[Task[Any]] = []
-        self._first = 0  # the number of the first of them, as the worker counts
+        self._first = self._next = 0  # the number of the first of them, as the worker counts
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._killed = False
@@ -377,7 +377,7 @@ class _Lane(Lane):
             for _ in range(STARTS):
                 far = self._ready_worker(number)
                 try:
-                    ended = self._take_home(run, far, number, tasks, bell)
+                    ended = self._take_home(run, far, number, tasks.copy(), bell)
                 except _Died:
                     ended = self._bury(run, far, tasks)
                     if not ended and not self._killed:
@@ -412,7 +412,8 @@ class _Lane(Lane):
     def _take_home(
         self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], bell: Descriptor
     ) -> int:
-        self._first = first = self._first + len(tasks)
+        self._first = first = self._next
+        self._next += len(tasks)
         far.progress.value = -1
         _token.messages.writing = run.token, number
         try:
