@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
 from types import CodeType
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, NoReturn, TypeVar
 
 from fastpool import _clock, _scope
 from fastpool._lane import Lane
@@ -158,6 +158,12 @@ class Task(Generic[R_co]):
         else:
             state = "running" if self.running() else "queued"
         return f"<Task {self.name!r} of group {self._run.name!r}, {state}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            f"task {self.name!r} cannot be pickled: its handle belongs to the process that made "
+            "it; send its result()"
+        )
 
     # --- Where its context is (see `_scope.Place`) ------------------------------------------
 

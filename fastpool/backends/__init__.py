@@ -6,8 +6,18 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from fastpool._run import Run
+    from fastpool.backends.processes import Processes
 
-__all__ = ["Backend"]
+__all__ = ["Backend", "Processes"]
+
+
+def __getattr__(name: str) -> object:
+    """`Processes`, whose module is imported when somebody asks for it."""
+    if name != "Processes":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fastpool.backends.processes import Processes
+
+    return Processes
 
 
 @runtime_checkable

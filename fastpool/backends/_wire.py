@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pickle
 import traceback
@@ -16,10 +17,13 @@ __all__ = [
     "cannot_return",
     "dump_error",
     "dump_function",
+    "dump_reason",
     "load_error",
+    "load_reason",
 ]
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
+SHORT = 16_384  # bytes, which a pipe takes without waiting for its reader
 
 
 class Far(NamedTuple):
@@ -81,6 +85,32 @@ def dump_error(error: BaseException) -> Far:
     except BaseException as wrong:
         why = f"{type(wrong).__name__}: {wrong}"
     return Far(None, kind, text, why, lines)
+
+
+def dump_reason(reason: object) -> Far:
+    """
+    Why something was cancelled, as it goes along with an order. Raises nothing.
+
+    It is short: whoever gives the order must not wait until it is read, since its reader may be
+    what does not stop.
+    """
+    if isinstance(reason, BaseException):
+        far = dump_error(reason)._replace(traceback="")
+    else:
+        far = Far(None, type(reason).__qualname__, describe(reason), "", "")
+        with contextlib.suppress(BaseException):
+            far = far._replace(pickled=pickle.dumps(reason, PROTOCOL))
+    if far.pickled is not None and len(far.pickled) > SHORT:
+        far = far._replace(pickled=None)
+    return far._replace(text=far.text[: SHORT // 16], why="")
+
+
+def load_reason(far: Far) -> object:
+    """The reason itself, or what it says if it cannot be read here. Raises nothing."""
+    with contextlib.suppress(BaseException):
+        if far.pickled is not None:
+            return pickle.loads(far.pickled)
+    return f"{far.kind}: {far.text}"
 
 
 def load_error(far: Far, task: str, worker: str) -> BaseException:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 import importlib
 import os
 import pickle
@@ -20,7 +21,7 @@ from fastpool import _clock
 from fastpool._errors import is_a
 from fastpool._scope import current, this_thread
 from fastpool._token import CancelToken, Cause, messages
-from fastpool.backends._wire import PROTOCOL, Far, dump_error
+from fastpool.backends._wire import PROTOCOL, Far, dump_error, dump_reason, load_reason
 from fastpool.exceptions import Cancelled
 
 __all__ = ["main"]
@@ -33,6 +34,26 @@ Message = tuple[Any, ...]
 PLAIN: Message = ({}, None, None)  # no keyword arguments, timeout nor variables
 
 
+GROUP = object()  # that of a task: it is in another process, but a group in here is inside it
+
+
+class GroupToken(CancelToken):
+    """The token of a group as its tasks have it here: one that sets it tells the parent."""
+
+    __slots__ = ("_tell",)
+
+    def __init__(self, tell: Callable[[Cause], None]) -> None:
+        super().__init__()
+        self._tell = tell
+
+    def _set_by(
+        self, cause: Cause, run: Callable[[Callable[[], object]], object] | None = None
+    ) -> bool:
+        if not cause.expired and not self.cancelled():  # the parent has the same deadline
+            self._tell(cause)
+        return super()._set_by(cause, run)
+
+
 class Place:
     """Where a task is: its own token is a child of its group's, made when it is asked for."""
 
@@ -41,7 +62,7 @@ class Place:
     def __init__(self, parent: CancelToken) -> None:
         self._parent = parent
         self._own: CancelToken | None = None
-        self._group = None
+        self._group = GROUP
         self._thread: object = this_thread()
 
     @property
@@ -68,12 +89,15 @@ class Worker:
         self._calls = calls
         self._control = control
         self._progress = progress
+        # Guards the writing to `calls`: what runs may set a group's token in any thread.
+        self._answering = threading.Lock()
         self._functions: dict[int, Callable[..., Any]] = {}
+        self._unreadable: dict[int, Far] = {}  # functions that could not be read, and why
         self._run: int | None = None
         # By the number of the run: set by the thread that hears, used by the one that runs.
         self._tokens: dict[int, CancelToken] = {}
         self._places: dict[int, Place] = {}  # of the task that runs, by its number
-        self._cancelled: dict[int, object] = {}  # tasks that are not to begin, and why
+        self._cancelled: dict[int, Far] = {}  # tasks that are not to begin, and why
         self._outcomes: list[tuple[str, object]] = []  # of the last batch
 
     # --- Hearing ---------------------------------------------------------------------------
@@ -95,15 +119,16 @@ class Worker:
                     return
         except (EOFError, OSError):
             for run in list(self._tokens):
-                self._cancel(run, "the process that wanted it has gone")
+                self._cancel(run, dump_reason("the process that wanted it has gone"))
             time.sleep(LAST_WORDS)
             os._exit(1)
 
-    def _cancel(self, run: int, reason: object) -> None:
+    def _cancel(self, run: int, reason: Far) -> None:
         token = self._token_of(run)
-        token._set_by(_cause(token, reason), _clock.run_in_helper)
+        # Not the token's own, which would tell the parent.
+        CancelToken._set_by(token, _cause(token, reason), _clock.run_in_helper)
 
-    def _cancel_task(self, number: int, reason: object) -> None:
+    def _cancel_task(self, number: int, reason: Far) -> None:
         self._cancelled[number] = reason
         place = self._places.get(number)
         if place is not None:  # looked at after it was noted: it has begun, or does not begin
@@ -112,7 +137,16 @@ class Worker:
 
     def _token_of(self, run: int) -> CancelToken:
         token = self._tokens.get(run)
-        return self._tokens.setdefault(run, CancelToken()) if token is None else token
+        if token is None:
+            token = self._tokens.setdefault(run, GroupToken(functools.partial(self._tell, run)))
+        return token
+
+    def _tell(self, run: int, cause: Cause) -> None:
+        """A task has set its group's token: the parent is to know."""
+        reason = dump_reason(cause.reason)
+        message = pickle.dumps(("set", run, cause.failure is not None, reason), PROTOCOL)
+        with contextlib.suppress(OSError), self._answering:
+            self._calls.send_bytes(message)
 
     def _where(self) -> str:
         """The main thread's stack."""
@@ -132,40 +166,37 @@ class Worker:
                 return
             answer = self._answer(message)
             try:
-                self._calls.send_bytes(answer)
+                with self._answering:
+                    self._calls.send_bytes(answer)
             except OSError:
                 return  # nobody is left to hear it
 
     def _answer(self, message: bytes) -> bytes:
-        messages.reading = self._token_of
         try:
-            order = pickle.loads(message)
-        except BaseException as error:
-            return pickle.dumps(("unread", dump_error(error)), PROTOCOL)
-        finally:
-            messages.reading = None
+            order = self._read(message)
+        except BaseException:  # one of the arguments; each by itself, then
+            return pickle.dumps(("unread",), PROTOCOL)
         if order[0] == "again":
             return pickle.dumps(("each", list(map(self._encoded, self._outcomes))), PROTOCOL)
         _, run, first, span, slice_, functions, calls = order
         if run != self._run:
             self._run = run
-            self._functions.clear()
-            self._cancelled.clear()
+            for belongings in (self._functions, self._unreadable, self._cancelled):
+                belongings.clear()
         token = self._token_of(run)
         if span is not None and token.deadline is None:
             token._limit(span)
         outcomes: list[tuple[str, object]] = []
         self._outcomes = outcomes
-        wrong = self._learn(functions)
+        self._learn(functions)
         until = time.monotonic() + slice_
         for number, call in enumerate(calls, first):
             if outcomes and (time.monotonic() >= until or token.cancelled()):
                 break
             self._progress.value = number
-            outcomes.append(self._run_call(number, token, call, wrong))
+            outcomes.append(self._run_call(number, token, call))
             if outcomes[-1][0] != "value":
                 break
-        self._progress.value = -1
         try:
             if outcomes[-1][0] == "value":
                 return pickle.dumps(("values", [value for _, value in outcomes]), PROTOCOL)
@@ -174,39 +205,42 @@ class Worker:
         except BaseException:
             return pickle.dumps(("each", list(map(self._encoded, outcomes))), PROTOCOL)
 
-    def _learn(self, functions: dict[int, bytes]) -> dict[int, BaseException]:
-        """Read functions that are new; those that cannot be read, and why."""
-        wrong: dict[int, BaseException] = {}
+    def _read(self, message: bytes) -> Any:
+        """What the parent has sent, which may have the token of a group in it."""
+        messages.reading = self._token_of
+        try:
+            return pickle.loads(message)
+        finally:
+            messages.reading = None
+
+    def _learn(self, functions: dict[int, bytes]) -> None:
+        """Read functions that are new."""
         for key, pickled in functions.items():
+            self._unreadable.pop(key, None)
             try:
                 self._functions[key] = pickle.loads(pickled)
             except BaseException as error:
-                wrong[key] = error
-        return wrong
+                self._unreadable[key] = dump_error(error)
 
     def _run_call(
-        self,
-        number: int,
-        token: CancelToken,
-        call: Message | bytes,
-        wrong: dict[int, BaseException],
+        self, number: int, token: CancelToken, call: Message | bytes
     ) -> tuple[str, object]:
         """What a call comes to: a word for it, and the value, the error or the reason."""
         whole: Message
         try:
-            whole = pickle.loads(call) if isinstance(call, bytes) else call
+            whole = self._read(call) if isinstance(call, bytes) else call
         except BaseException as error:
-            return "unread", dump_error(error)
+            return "unread", ("arguments", dump_error(error))
         if len(whole) == 2:
             whole += PLAIN
         key, args, kwargs, timeout, variables = whole
-        if key in wrong:
-            return "unread", dump_error(wrong[key])
+        if key in self._unreadable:
+            return "unread", ("function", self._unreadable[key])
         place = Place(token)
         self._places[number] = place
         try:
             if number in self._cancelled:
-                place._token.cancel(self._cancelled[number])
+                place._token._set_by(_cause(place._token, self._cancelled[number]))
             elif timeout is not None:
                 place._token._limit(timeout)
             if place._parent.cancelled() or (place._own is not None and place._own.cancelled()):
@@ -238,14 +272,10 @@ def _why(value: object, error: BaseException) -> tuple[str, str]:
     return f"returned a {type(value).__name__}", f"{type(error).__name__}: {error}"
 
 
-def _cause(token: CancelToken, reason: object) -> Cause:
-    if isinstance(reason, Far):
-        with contextlib.suppress(BaseException):
-            error = None if reason.pickled is None else pickle.loads(reason.pickled)
-            if isinstance(error, BaseException):
-                return Cause(error, source=token._key, failure=error)
-        reason = f"{reason.kind}: {reason.text}"
-    return Cause(reason, source=token._key)
+def _cause(token: CancelToken, reason: Far) -> Cause:
+    value = load_reason(reason)
+    failure = value if isinstance(value, BaseException) else None
+    return Cause(value, source=token._key, failure=failure)
 
 
 def _call(
@@ -280,7 +310,7 @@ def main(calls: Connection, control: Connection, progress: Any, start: bytes) ->
     try:
         initializer, initargs = pickle.loads(start)
         if initializer is not None:
-            initializer(*initargs)
+            pickle.loads(initializer)(*initargs)
     except BaseException as error:
         calls.send_bytes(pickle.dumps(("failed", dump_error(error)), PROTOCOL))
         return

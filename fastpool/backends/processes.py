@@ -26,10 +26,12 @@ from fastpool._task import Task
 from fastpool.backends import _worker
 from fastpool.backends._wire import (
     PROTOCOL,
+    Far,
     cannot_return,
-    dump_error,
     dump_function,
+    dump_reason,
     load_error,
+    load_reason,
 )
 from fastpool.backends.threads import Crew, Leased
 from fastpool.exceptions import WorkerDiedError
@@ -96,7 +98,7 @@ class Processes:
             raise TypeError(f"initializer must be a function, not {initializer!r}")
         self.slots = workers or _CPUS
         self._context = multiprocessing.get_context(_start_method(start_method))
-        self._start = pickle.dumps((initializer, tuple(initargs)), PROTOCOL)
+        self._start = _start_with(initializer, tuple(initargs))
         self._kill_after = _clock.seconds(kill_after, "kill_after")
         self._variables = [_place_of(variable) for variable in context_vars]
         self._crew = Crew(_serve, self._lane, _Lane.leave, _Lane.disown)
@@ -147,7 +149,7 @@ class Processes:
         return self._numbers.setdefault(run, next(_numbers)) if number is None else number
 
     def start_worker(self) -> _Far:
-        """A new worker, which has said that it is ready."""
+        """A new worker, which will say when it is ready."""
         # The server of a forked child's parent is no child of its own, and so not usable.
         context = multiprocessing.get_context("spawn") if _forked else self._context
         with _starting:
@@ -198,14 +200,6 @@ class _Far:
         finally:
             calls.close()
             control.close()
-        try:
-            word, what = pickle.loads(self.calls.recv_bytes())
-        except (EOFError, OSError):
-            self.close()
-            raise self._never_came() from None
-        if word == "failed":
-            self.close()
-            raise load_error(what, "initializer", self.name)
         with contextlib.suppress(OSError, AttributeError):
             self._pidfd = os.pidfd_open(self.process.pid)
 
@@ -215,7 +209,9 @@ class _Far:
     def name(self) -> str:
         return f"worker process {self.process.pid}"
 
-    def _never_came(self) -> BaseException:
+    def never_came(self) -> BaseException:
+        """Why it has died before it was ready."""
+        self.process.join(FAREWELL)
         if self.process.exitcode == UNGUARDED:
             return RuntimeError(
                 "a worker process imports the main script, and that starts a group of its own; put"
@@ -284,14 +280,23 @@ class _Died(Exception):
 class _Lane(Lane):
     """A thread that ships tasks to one worker, and takes home what they come to."""
 
-    __slots__ = ("_backend", "_batch", "_bell", "_far", "_first", "_killed", "_next", "_orders")
+    __slots__ = (
+        "_backend",
+        "_batch",
+        "_bell",
+        "_far",
+        "_first",
+        "_following",
+        "_killed",
+        "_orders",
+    )
 
     def __init__(self, pool: object, number: int, backend: Processes) -> None:
         super().__init__(pool, number)
         self._backend = backend
         self._far: _Far | None = None
         self._batch: list[Task[Any]] = []
-        self._first = self._next = 0  # the number of the first of them, as the worker counts
+        self._first = self._following = 0  # the numbers of the first of them, and of the next
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._killed = False
@@ -373,37 +378,57 @@ class _Lane(Lane):
         self.at, self._batch = tasks[0], tasks
         if run.observers:
             run.started(tasks[0], self)
+        died: BaseException = _Died()
         try:
             for _ in range(STARTS):
-                far = self._ready_worker(number)
                 try:
-                    ended = self._take_home(run, far, number, tasks.copy(), bell)
+                    far = self._ready_worker(run, number, bell)
+                except WorkerDiedError as error:
+                    died = error
+                    if self._killed:
+                        break
+                    continue
+                try:
+                    self._take_home(run, far, number, tasks, bell)
                 except _Died:
-                    ended = self._bury(run, far, tasks)
-                    if not ended and not self._killed:
+                    early = self._bury(run, far, tasks)
+                    if early is not None and not self._killed:
+                        died = early
                         continue
                 break
             else:
-                raise WorkerDiedError(f"{STARTS} workers died before they began a task")
+                raise died
         except BaseException as error:
             run.failed(tasks[0], self, error)
-            ended = 1
         finally:
             self._batch, self.at = [], None
-        if ended < len(tasks):
-            rest = [task for task in tasks if not task._state]
+        rest = [task for task in tasks if not task._state]
+        if rest and run.observers and run.stopping():
+            run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
+        if rest:
             run.give_back(rest)
         if run.fences:
             run.passed(self)
-        return ended
+        return len(tasks) - len(rest)
 
-    def _ready_worker(self, number: int) -> _Far:
+    def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> _Far:
         far = self._far
         if far is not None and far.process.exitcode is not None:
             far.close()
-            far = None
+            far = self._far = None
         if far is None:
             far = self._far = self._backend.start_worker()
+            try:
+                word, what = pickle.loads(self._await(run, far, number, bell))
+            except (EOFError, OSError):
+                self._far = None
+                why = far.never_came()
+                far.close()
+                raise why from None
+            if word == "failed":
+                self._far = None
+                far.close()
+                raise load_error(what, "initializer", far.name)
         if far.run != number:
             far.run = number
             far.known.clear()
@@ -411,89 +436,119 @@ class _Lane(Lane):
 
     def _take_home(
         self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], bell: Descriptor
-    ) -> int:
-        self._first = first = self._next
-        self._next += len(tasks)
+    ) -> None:
+        self._first = self._following
+        self._following += len(tasks)
         far.progress.value = -1
         _token.messages.writing = run.token, number
         try:
-            message, sent = self._encode(run, far, number, first, tasks)
+            message = self._encode(run, far, number, tasks)
+            if not tasks or run.stopping():
+                far.run = None  # the functions of this message are not known over there
+                return
+            word, *rest = self._ask(run, far, number, message, bell)
+            if word == "unread":
+                far.known.clear()  # the functions were not read, either
+                message = self._encode(run, far, number, tasks, singly=True)
+                word, *rest = self._ask(run, far, number, message, bell)
         finally:
             _token.messages.writing = None
-        if not sent:
-            return 1
-        word, *rest = self._ask(run, far, number, message, bell)
-        if word == "unread":
-            self._report(run, far, tasks[0], "unread", rest[0])
-            return 1
         if word == "values":
-            values = rest[0]
-            run.all_succeeded(tasks, self, values)
-            return len(values)
+            run.all_succeeded(tasks, self, rest[0])
+            return
         if word == "stopped":
             values, (how, what) = rest
             run.all_succeeded(tasks, self, values)
             self._report(run, far, tasks[len(values)], how, what)
-            return len(values) + 1
+            return
         for task, each in zip(tasks, rest[0], strict=False):
             try:
                 how, what = pickle.loads(each)
             except BaseException as error:
                 how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
             self._report(run, far, task, how, what)
-        return len(rest[0])
 
     def _encode(
-        self, run: Run, far: _Far, number: int, first: int, tasks: list[Task[Any]]
-    ) -> tuple[bytes, bool]:
+        self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], *, singly: bool = False
+    ) -> bytes:
+        """
+        The message that has the worker run some tasks; empty if there is nothing to be run.
+
+        What cannot be sent fails, and is no longer among the tasks then.
+
+        Args:
+            singly: Whether each call is pickled by itself, as it is anyway if one cannot be.
+        """
         functions: dict[int, bytes] = {}
         calls: list[Any] = []
         known, variables = far.known, self._backend.variables
-        for task in tasks:
+        for task in tasks.copy():
+            own = run.tokens.get(task) if run.tokens else None
+            if own is not None and own.cancelled():  # it was, while no worker had it
+                tasks.remove(task)
+                run.stopped(task, self)
+                continue
             fn = task._fn
             entry = known.get(id(fn))
             if entry is None:
                 key = len(known)
-                functions[key] = dump_function(fn)  # type: ignore[arg-type] # not its name
+                try:
+                    functions[key] = dump_function(fn)  # type: ignore[arg-type] # not its name
+                except Exception as error:
+                    tasks.remove(task)
+                    run.failed(task, self, error)
+                    continue
                 known[id(fn)] = entry = fn, key
             kwargs, timeout, around = task._kwargs, task._options.timeout, variables(task)
             if kwargs or timeout is not None or around is not None:
                 calls.append((entry[1], task._args, kwargs, timeout, around))
             else:
                 calls.append((entry[1], task._args))
-        header = ("run", number, first, run.token.remaining(), SLICE, functions)
-        try:
-            return pickle.dumps((*header, calls), PROTOCOL), True
-        except BaseException:
-            for at, call in enumerate(calls):
-                try:
-                    calls[at] = pickle.dumps(call, PROTOCOL)
-                except BaseException as error:
-                    wrong = TypeError(
-                        f"the arguments of task {tasks[at].name!r} cannot be sent to a worker "
-                        f"process: {type(error).__name__}: {error}"
-                    )
-                    wrong.__cause__ = error
-                    del tasks[at + 1 :], calls[at:]
-                    bad = tasks.pop() if at else tasks[0]
-                    run.failed(bad, self, wrong)
-                    break
-            return pickle.dumps((*header, calls), PROTOCOL), bool(calls)
+        header = ("run", number, self._first, run.token.remaining(), SLICE, functions)
+        if not singly:
+            with contextlib.suppress(Exception):
+                return pickle.dumps((*header, calls), PROTOCOL)
+        pickled: list[bytes] = []
+        for task, call in zip(tasks.copy(), calls, strict=True):
+            try:
+                pickled.append(pickle.dumps(call, PROTOCOL))
+            except Exception as error:
+                wrong = TypeError(
+                    f"the arguments of task {task.name!r} cannot be sent to a worker process: "
+                    f"{type(error).__name__}: {error}"
+                )
+                wrong.__cause__ = error
+                tasks.remove(task)
+                run.failed(task, self, wrong)
+        return pickle.dumps((*header, pickled), PROTOCOL)
 
     def _ask(
         self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
     ) -> tuple[Any, ...]:
         try:
             far.calls.send_bytes(message)
-            reply = self._await(run, far, number, bell)
-            try:
-                answer: tuple[Any, ...] = pickle.loads(reply)
-            except BaseException:  # one of the values; each by itself, then
-                far.calls.send_bytes(pickle.dumps(("again",), PROTOCOL))
-                answer = pickle.loads(self._await(run, far, number, bell))
+            while True:
+                reply = self._await(run, far, number, bell)
+                try:
+                    answer: tuple[Any, ...] = pickle.loads(reply)
+                except BaseException:  # one of the values; each by itself, then
+                    far.calls.send_bytes(pickle.dumps(("again",), PROTOCOL))
+                    answer = pickle.loads(self._await(run, far, number, bell))
+                if answer[0] != "set":
+                    return answer
+                self._set(run, number, *answer[1:])
         except (EOFError, OSError) as error:
             raise _Died from error
-        return answer
+
+    def _set(self, run: Run, number: int, of: int, failed: bool, reason: Far) -> None:
+        """A task has set its group's token over there."""
+        if of != number:
+            return  # of a group that has ended
+        why = load_reason(reason)
+        if failed and isinstance(why, BaseException):
+            run.token._report(why)
+        else:
+            run.token.cancel(why)
 
     def _await(self, run: Run, far: _Far, number: int, bell: Descriptor) -> bytes:
         """What the worker answers; meanwhile it is told of cancels, and killed in the end."""
@@ -509,14 +564,14 @@ class _Lane(Lane):
                 far.kill()
             elif run.token.cancelled() and not told:
                 told = True
-                far.tell("cancel", number, _sendable(run.token.reason))
+                far.tell("cancel", number, dump_reason(run.token.reason))
                 if self._backend._kill_after is not None:
                     deadline = time.monotonic() + self._backend._kill_after
             while self._orders:
                 task, reason = self._orders.popleft()
                 if task in self._batch:
                     at = self._first + self._batch.index(task)
-                    far.tell("cancel task", at, _sendable(reason))
+                    far.tell("cancel task", at, dump_reason(reason))
             left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
             if bell.fileno() in ready:
@@ -536,9 +591,10 @@ class _Lane(Lane):
         elif how == "unsent":
             run.failed(task, self, cannot_return(task.name, *what))
         elif how == "unread":
-            error = load_error(what, task.name, far.name)
+            which, why = what
+            error = load_error(why, task.name, far.name)
             wrong = TypeError(
-                f"task {task.name!r} cannot be read in its worker process: "
+                f"the {which} of task {task.name!r} cannot be read in its worker process: "
                 f"{type(error).__name__}: {error}"
             )
             wrong.__cause__ = error
@@ -550,27 +606,32 @@ class _Lane(Lane):
         else:
             run.failed(task, self, load_error(what, task.name, far.name))
 
-    def _bury(self, run: Run, far: _Far, tasks: list[Task[Any]]) -> int:
-        """The worker has died: what it was at has failed, or was killed by us for not stopping."""
+    def _bury(self, run: Run, far: _Far, tasks: list[Task[Any]]) -> WorkerDiedError | None:
+        """
+        The worker has died: what it was at has failed, or was killed by us for not stopping.
+
+        Returns:
+            What to say of it if it had begun nothing; what it had is run elsewhere then.
+        """
         at: int = far.progress.value - self._first
         self._far = None
         far.process.join(FAREWELL)
         how = far.how_it_ended()
         far.close()
         if at < 0:
-            return 0
-        for position in (at, *range(at)):
-            task = tasks[position]
+            return WorkerDiedError(f"{far.name} died before it began a task: {how}")
+        begun = tasks[: at + 1]
+        for task in (begun.pop(), *begun):
             if self._killed:
                 run.stopped(task, self)
                 continue
-            what = "ran" if position == at else "was about to bring home what it came to"
+            what = "ran" if task is tasks[at] else "was about to bring home what it came to"
             run.failed(
                 task,
                 self,
                 WorkerDiedError(f"{far.name} died while task {task.name!r} {what}: {how}"),
             )
-        return at + 1
+        return None
 
     def leave(self) -> None:
         """The thread ends, and its worker with it."""
@@ -589,15 +650,12 @@ def _serve(run: Run, lane: _Lane) -> None:
     lane.serve(run)
 
 
-def _sendable(reason: object) -> object:
-    """A reason as the worker can have it."""
-    if isinstance(reason, BaseException):
-        return dump_error(reason)
+def _start_with(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> bytes:
     try:
-        pickle.dumps(reason, PROTOCOL)
-    except BaseException:
-        return repr(reason)
-    return reason
+        function = None if initializer is None else dump_function(initializer)
+        return pickle.dumps((function, initargs), PROTOCOL)
+    except Exception as error:
+        raise TypeError(f"the initializer or initargs cannot be sent: {error}") from error
 
 
 def _start_method(name: str | None) -> str:
