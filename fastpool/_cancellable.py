@@ -35,7 +35,7 @@ from fastpool._errors import strip
 from fastpool._scope import current_token, enter, is_own, leave
 from fastpool._token import CancelToken
 
-__all__ = ["UNRUNNABLE", "Cancellable", "cancellable", "refuse"]
+__all__ = ["UNRUNNABLE", "Cancellable", "Injecting", "cancellable", "refuse"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -61,7 +61,7 @@ if sys.version_info >= (3, 14):
     _annotations = functools.partial(_annotations, format=Format.FORWARDREF)
 
 
-class _Injecting:
+class Injecting:
     """
     What a decorated function and a bound one have in common.
 
@@ -204,7 +204,7 @@ class _Injecting:
     __hash__ = object.__hash__
 
 
-class _BoundCancellable(_Injecting, wrapt.BoundFunctionWrapper[..., Any]):
+class _BoundCancellable(Injecting, wrapt.BoundFunctionWrapper[..., Any]):
     """A decorated method, as an object or its class gives it."""
 
     @_marks.calls_out
@@ -270,7 +270,7 @@ if TYPE_CHECKING:
     _TokenElsewhere: Any  # Any: checkers know one class of them
 else:
 
-    class Cancellable(_Injecting, wrapt.FunctionWrapper):
+    class Cancellable(Injecting, wrapt.FunctionWrapper):
         """
         What `cancellable` makes of a function: the same without its token.
 
@@ -382,7 +382,7 @@ def _decorate(fn: Any, param: str | None) -> Any:
             "the token's parameter is named by @cancellable(param='event')"
         )
     name = _name(fn)
-    if isinstance(_innermost(fn), _Injecting):
+    if isinstance(_innermost(fn), Injecting):
         raise TypeError(f"{name}() is @cancellable already; decorate it once")
     _refuse_unrunnable(fn)
     try:
@@ -476,7 +476,7 @@ def refuse(fn: object, caller: str = "submit") -> None:
     if type(fn) is FunctionType:
         if not fn.__code__.co_flags & UNRUNNABLE:
             return
-    elif isinstance(fn, _Injecting):
+    elif isinstance(fn, Injecting):
         return  # looked at when it was decorated
     elif not callable(fn):
         raise TypeError(
@@ -513,7 +513,7 @@ def _function(fn: Any) -> Any:
 def _innermost(fn: Any) -> Any:
     """The function under partials and methods; of an object that can be called, its `__call__`."""
     while True:
-        if isinstance(fn, _Injecting):
+        if isinstance(fn, Injecting):
             return fn
         if isinstance(fn, functools.partial):
             fn = fn.func

@@ -14,11 +14,12 @@ from fastpool._callbacks import Callback, Registration
 from fastpool._errors import is_a
 from fastpool._scope import current_place, current_token, use_token
 from fastpool._submitter import Submitter
-from fastpool._task import ERROR, Options, Task, label
+from fastpool._task import CANCELLED, ERROR, Options, Task, label
 from fastpool._taskgroup import TaskGroup
 from fastpool._token import CancelToken
 from fastpool._unraisable import unraisable
 from fastpool._waiting import wait_for_all
+from fastpool.backends._wire import Far, dump_error, load_error
 from fastpool.exceptions import Cancelled, GroupClosedError, describe
 
 __all__ = ["GroupExecutor"]
@@ -83,12 +84,21 @@ class GroupExecutor(Executor):
                 been entered or has ended. Never `Cancelled`.
         """
         calls = self._calls
-        future: _Call[T] = _Call(calls, fn, args, kwargs, self._fail_fast)
+        run = self._group._run
+        away = run.backend is not None and run.backend.remote
+        future: _Call[T] = _Call(calls, fn, args, kwargs, self._fail_fast, away)
         calls[future] = None  # and look then: `shutdown` does the reverse
         try:
             if calls.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
-            task = Submitter(self._group._run, Options(label(fn))).submit(_begin, [future])
+            submitter = Submitter(run, Options(label(fn)))
+            task: Task[Any]
+            if not future.away:
+                task = submitter.submit(_begin, [future])
+            elif self._fail_fast:
+                task = submitter.submit(fn, *args, **kwargs)
+            else:
+                task = submitter.submit(_outcome, fn, args, kwargs)
         except BaseException as error:
             future.cancel()  # `shutdown` may wait for it already
             if not isinstance(error, (Cancelled, GroupClosedError)):
@@ -101,6 +111,8 @@ class GroupExecutor(Executor):
         task._code, task._lasti = frame.f_code, frame.f_lasti
         if not future.done():
             future.task = task
+        if away:
+            future.watch()
         return future
 
     def _what_ended(self, error: Cancelled | GroupClosedError) -> str:
@@ -184,7 +196,7 @@ class _Calls(dict["_Call[Any]", None]):
         if self.closed and not self and self.hearing is not None:
             self.hearing.unregister()
 
-    def tasks(self) -> list[Task[None]]:
+    def tasks(self) -> list[Task[Any]]:
         """Their tasks, of those that have one."""
         return [task for call in self.copy() if (task := call.task) is not None]
 
@@ -205,9 +217,11 @@ class _Call(Future[T]):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         fail_fast: bool,
+        away: bool,
     ) -> None:
         super().__init__()
-        self.task: Task[None] | None = None
+        self.away = away  # whether the call is made in another process
+        self.task: Task[Any] | None = None
         self._calls = calls
         self._call: tuple[Callable[..., T], tuple[Any, ...], dict[str, Any]] | None
         self._call = fn, args, kwargs
@@ -216,6 +230,8 @@ class _Call(Future[T]):
 
     def cancel(self) -> bool:
         """As any future; its task goes with it."""
+        if self.away and self.task is not None and self.task.running():
+            return False
         try:
             return super().cancel()
         finally:  # whatever a callback has raised
@@ -271,10 +287,24 @@ class _Call(Future[T]):
 
     def notify(self, task: Task[Any]) -> None:
         """The task has ended."""
-        if not self.done():
-            failed = task._state == ERROR
-            _tell(self.set_exception, task._value[0] if failed else task._cancelled())
-            self._let_go()
+        mine = object()
+        if self.away and (
+            self._claims.setdefault(None, mine) is not mine
+            or not self.set_running_or_notify_cancel()
+        ):
+            return  # somebody has cancelled it
+        if self.done():
+            return
+        value = task._value
+        if task._state == ERROR:
+            _tell(self.set_exception, value[0])
+        elif task._state == CANCELLED:
+            _tell(self.set_exception, task._cancelled())
+        elif isinstance(value, Far):
+            _tell(self.set_exception, load_error(value, task.name, "its worker"))
+        else:
+            _tell(self.set_result, value)
+        self._let_go()
 
     def _let_go(self) -> None:
         """Keep nothing of the call."""
@@ -288,6 +318,16 @@ def _begin(box: list[_Call[Any]]) -> None:
         future.begin()
     finally:
         del future  # what failed refers to this frame
+
+
+def _outcome(fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """In a worker process: what a call comes to whose error is its future's alone."""
+    try:
+        return fn(*args, **kwargs)
+    except BaseException as error:
+        if is_a(error, Cancelled) and current_token().cancelled():
+            raise
+        return dump_error(error)
 
 
 @_marks.swallows

@@ -5,6 +5,7 @@ looks whether they sleep, and acts at a given line of the library's.
 
 import contextvars
 import itertools
+import multiprocessing
 import os
 import sys
 import threading
@@ -160,3 +161,18 @@ def in_thread(fn, *args):
     thread.join(timeout=60)
     assert outcome, "it hangs"
     return outcome[0]
+
+
+def nothing_is_left():
+    """What a fixture does for a file that keeps its workers from test to test."""
+    before = set(threading.enumerate())
+    yield
+
+    def ended():
+        fastpool.shutdown()
+        return set(threading.enumerate()) <= before
+
+    until(ended)
+
+    assert set(threading.enumerate()) <= before
+    assert not multiprocessing.active_children()

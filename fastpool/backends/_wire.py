@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import pickle
 import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from fastpool._cancellable import Cancellable, Injecting, cancellable
 from fastpool._task import label
 from fastpool.exceptions import describe
 
@@ -62,11 +64,33 @@ def dump_function(fn: Callable[..., Any]) -> bytes:
                 f"{label(fn)}() cannot be sent to a worker process: {error}; define it at the top"
                 " of a module, or have it sent by value: pip install fastpool[processes]"
             ) from error
+        file = io.BytesIO()
         try:
-            dumped: bytes = cloudpickle.dumps(fn, PROTOCOL)
+            _by_value(cloudpickle)(file, PROTOCOL).dump(fn)
         except Exception as wrong:
             raise TypeError(f"{label(fn)}() cannot be sent to a worker process: {wrong}") from wrong
-        return dumped
+        return file.getvalue()
+
+
+def _by_value(cloudpickle: Any) -> Any:
+    """cloudpickle's pickler, to which what we have decorated would be the bare function."""
+
+    class Pickler(cloudpickle.Pickler):  # type: ignore[misc] # a class of an optional package
+        def reducer_override(self, obj: Any) -> Any:
+            if issubclass(type(obj), Injecting):
+                try:
+                    pickle.dumps(obj, PROTOCOL)
+                except Exception:
+                    if issubclass(type(obj), Cancellable):
+                        return _decorated, (obj.__wrapped__, obj._self_place[0])
+                return obj.__reduce__()
+            return super().reducer_override(obj)
+
+    return Pickler
+
+
+def _decorated(fn: Callable[..., Any], param: str) -> Any:
+    return cancellable(param=param)(fn)
 
 
 def dump_error(error: BaseException) -> Far:

@@ -49,7 +49,7 @@ class GroupToken(CancelToken):
     def _set_by(
         self, cause: Cause, run: Callable[[Callable[[], object]], object] | None = None
     ) -> bool:
-        if not cause.expired and not self.cancelled():  # the parent has the same deadline
+        if not self.cancelled():
             self._tell(cause)
         return super()._set_by(cause, run)
 
@@ -108,7 +108,7 @@ class Worker:
             while True:
                 order = pickle.loads(self._control.recv_bytes())
                 if order[0] == "cancel":
-                    self._cancel(order[1], order[2])
+                    self._cancel(order[1], order[2], failed=order[3])
                 elif order[0] == "cancel task":
                     self._cancel_task(order[1], order[2])
                 elif order[0] == "end":
@@ -123,10 +123,11 @@ class Worker:
             time.sleep(LAST_WORDS)
             os._exit(1)
 
-    def _cancel(self, run: int, reason: Far) -> None:
+    def _cancel(self, run: int, reason: Far, *, failed: bool = False) -> None:
         token = self._token_of(run)
         # Not the token's own, which would tell the parent.
-        CancelToken._set_by(token, _cause(token, reason), _clock.run_in_helper)
+        cause = _cause(token, reason, failed=failed)
+        CancelToken._set_by(token, cause, _clock.run_in_helper)
 
     def _cancel_task(self, number: int, reason: Far) -> None:
         self._cancelled[number] = reason
@@ -185,7 +186,9 @@ class Worker:
                 belongings.clear()
         token = self._token_of(run)
         if span is not None and token.deadline is None:
-            token._limit(span)
+            # To be asked for. When it passes the parent says so: with a clock of our own this
+            # could be over before the parent knew why.
+            token._deadline = time.monotonic() + span
         outcomes: list[tuple[str, object]] = []
         self._outcomes = outcomes
         self._learn(functions)
@@ -239,12 +242,10 @@ class Worker:
         place = Place(token)
         self._places[number] = place
         try:
-            if number in self._cancelled:
-                place._token._set_by(_cause(place._token, self._cancelled[number]))
-            elif timeout is not None:
-                place._token._limit(timeout)
-            if place._parent.cancelled() or (place._own is not None and place._own.cancelled()):
+            if number in self._cancelled or token.cancelled():
                 return "cancelled", None
+            if timeout is not None:
+                place._token._limit(timeout)
             context = contextvars.Context()
             value: object = context.run(_call, place, self._functions[key], args, kwargs, variables)
         except BaseException as error:
@@ -272,9 +273,9 @@ def _why(value: object, error: BaseException) -> tuple[str, str]:
     return f"returned a {type(value).__name__}", f"{type(error).__name__}: {error}"
 
 
-def _cause(token: CancelToken, reason: Far) -> Cause:
+def _cause(token: CancelToken, reason: Far, *, failed: bool = False) -> Cause:
     value = load_reason(reason)
-    failure = value if isinstance(value, BaseException) else None
+    failure = value if failed and isinstance(value, BaseException) else None
     return Cause(value, source=token._key, failure=failure)
 
 

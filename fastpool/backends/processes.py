@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from multiprocessing import forkserver
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _clock, _token
@@ -153,6 +154,8 @@ class Processes:
         # The server of a forked child's parent is no child of its own, and so not usable.
         context = multiprocessing.get_context("spawn") if _forked else self._context
         with _starting:
+            if context.get_start_method() == "forkserver":
+                _preload(context)
             return _Far(context, self._start)
 
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
@@ -286,8 +289,8 @@ class _Lane(Lane):
         "_bell",
         "_far",
         "_first",
-        "_following",
         "_killed",
+        "_next",
         "_orders",
     )
 
@@ -296,7 +299,7 @@ class _Lane(Lane):
         self._backend = backend
         self._far: _Far | None = None
         self._batch: list[Task[Any]] = []
-        self._first = self._following = 0  # the numbers of the first of them, and of the next
+        self._first = self._next = 0  # the numbers of the first of them, and of what follows
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._killed = False
@@ -399,7 +402,8 @@ class _Lane(Lane):
             else:
                 raise died
         except BaseException as error:
-            run.failed(tasks[0], self, error)
+            if not run.stopping():  # or another lane has said so already
+                run.failed(tasks[0], self, error)
         finally:
             self._batch, self.at = [], None
         rest = [task for task in tasks if not task._state]
@@ -437,8 +441,8 @@ class _Lane(Lane):
     def _take_home(
         self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], bell: Descriptor
     ) -> None:
-        self._first = self._following
-        self._following += len(tasks)
+        self._first = self._next
+        self._next += len(tasks)
         far.progress.value = -1
         _token.messages.writing = run.token, number
         try:
@@ -564,7 +568,9 @@ class _Lane(Lane):
                 far.kill()
             elif run.token.cancelled() and not told:
                 told = True
-                far.tell("cancel", number, dump_reason(run.token.reason))
+                cause = run.token._cause
+                failed = cause is not None and cause.failure is not None
+                far.tell("cancel", number, dump_reason(run.token.reason), failed)
                 if self._backend._kill_after is not None:
                     deadline = time.monotonic() + self._backend._kill_after
             while self._orders:
@@ -656,6 +662,12 @@ def _start_with(initializer: Callable[..., object] | None, initargs: tuple[Any, 
         return pickle.dumps((function, initargs), PROTOCOL)
     except Exception as error:
         raise TypeError(f"the initializer or initargs cannot be sent: {error}") from error
+
+
+def _preload(context: Any) -> None:
+    """Have the server import us, once, and not each worker; unless the program has its own list."""
+    if forkserver._forkserver._preload_modules == ["__main__"]:  # type: ignore[attr-defined] # nothing public asks
+        context.set_forkserver_preload(["__main__", _worker.__name__])
 
 
 def _start_method(name: str | None) -> str:

@@ -1,0 +1,478 @@
+"""
+What the tests' tasks do, where a worker process can import it. They tell of it by files.
+"""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import os
+import pickle
+import signal
+import socket
+import threading
+import time
+
+from blocked import is_blocked
+from staging import until
+
+import fastpool
+from fastpool import (
+    Cancelled,
+    CancelToken,
+    TaskGroup,
+    _syscalls,
+    blocking,
+    cancellable,
+    checkpoint,
+    current_token,
+    shield,
+    timeout,
+)
+
+VARIABLE = contextvars.ContextVar("VARIABLE", default="nothing")
+UNSET = contextvars.ContextVar("UNSET")
+
+
+# --- Files ----------------------------------------------------------------------------------------
+
+
+def note(path, line=""):
+    """Add a line to a file, all at once."""
+    with open(path, "a") as file:
+        file.write(f"{line}\n")
+
+
+def lines(path):
+    """What was noted so far."""
+    try:
+        with open(path) as file:
+            return file.read().splitlines()
+    except FileNotFoundError:
+        return []
+
+
+def seen(path, count=1):
+    """Wait until so many lines have been noted."""
+    until(lambda: len(lines(path)) >= count)
+    return lines(path)
+
+
+# --- Tasks that end -------------------------------------------------------------------------------
+
+
+def square(number):
+    return number * number
+
+
+def add(first, second=0, *, third=0):
+    return first + second + third
+
+
+def process(*_):
+    return os.getpid()
+
+
+def echo(value):
+    return value
+
+
+def noted(path, value):
+    """Say that it has begun, and return."""
+    note(path, value)
+    return value
+
+
+def fail(error):
+    raise error
+
+
+def fail_after(path, error, count=1):
+    """Fail once so many lines have been noted."""
+    seen(path, count)
+    raise error
+
+
+def fail_at(bad, number):
+    if number == bad:
+        raise ValueError(f"no {number}")
+    return number
+
+
+def return_after(path, value=None):
+    seen(path)
+    return value
+
+
+def begin_and_hold(begun, release, value=None):
+    """Take no notice of any token."""
+    note(begun, os.getpid())
+    seen(release)
+    return value
+
+
+def large(size, begun=None):
+    if begun is not None:
+        note(begun, os.getpid())
+    return bytes(size)
+
+
+def both_ways(data):
+    return len(data), data
+
+
+# --- Tasks that wait ------------------------------------------------------------------------------
+
+
+def _sleep(token):
+    token.sleep(300)
+
+
+def _wait(token):
+    token.wait(300)
+    token.check()
+
+
+def _spin(token):
+    while True:
+        token.check()
+
+
+def _each(token):
+    for _ in token.each(iter(int, 1)):
+        pass
+
+
+def _checkpoint(token):
+    while True:
+        checkpoint()
+
+
+def _current(token):
+    fastpool.sleep(300)
+
+
+def _blocking(token):
+    blocking.sleep(300)
+
+
+def _recv(token):
+    near, away = socket.socketpair()
+    with near, away, token.interrupts(near):
+        near.recv(1)
+
+
+def _callback(token):
+    called = threading.Event()
+    with token.interrupts(called.set):
+        called.wait(300)
+
+
+def _select(token):
+    near, away = socket.socketpair()
+    with near, away:
+        blocking.select([near], [], [])
+
+
+def _group(token):
+    with TaskGroup(2) as group:
+        group.submit(_bare_sleep)
+
+
+def _bare_sleep():
+    fastpool.sleep(300)
+
+
+WAYS = {
+    name[1:]: wait
+    for name, wait in list(globals().items())
+    if name in {"_sleep", "_wait", "_spin", "_each", "_checkpoint", "_current", "_blocking"}
+    or name in {"_recv", "_callback", "_select", "_group"}
+}
+
+
+@cancellable
+def waits(token: CancelToken, way, begun, ended):
+    """Wait in one way or another, and note that clean-up runs."""
+    note(begun, os.getpid())
+    try:
+        WAYS[way](token)
+    finally:
+        note(ended, os.getpid())
+
+
+@cancellable
+def swallows(token: CancelToken, begun):
+    note(begun)
+    with contextlib.suppress(Cancelled):
+        token.sleep(300)
+    return "went on"
+
+
+@cancellable
+def tells_reason(token: CancelToken, begun, ended):
+    note(begun)
+    try:
+        token.sleep(300)
+    finally:
+        note(ended, f"{type(token.reason).__name__}: {token.reason}")
+
+
+@cancellable
+def calls_back(token: CancelToken, begun, called):
+    token.on_cancel(functools.partial(note, called, "first"))
+    token.on_cancel(functools.partial(note, called, "second"))
+    note(begun)
+    token.sleep(300)
+
+
+@cancellable
+def cleans_up(token: CancelToken, begun, ended):
+    """Clean up under a shield, in which a sleep goes on to its end."""
+    note(begun)
+    try:
+        token.sleep(300)
+    finally:
+        with shield():
+            fastpool.sleep(0.001)
+            note(ended, "cleaned up")
+
+
+@cancellable
+def limits_itself(token: CancelToken):
+    """A scope of its own ends, and the task goes on."""
+    try:
+        with timeout(0.01):
+            token.check()
+            fastpool.sleep(300)
+    except TimeoutError:
+        return token.cancelled()
+
+
+@cancellable
+def asks_the_time(token: CancelToken):
+    return token.deadline, token.remaining(), current_token().remaining()
+
+
+def given(token, begun):
+    """As `waits`, for a function that is not decorated, and given a token by hand."""
+    note(begun)
+    token.sleep(300)
+
+
+def sets(token, reason):
+    """Set a token as one sets an `Event`, and return."""
+    token.set(reason)
+    return "returned"
+
+
+@cancellable
+def has_a_token(token: CancelToken, value):
+    return isinstance(token, CancelToken), token is current_token(), value
+
+
+class Methods:
+    """Has the token injected in every place."""
+
+    def __init__(self, value):
+        self.value = value
+
+    @cancellable
+    def bound(self, token: CancelToken, more):
+        return isinstance(token, CancelToken), self.value, more
+
+    @cancellable
+    @staticmethod
+    def static(token: CancelToken, more):
+        return isinstance(token, CancelToken), more
+
+    @cancellable
+    @classmethod
+    def of_class(cls, token: CancelToken, more):
+        return isinstance(token, CancelToken), cls.__name__, more
+
+    @cancellable
+    def __call__(self, token: CancelToken, more):
+        return isinstance(token, CancelToken), self.value, more
+
+
+# --- Contexts -------------------------------------------------------------------------------------
+
+
+def read_variables():
+    return VARIABLE.get(), UNSET.get("unset")
+
+
+def read_log_context():
+    import structlog
+
+    return structlog.contextvars.get_contextvars()
+
+
+def change_variable():
+    VARIABLE.set("changed in a task")
+    return VARIABLE.get()
+
+
+# --- Pickles --------------------------------------------------------------------------------------
+
+
+class TwoArguments(Exception):
+    """Cannot be read from its pickle, as happens to many."""
+
+    def __init__(self, code, text):
+        super().__init__(f"{code}: {text}")
+
+
+class HoldsLock(Exception):
+    """Cannot be pickled."""
+
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class Chained(Exception):
+    """Can be compared."""
+
+    def __eq__(self, other):
+        return type(other) is Chained and other.args == self.args
+
+    __hash__ = Exception.__hash__
+
+
+def fails_in_two_arguments():
+    raise TwoArguments(7, "seven")
+
+
+def fails_with_lock():
+    raise HoldsLock("the disk is full")
+
+
+def fails_with_notes():
+    try:
+        raise KeyError("where it began")
+    except KeyError as error:
+        wrong = Chained("bad header", 7)
+        wrong.add_note("look into the log")
+        raise wrong from error
+
+
+def fails_in_a_nested_group():
+    with TaskGroup(name="inner") as group:
+        group.submit(fail, ValueError("further in"))
+
+
+def refuse_to_load():
+    raise pickle.UnpicklingError("it refuses to be read")
+
+
+class Unloadable:
+    """Is pickled, and cannot be read again."""
+
+    def __reduce__(self):
+        return refuse_to_load, ()
+
+
+class UnloadableThere:
+    """Is pickled, and cannot be read in any process but that which made it."""
+
+    def __init__(self):
+        self.process = os.getpid()
+
+    def __setstate__(self, state):
+        if state["process"] != os.getpid():
+            refuse_to_load()
+
+
+def make(kind):
+    return kind()
+
+
+def lock_or(number, bad):
+    return threading.Lock() if number == bad else number
+
+
+def unloadable_or(number, bad):
+    return Unloadable() if number == bad else number
+
+
+# --- Ends -----------------------------------------------------------------------------------------
+
+
+def die_by(way):
+    """End this process, one way or another."""
+    if way == "exit":
+        os._exit(3)
+    if way == "segfault":
+        signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # no report of it by `faulthandler`
+        ctypes.string_at(0)
+    os.kill(os.getpid(), getattr(signal, way))
+    while True:
+        time.sleep(1)
+
+
+def die_once(path):
+    """End this process the first time, and never again."""
+    note(path)
+    if len(lines(path)) == 1:
+        die_by("SIGKILL")
+    return "lived"
+
+
+def stubborn(begun):
+    """Hear nothing."""
+    note(begun, os.getpid())
+    while True:
+        time.sleep(0.01)
+
+
+def holds_the_lock(begun):
+    """Hear nothing, and let no other thread run: one call of C code, without end."""
+    note(begun, os.getpid())
+    sum(iter(int, 1))
+
+
+def start_with(path, *args):
+    note(path, f"{os.getpid()} {args}")
+
+
+def start_badly(text):
+    raise LookupError(text)
+
+
+def die_at_start():
+    os._exit(5)
+
+
+def leaves_thread(begun):
+    """Leave a thread running, which is no daemon."""
+    threading.Thread(target=time.sleep, args=(300,)).start()
+    note(begun)
+
+
+class CallableUnloadable(UnloadableThere):
+    """A function, to whoever can read it."""
+
+    def __call__(self, value):
+        return value
+
+
+def killed_as_it_writes(begun, size):
+    """Return what takes long to write, and be killed in the middle of that."""
+    note(begun)
+    main = threading.main_thread().native_id
+
+    def watch():
+        while not is_blocked(main, {_syscalls_of("write")}):
+            pass
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return bytes(size)
+
+
+def _syscalls_of(name):
+    return next(
+        number for number, known in _syscalls._NUMBERS[os.uname().machine].items() if known == name
+    )

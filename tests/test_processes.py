@@ -1,0 +1,989 @@
+"""
+What is particular to processes: what crosses, who dies, and what is left behind.
+
+What holds on every backend is in test_contract.py.
+"""
+
+import contextlib
+import gc
+import multiprocessing
+import operator
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections import Counter
+from contextvars import ContextVar
+
+import far
+import pytest
+import storm
+from blocked import descriptors
+from far import VARIABLE, lines, note, seen
+from staging import nothing_is_left, until
+
+import fastpool
+from fastpool import (
+    CancelToken,
+    CollectAll,
+    StuckTaskError,
+    TaskGroup,
+    WorkerDiedError,
+    backends,
+)
+from fastpool.backends.processes import Processes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_thread_is_left():
+    """Workers are kept from test to test, since to start one takes long, and end with the file."""
+    yield from nothing_is_left()
+
+
+@pytest.fixture(scope="module")
+def one():
+    """A backend with one worker."""
+    return Processes(1)
+
+
+@pytest.fixture(scope="module")
+def two():
+    """A backend with two workers."""
+    return Processes(2)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The file in which tasks note that they have begun."""
+    return tmp_path / "begun"
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """The file in which tasks note that their clean-up runs."""
+    return tmp_path / "ended"
+
+
+@pytest.fixture
+def release(tmp_path):
+    """The file for which tasks wait that are to end."""
+    return tmp_path / "release"
+
+
+@pytest.fixture
+def no_cloudpickle(monkeypatch):
+    """As where it is not installed."""
+    monkeypatch.setitem(sys.modules, "cloudpickle", None)
+
+
+def alive(process):
+    """Whether a process runs, and is not only waiting to be reaped."""
+    try:
+        with open(f"/proc/{process}/stat") as file:
+            return file.read().rpartition(") ")[2][0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def batched(group, folder, submit):
+    """Have what `submit` submits given to the one worker several at a time."""
+    hold, go = folder / "hold", folder / "go"
+    group.submit(far.begin_and_hold, hold, go)
+    seen(hold)
+    group.map(far.square, range(64))  # they take no time, so more and more are given at once
+    submitted = submit()
+    group.map(far.square, range(64))
+    note(go)
+    return submitted
+
+
+# --- The backend ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_workers_are_started_either_way(method, begun):
+    """
+    Values come home, and so does a failure.
+    """
+    backend = Processes(1, start_method=method)
+    with TaskGroup(pool=backend) as group:
+        values = group.map(far.square, range(100))
+        where = group.submit(far.process)
+    with pytest.raises(ValueError, match="no 1"), TaskGroup(pool=backend) as group:
+        group.submit(far.fail_at, 1, 1)
+
+    assert values.results() == [number**2 for number in range(100)]
+    assert where.result() != os.getpid()
+
+
+def test_backend_is_found_where_the_others_are():
+    """
+    Under `fastpool.backends`, whose other names are unknown.
+    """
+    assert backends.Processes is Processes
+    assert isinstance(Processes(1), backends.Backend)
+    with pytest.raises(AttributeError, match="Treads"):
+        backends.Treads  # noqa: B018 # to look it up is what is tried
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({"workers": 0}, ValueError, "between 1 and 10000, not 0"),
+        ({"workers": -1}, ValueError, "between 1 and 10000, not -1"),
+        ({"workers": 10_001}, ValueError, "between 1 and 10000, not 10001"),
+        ({"workers": True}, TypeError, "whole number, not True"),
+        ({"workers": 2.0}, TypeError, r"whole number, not 2\.0"),
+        ({"workers": "2"}, TypeError, "whole number, not '2'"),
+        ({"start_method": "fork"}, ValueError, "forkserver or spawn, not 'fork'; fork copies"),
+        ({"start_method": "thread"}, ValueError, "forkserver or spawn, not 'thread'"),
+        ({"initializer": "start"}, TypeError, "initializer must be a function, not 'start'"),
+        ({"initializer": int, "initargs": (threading.Lock(),)}, TypeError, "initargs.*lock"),
+        ({"kill_after": float("nan")}, ValueError, "kill_after"),
+        ({"kill_after": "3"}, TypeError, "kill_after"),
+        ({"context_vars": [ContextVar("local")]}, ValueError, "'local'.*is not a module's"),
+        ({"context_vars": ["VARIABLE"]}, TypeError, "must be context variables, not 'VARIABLE'"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(arguments, kind, says):
+    """
+    At once, showing the value.
+    """
+    with pytest.raises(kind, match=says):
+        Processes(**arguments)
+
+
+def test_initializer_that_cannot_be_sent_is_refused(no_cloudpickle):
+    """
+    At once, and by name.
+    """
+    with pytest.raises(TypeError, match="<lambda>"):
+        Processes(1, initializer=lambda: None)
+
+
+def test_workers_serve_one_group_after_another(two):
+    """
+    They are kept, so a group finds those of the one before.
+    """
+    workers = []
+    for _ in range(3):
+        with TaskGroup(pool=two) as group:
+            batch = group.map(far.process, range(40))
+        workers.append(set(batch.results()))
+
+    assert len(set.union(*workers)) <= 2
+
+
+def test_backend_serves_two_groups_at_once(one, begun, release):
+    """
+    The one does not wait for the other.
+    """
+    with TaskGroup(pool=one) as first:
+        held = first.submit(far.begin_and_hold, begun, release, "first")
+        seen(begun)
+        with TaskGroup(pool=one) as second:
+            other = second.submit(far.echo, "second")
+        note(release)
+
+    assert (held.result(), other.result()) == ("first", "second")
+
+
+def test_initializer_runs_once_in_each_worker(begun):
+    """
+    Before the first task, with its arguments; not again for the next group.
+    """
+    backend = Processes(2, initializer=far.start_with, initargs=(begun, "licence", 7))
+    workers = set()
+    for _ in range(2):
+        with TaskGroup(pool=backend) as group:
+            workers.update(group.map(far.process, range(50)).results())
+
+    noted = Counter(lines(begun))
+    assert set(noted) >= {f"{worker} ('licence', 7)" for worker in workers}
+    assert set(noted.values()) == {1}
+
+
+def test_initializer_that_raises_is_what_leaves():
+    """
+    One error, with its traceback there; nothing starts worker after worker.
+    """
+    backend = Processes(2, initializer=far.start_badly, initargs=("no licence",))
+    with pytest.raises(LookupError, match="no licence") as raised, TaskGroup(pool=backend) as group:
+        batch = group.map(far.square, range(100))
+
+    assert any("in start_badly" in note for note in raised.value.__notes__)
+    assert not any(task.exception() is None for task in batch.tasks if not task.cancelled())
+
+
+def test_initializer_that_ends_the_process_is_what_leaves():
+    """
+    The error says how it ended, after a few tries.
+    """
+    backend = Processes(1, initializer=far.die_at_start)
+    with pytest.raises(WorkerDiedError, match="exit code 5"), TaskGroup(pool=backend) as group:
+        group.submit(far.square, 3)
+
+
+def test_initializer_that_does_not_end_is_killed_with_its_worker(begun):
+    """
+    A cancel does not wait for it longer than for a task.
+    """
+    backend = Processes(1, initializer=far.stubborn, initargs=(begun,), kill_after=0.05)
+    with TaskGroup(pool=backend) as group:
+        task = group.submit(far.square, 3)
+        (worker,) = seen(begun)
+        group.cancel()
+
+    assert task.cancelled()
+    until(lambda: not alive(worker))
+    assert not alive(worker)
+
+
+# --- What crosses ---------------------------------------------------------------------------------
+
+
+def test_huge_arguments_and_values_cross_both_ways_at_once(two):
+    """
+    Neither side waits for the other to read.
+    """
+    data = bytes(100_000_000)
+    with TaskGroup(pool=two) as group:
+        tasks = [group.submit(far.both_ways, data) for _ in range(2)]
+        correct = [task.result() == (len(data), data) for task in tasks]
+
+    assert correct == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("fn", "arguments", "says"),
+    [
+        (
+            far.echo,
+            lambda number: (threading.Lock() if number == 30 else number,),
+            r"the arguments of task 'echo\[30\]' cannot be sent to a worker process: .*lock",
+        ),
+        (
+            far.echo,
+            lambda number: (far.UnloadableThere() if number == 30 else number,),
+            r"the arguments of task 'echo\[30\]' cannot be read in its worker process: .*refuses",
+        ),
+        (
+            far.lock_or,
+            lambda number: (number, 30),
+            r"task 'lock_or\[30\]' returned a lock, which cannot be sent back .*pickle",
+        ),
+        (
+            far.unloadable_or,
+            lambda number: (number, 30),
+            r"task 'unloadable_or\[30\]' returned .*refuses to be read",
+        ),
+    ],
+)
+def test_what_cannot_cross_fails_its_task_and_no_other(one, fn, arguments, says, tmp_path):
+    """
+    The error says which it is, and why; the others of the batch have their values.
+    """
+    with (
+        pytest.raises(ExceptionGroup) as raised,
+        TaskGroup(pool=one, policy=CollectAll()) as group,
+    ):
+        batch = batched(
+            group,
+            tmp_path,
+            lambda: group.starmap(fn, [arguments(number) for number in range(60)]),
+        )
+
+    (error,) = raised.value.exceptions
+    assert type(error) is TypeError
+    assert re.search(says, str(error))
+    assert batch.tasks[30].exception() is error
+    assert [task.result() for at, task in enumerate(batch.tasks) if at != 30] == [
+        number for number in range(60) if number != 30
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fn", "says"),
+    [
+        (far.CallableUnloadable(), "the function of task 'CallableUnloadable' cannot be read"),
+        (lambda value: value, r"<lambda>\(\) cannot be sent.*pip install fastpool\[processes\]"),
+        (threading.Lock().__enter__, r"__enter__\(\) cannot be sent to a worker process"),
+    ],
+)
+def test_function_that_cannot_cross_fails_its_tasks_and_no_other(
+    one, fn, says, no_cloudpickle, tmp_path
+):
+    """
+    Whatever else is on its way with it.
+    """
+
+    def submit():
+        return [group.submit(fn if at in (5, 9) else far.echo, at) for at in range(20)]
+
+    with (
+        pytest.raises(ExceptionGroup) as raised,
+        TaskGroup(pool=one, policy=CollectAll()) as group,
+    ):
+        tasks = batched(group, tmp_path, submit)
+
+    assert [type(error) for error in raised.value.exceptions] == [TypeError, TypeError]
+    assert all(re.search(says, str(error)) for error in raised.value.exceptions)
+    assert [at for at, task in enumerate(tasks) if task.exception()] == [5, 9]
+    assert [task.result() for task in tasks if not task.exception()] == [
+        at for at in range(20) if at not in (5, 9)
+    ]
+
+
+def test_lambdas_and_closures_cross_by_value(one):
+    """
+    With cloudpickle, which is asked where pickle fails.
+    """
+    pytest.importorskip("cloudpickle")
+    base = 10
+
+    def local(number):
+        return base + number
+
+    @fastpool.cancellable
+    def decorated(token, number):
+        token.check()
+        return base * number
+
+    with TaskGroup(pool=one) as group:
+        by_lambda = group.map(lambda number: number + 1, range(3))
+        by_closure = group.map(local, range(3))
+        by_decorated = group.map(decorated, range(3))
+
+    assert by_lambda.results() == [1, 2, 3]
+    assert by_closure.results() == [10, 11, 12]
+    assert by_decorated.results() == [0, 10, 20]
+
+
+@pytest.mark.parametrize(
+    ("fn", "says"),
+    [
+        (far.fails_in_two_arguments, r"raised far\.TwoArguments: 7: seven.*missing 1 required"),
+        (far.fails_with_lock, r"raised far\.HoldsLock: the disk is full.*cannot pickle .*lock"),
+    ],
+)
+def test_exception_that_cannot_cross_is_told_by_class_and_text(one, fn, says):
+    """
+    The error has them, why it could not come itself, and its traceback there.
+    """
+    with pytest.raises(TypeError, match=says) as raised, TaskGroup(pool=one) as group:
+        group.submit(fn)
+    with TaskGroup(pool=one) as group:
+        after = group.submit(far.square, 3)
+
+    assert f"task {fn.__name__!r}" in str(raised.value)
+    assert any(f"in {fn.__name__}\n" in note for note in raised.value.__notes__)
+    assert after.result() == 9
+
+
+def test_failure_has_the_traceback_of_its_process(one):
+    """
+    As a note, with the exceptions that led to it.
+    """
+    with pytest.raises(far.Chained) as raised, TaskGroup(pool=one) as group:
+        group.submit(far.fails_with_notes)
+
+    (traceback,) = [note for note in raised.value.__notes__ if "Traceback" in note]
+    assert re.search(r"worker process \d+", traceback)
+    assert "in fails_with_notes" in traceback
+    assert "KeyError: 'where it began'" in traceback
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda group: group, "cannot submit to the group that it runs in"),
+        (lambda group: group.submit(int), r"task 'int' cannot be pickled.*result\(\)"),
+        (lambda group: CancelToken(), r"CancelToken cannot be pickled.*current_token\(\)"),
+        (lambda group: group.token.child(), r"CancelToken cannot be pickled.*current_token\(\)"),
+    ],
+)
+def test_what_belongs_to_this_process_is_refused_with_advice(one, make, says):
+    """
+    A group, a handle, a token that is not the group's.
+    """
+    with pytest.raises(TypeError, match=says), TaskGroup(pool=one) as group:
+        group.submit(far.echo, make(group))
+
+
+@pytest.mark.parametrize("protocol", range(2, 6))
+def test_tokens_are_pickled_in_messages_only(protocol):
+    """
+    A group's own token, too.
+    """
+    import pickle
+
+    with TaskGroup() as group, pytest.raises(TypeError, match="cannot be pickled"):
+        pickle.dumps(group.token, protocol)
+
+
+def test_variables_that_are_named_go_along():
+    """
+    With what they are set to where the task is submitted; unset ones stay unset.
+    """
+    backend = Processes(1, context_vars=[VARIABLE, far.UNSET])
+    with TaskGroup(pool=backend) as group:
+        before = group.submit(far.read_variables)
+        reset = VARIABLE.set("here")
+        single = group.submit(far.read_variables)
+        batch = group.map(operator.call, [far.read_variables] * 3)
+        VARIABLE.reset(reset)
+        after = group.submit(far.read_variables)
+
+    assert before.result() == after.result() == ("nothing", "unset")
+    assert single.result() == ("here", "unset")
+    assert batch.results() == [("here", "unset")] * 3
+
+
+def test_variable_whose_value_cannot_be_sent_fails_the_task():
+    """
+    By name, as an argument does.
+    """
+    backend = Processes(1, context_vars=[VARIABLE])
+    reset = VARIABLE.set(threading.Lock())
+    try:
+        with pytest.raises(TypeError, match=r"'echo'.*lock"), TaskGroup(pool=backend) as group:
+            group.submit(far.echo, 1)
+    finally:
+        VARIABLE.reset(reset)
+
+
+# --- Workers that die -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("way", "how"),
+    [
+        ("SIGKILL", "killed by SIGKILL"),
+        ("SIGTERM", "killed by SIGTERM"),
+        ("segfault", "killed by SIGSEGV"),
+        ("exit", "exit code 3"),
+    ],
+)
+def test_death_of_a_worker_fails_the_task_that_it_ran(two, way, how, begun, ended):
+    """
+    The error names task and cause; siblings clean up, and the next group is served.
+    """
+    says = rf"worker process \d+ died while task 'die_by' ran: {how}"
+    with pytest.raises(WorkerDiedError, match=says), TaskGroup(pool=two) as group:
+        sibling = group.submit(far.waits, "sleep", begun, ended)
+        seen(begun)
+        task = group.submit(far.die_by, way)
+    with TaskGroup(pool=two) as group:
+        after = group.map(far.square, range(10))
+
+    assert type(task.exception()) is WorkerDiedError
+    assert sibling.cancelled()
+    assert len(lines(ended)) == 1
+    assert after.results() == [number**2 for number in range(10)]
+
+
+def test_death_of_an_idle_worker_is_no_failure(one):
+    """
+    Another takes its place, in a later group and in one that is open.
+    """
+    for _ in range(2):
+        with TaskGroup(pool=one) as group:
+            for _ in range(2):
+                worker = group.submit(far.process).result()
+                os.kill(worker, signal.SIGKILL)
+        with TaskGroup(pool=one) as group:
+            after = group.submit(far.process).result()
+
+        assert after != worker
+
+
+def test_death_of_a_starting_worker_is_no_failure(begun, release):
+    """
+    It has begun no task, so another takes its place.
+    """
+    backend = Processes(1, initializer=far.begin_and_hold, initargs=(begun, release))
+    with TaskGroup(pool=backend) as group:
+        task = group.submit(far.square, 3)
+        (worker,) = seen(begun)
+        os.kill(int(worker), signal.SIGKILL)
+        note(release)
+
+    assert task.result() == 9
+    assert len(lines(begun)) == 2
+
+
+def test_death_in_the_middle_of_a_value_fails_the_task_and_runs_it_no_more(one, begun):
+    """
+    It has run, and what it came to is lost.
+    """
+    with (
+        pytest.raises(WorkerDiedError, match=r"'killed_as_it_writes' .*SIGKILL"),
+        TaskGroup(pool=one) as group,
+    ):
+        group.submit(far.killed_as_it_writes, begun, 200_000_000)
+    with TaskGroup(pool=one) as group:
+        after = group.submit(far.square, 3)
+
+    assert len(lines(begun)) == 1
+    assert after.result() == 9
+
+
+def test_death_in_the_middle_of_a_batch_runs_nothing_twice(one, begun, tmp_path):
+    """
+    What had begun has its value or fails; what had not is run by a new worker.
+    """
+
+    def submit():
+        before = [group.submit(far.noted, begun, number) for number in range(20)]
+        dies = group.submit(far.die_by, "SIGKILL")
+        after = [group.submit(far.noted, begun, number) for number in range(20, 40)]
+        return before, dies, after
+
+    with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
+        before, dies, after = batched(group, tmp_path, submit)
+
+    assert Counter(lines(begun)) == {str(number): 1 for number in range(40)}
+    assert "'die_by' ran" in str(dies.exception())
+    assert {type(task.exception()) for task in before} <= {type(None), WorkerDiedError}
+    assert [task.result() for task in after] == list(range(20, 40))
+
+
+def test_death_under_collect_all_ends_one_task(two, tmp_path):
+    """
+    The group goes on with a new worker.
+    """
+    with pytest.raises(ExceptionGroup) as raised, TaskGroup(pool=two, policy=CollectAll()) as group:
+        batch = group.map(operator.call, [far.process] * 20)
+        dying = [group.submit(far.die_by, "SIGKILL") for _ in range(3)]
+        after = group.map(operator.call, [far.process] * 20)
+
+    failed = [task for task in [*batch.tasks, *dying, *after.tasks] if task.exception()]
+    assert all(type(error) is WorkerDiedError for error in raised.value.exceptions)
+    assert set(failed) >= set(dying)
+    assert set(failed) & set(after.tasks) == set()
+    assert len(set(after.results())) <= 2
+
+
+def test_storm_of_kills_hangs_nothing(tmp_path):
+    """
+    Whatever the workers are at, every task has its value or a worker that died.
+    """
+    came = storm.play(30, tmp_path)
+
+    assert came["value"]
+    assert came["death"]
+
+
+# --- Workers that do not stop ---------------------------------------------------------------------
+
+
+def test_worker_that_does_not_stop_is_killed_and_no_other(begun, ended):
+    """
+    Its task is cancelled; the sibling's worker cleans up, and serves on.
+    """
+    backend = Processes(2, kill_after=2)
+    with TaskGroup(pool=backend) as group:
+        heeds = group.submit(far.waits, "sleep", begun, ended)
+        (kept,) = seen(begun)
+        stuck = group.submit(far.stubborn, begun)
+        killed = seen(begun, 2)[1]
+        group.cancel("enough")
+    with TaskGroup(pool=backend) as group:
+        where = {str(worker) for worker in group.map(far.process, range(50)).results()}
+
+    assert heeds.cancelled()
+    assert stuck.cancelled()
+    assert lines(ended) == [kept]
+    assert not alive(killed)
+    assert alive(kept)
+    assert killed not in where
+
+
+def test_failure_is_what_leaves_where_a_worker_had_to_be_killed(begun):
+    """
+    That it was killed by us is no failure.
+    """
+    backend = Processes(2, kill_after=0.05)
+    with pytest.raises(ValueError, match="root"), TaskGroup(pool=backend) as group:
+        stuck = group.submit(far.stubborn, begun)
+        group.submit(far.fail_after, begun, ValueError("root"))
+
+    assert stuck.cancelled()
+    assert len(group.failures) == 1
+
+
+def test_task_that_lets_no_thread_run_is_killed(begun):
+    """
+    Its worker reads no order any more, and no order waits for that, however long its reason.
+    """
+    backend = Processes(2, kill_after=0.05)
+    with pytest.raises(ValueError, match="xxx"), TaskGroup(pool=backend) as group:
+        stuck = group.submit(far.holds_the_lock, begun)
+        group.submit(far.fail_after, begun, ValueError("x" * 3_000_000))
+
+    assert stuck.cancelled()
+
+
+@pytest.mark.parametrize("kill_after", [None, float("inf"), 3_000])
+def test_nothing_is_killed_before_its_time(kill_after, begun, release):
+    """
+    A task that ends in the end has its value, and its worker goes on.
+    """
+
+    def let_go(event):
+        if event.name == "task_stuck":
+            note(release)
+
+    backend = Processes(1, kill_after=kill_after)
+    with (
+        pytest.warns(RuntimeWarning, match="'begin_and_hold'") as told,
+        TaskGroup(pool=backend, grace=0.01, observers=[let_go]) as group,
+    ):
+        task = group.submit(far.begin_and_hold, begun, release, "at last")
+        (worker,) = seen(begun)
+        group.cancel()
+    with TaskGroup(pool=backend) as group:
+        after = group.submit(far.process)
+
+    report = str(told[0].message)
+    assert task.result() == "at last"
+    assert str(after.result()) == worker
+    assert f"worker process {worker}" in report
+    assert "in begin_and_hold" in report
+    assert "in seen" in report
+
+
+def test_abandoned_worker_is_killed(begun):
+    """
+    The block is left without the task, and nothing of it runs on.
+    """
+    with (
+        warnings.catch_warnings(),
+        pytest.raises(StuckTaskError),
+        TaskGroup(pool=Processes(1), grace=0.01, on_stuck="abandon") as group,
+    ):
+        warnings.simplefilter("ignore", RuntimeWarning)
+        stuck = group.submit(far.stubborn, begun)
+        (worker,) = seen(begun)
+        group.cancel()
+
+    assert stuck.cancelled()
+    until(lambda: not alive(worker))
+    assert not alive(worker)
+
+
+# --- Ends -----------------------------------------------------------------------------------------
+
+
+def test_shutdown_leaves_no_process_thread_or_descriptor(begun):
+    """
+    Whatever became of the workers.
+    """
+
+    def use():
+        backend = Processes(2)
+        with TaskGroup(pool=backend) as group:
+            workers = set(group.map(far.process, range(50)).results())
+        with pytest.raises(WorkerDiedError), TaskGroup(pool=backend) as group:
+            group.submit(far.die_by, "SIGKILL")
+        with TaskGroup(pool=backend) as group:
+            workers |= set(group.map(far.process, range(50)).results())
+        fastpool.shutdown()
+        return workers
+
+    use()  # what the standard library keeps for good is there then
+    gc.collect()  # the queues of an ended pool are a cycle
+    before, threads = descriptors(), threading.active_count()
+    workers = use()
+    gc.collect()
+
+    assert not any(alive(worker) for worker in workers)
+    assert not multiprocessing.active_children()
+    until(lambda: threading.active_count() <= threads)
+    assert descriptors() <= before
+
+
+def test_worker_whose_task_left_a_thread_is_ended(begun):
+    """
+    The thread would hold the process; nobody waits for it.
+    """
+    with TaskGroup(pool=Processes(1)) as group:
+        worker = group.submit(far.process).result()
+        group.submit(far.leaves_thread, begun)
+    fastpool.shutdown()
+
+    assert not alive(worker)
+
+
+# --- Programs of their own ------------------------------------------------------------------------
+
+BEGINNING = """
+import os, signal, sys, threading, time
+import far
+import fastpool
+from fastpool import CancelToken, TaskGroup, cancellable
+from fastpool.backends import Processes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+"""
+
+
+@pytest.fixture
+def start_program(tmp_path):
+    """Starts a program as a file, leading a process group of its own; ends what is left of it."""
+    started = []
+
+    def start(source, *arguments):
+        script = tmp_path / "program.py"
+        script.write_text(BEGINNING + source)
+        folder = os.path.dirname(os.path.abspath(__file__))
+        path = os.pathsep.join([folder, *filter(None, sys.path)])
+        program = subprocess.Popen(
+            [sys.executable, "-W", "error", str(script), *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+            start_new_session=True,
+        )
+        started.append(program)
+        return program
+
+    yield start
+
+    for program in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(program.pid, signal.SIGKILL)
+        program.communicate()
+
+
+def to_end(program):
+    """What a program printed, and what it said of errors."""
+    printed, errors = program.communicate(timeout=300)
+    return printed, errors
+
+
+def test_functions_of_the_main_script_are_found_by_name(start_program, no_cloudpickle):
+    """
+    Decorated or not, and methods.
+    """
+    program = start_program(
+        """
+@cancellable
+def decorated(token: CancelToken, number):
+    token.check()
+    return number + 1
+
+def plain(number):
+    return number + 2
+
+class Owner:
+    @cancellable
+    def method(self, token: CancelToken, number):
+        token.check()
+        return number + 3
+
+if __name__ == "__main__":
+    with TaskGroup(2, pool="processes") as group:
+        tasks = [group.submit(fn, 10) for fn in (decorated, plain, Owner().method)]
+    print([task.result() for task in tasks])
+"""
+    )
+
+    assert to_end(program) == ("[11, 12, 13]\n", "")
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_script_without_a_guard_gets_one_clear_error(start_program, method):
+    """
+    It says what to write, and starts nothing again and again.
+    """
+    program = start_program(
+        f"""
+with TaskGroup(pool=Processes(2, start_method={method!r})) as group:
+    group.map(far.square, range(10))
+"""
+    )
+    printed, errors = to_end(program)
+
+    assert program.returncode == 1
+    assert printed == ""
+    assert errors.count("Traceback") == 1
+    assert errors.count('if __name__ == "__main__":') == 1
+
+
+@pytest.mark.parametrize("whole_group", [True, False])
+def test_one_ctrl_c_stops_workers_in_order(start_program, whole_group, begun, ended):
+    """
+    Sent to the program alone or, as by a terminal, to its workers too: they clean up.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    try:
+        with TaskGroup(2, pool="processes") as group:
+            for _ in range(2):
+                group.submit(far.waits, "sleep", *sys.argv[1:])
+            group.map(far.square, range(100))
+    except KeyboardInterrupt:
+        print("interrupted")
+""",
+        begun,
+        ended,
+    )
+    seen(begun, 2)
+    if whole_group:
+        os.killpg(program.pid, signal.SIGINT)
+    else:
+        program.send_signal(signal.SIGINT)
+
+    assert to_end(program) == ("interrupted\n", "")
+    assert sorted(lines(ended)) == sorted(lines(begun))
+
+
+def test_second_ctrl_c_kills_the_worker_that_does_not_stop(start_program, begun):
+    """
+    The block is left at once, and nothing of it runs on.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    told = threading.Event()
+    def second():
+        told.wait()
+        os.kill(os.getpid(), signal.SIGINT)
+    threading.Thread(target=second, daemon=True).start()
+    try:
+        with TaskGroup(1, pool="processes", name="jobs") as group:
+            group.token.on_cancel(told.set)
+            group.submit(far.stubborn, *sys.argv[1:])
+    except KeyboardInterrupt as error:
+        print("".join(error.__notes__))
+""",
+        begun,
+    )
+    (worker,) = seen(begun)
+    program.send_signal(signal.SIGINT)
+    printed, errors = to_end(program)
+
+    assert "left behind in group 'jobs': task 'stubborn', submitted at " in printed
+    assert f"worker process {worker}" in printed
+    assert errors == ""
+    until(lambda: not alive(worker))
+    assert not alive(worker)
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+@pytest.mark.parametrize("fn", ["waits", "stubborn"])
+def test_no_worker_survives_its_parent(start_program, method, fn, begun, ended):
+    """
+    Killed while its workers run; a task that can still hear it cleans up.
+    """
+    arguments = ["sleep", begun, ended] if fn == "waits" else [begun]
+    program = start_program(
+        f"""
+if __name__ == "__main__":
+    backend = Processes(3, start_method={method!r})
+    with TaskGroup(pool=backend) as group:
+        group.map(far.process, range(100))
+    with TaskGroup(pool=backend) as group:
+        for _ in range(2):
+            group.submit(far.{fn}, *sys.argv[1:])
+        threading.Event().wait()
+""",
+        *arguments,
+    )
+    workers = seen(begun, 2)
+    program.kill()
+    program.wait()
+    until(lambda: not any(map(alive, workers)))
+
+    assert not any(map(alive, workers))
+    if fn == "waits":
+        assert sorted(lines(ended)) == sorted(workers)
+
+
+def test_group_open_at_exit_is_finished(start_program, begun):
+    """
+    What was submitted is done, and nothing is left of the workers.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    group = TaskGroup(2, pool="processes")
+    group.__enter__()
+    for number in range(20):
+        group.submit(far.noted, sys.argv[1], number)
+""",
+        begun,
+    )
+
+    assert to_end(program) == ("", "")
+    assert program.returncode == 0
+    assert sorted(lines(begun), key=int) == [str(number) for number in range(20)]
+
+
+def test_forked_child_leaves_the_group_to_its_parent(start_program, begun, release):
+    """
+    It waits for nothing and may have workers of its own; the parent's go on, and see it end.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads
+    group = TaskGroup(2, pool="processes")
+    with group:
+        held = group.submit(far.begin_and_hold, *sys.argv[1:], "the parent's")
+        far.seen(sys.argv[1])
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+            far.note(sys.argv[2])
+    if child:
+        print(held.result(), flush=True)
+    else:
+        with TaskGroup(1, pool="processes") as own:
+            own_task = own.submit(far.square, 3)
+        print(held.cancelled(), own_task.result(), flush=True)
+        fastpool.shutdown()
+        os._exit(0)
+""",
+        begun,
+        release,
+    )
+
+    assert to_end(program) == ("True 9\nthe parent's\n", "")
+
+
+def test_forked_child_holds_no_worker_of_a_parent_that_is_killed(start_program, begun, release):
+    """
+    The workers see that their parent has gone, whatever else has come from it.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)
+    with TaskGroup(1, pool="processes") as group:
+        group.submit(far.stubborn, sys.argv[1])
+        far.seen(sys.argv[1])
+        if os.fork() == 0:
+            far.seen(sys.argv[2])
+            os._exit(0)
+        far.note(sys.argv[1], os.getpid())
+        threading.Event().wait()
+""",
+        begun,
+        release,
+    )
+    worker, _ = seen(begun, 2)
+    program.kill()
+    program.wait()
+    until(lambda: not alive(worker))
+    note(release)
+
+    assert not alive(worker)
