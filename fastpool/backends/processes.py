@@ -48,6 +48,7 @@ MOST = 1024  # calls that are shipped at once
 MOST_WORKERS = 10_000
 ANSWER = 1.0  # seconds that a worker has to say where it is
 FAREWELL = 2.0  # seconds that a worker has to end by itself
+PATIENCE = 300  # hundredths of a second in which the server of forked processes is replaced
 STARTS = 3  # workers that may die one after another before they have begun a task
 UNGUARDED = 86  # with what a worker exits whose main script starts a group as it is imported
 
@@ -154,8 +155,17 @@ class Processes:
         # The server of a forked child's parent is no child of its own, and so not usable.
         context = multiprocessing.get_context("spawn") if _forked else self._context
         with _starting:
-            if context.get_start_method() == "forkserver":
-                _preload(context)
+            if context.get_start_method() == "spawn":
+                return _Far(context, self._start)
+            _preload(context)
+            for _ in range(PATIENCE):
+                try:
+                    return _Far(context, self._start)
+                except (ConnectionError, EOFError):
+                    # The server dies, perhaps as it imports a main script that is not guarded.
+                    # The next one does without that, and its worker says what is wrong.
+                    context.set_forkserver_preload([_worker.__name__])
+                    time.sleep(0.01)  # it is not replaced before it has quite ended
             return _Far(context, self._start)
 
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
