@@ -2,13 +2,16 @@
 What users of a `ThreadPool` do by hand, row by row of docs/scenarios.md, done with fastpool.
 """
 
+import os
 import subprocess
 import sys
 import threading
 import traceback
 from multiprocessing.pool import ThreadPool
 
+import far
 import pytest
+from far import lines, note, seen
 
 import fastpool
 from fastpool import (
@@ -20,6 +23,7 @@ from fastpool import (
     checkpoint,
     current_token,
 )
+from fastpool.backends import Processes
 
 
 def square(number):
@@ -224,7 +228,36 @@ def test_f2_several_arguments_need_no_event_among_them():
     assert powers.results() == [square(number) for number in range(10)]
 
 
-# --- Processes, as far as they go on threads ------------------------------------------------------
+# --- Processes ------------------------------------------------------------------------------------
+
+
+def test_p1_task_in_a_process_ends_before_the_program_goes_on(tmp_path):
+    """
+    The same block, on processes: leaving it waits for what was submitted.
+    """
+    with TaskGroup(2, pool="processes") as group:
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(far.noted, [tmp_path / "ran"] * 20, range(20))
+        note(tmp_path / "go")
+
+    assert sorted(lines(tmp_path / "ran"), key=int) == [str(number) for number in range(20)]
+
+
+def test_p2_cancelled_process_task_cleans_up_or_is_killed(tmp_path):
+    """
+    One that checks runs its clean-up; one that does not stop is killed, and only that one.
+    """
+    begun, ended = tmp_path / "begun", tmp_path / "ended"
+    with TaskGroup(pool=Processes(2, kill_after=2)) as group:
+        heeds = group.submit(far.waits, "sleep", begun, ended)
+        (kept,) = seen(begun)
+        hears_nothing = group.submit(far.stubborn, begun)
+        seen(begun, 2)
+        group.cancel()
+
+    assert lines(ended) == [kept]
+    assert heeds.cancelled()
+    assert hears_nothing.cancelled()
 
 
 def test_p3_there_is_no_order_to_get_wrong():
@@ -243,6 +276,41 @@ def test_p3_there_is_no_order_to_get_wrong():
         group.__enter__()
 
     assert task.result() == 4
+
+
+def test_p4_no_process_task_is_cut_off_as_the_program_ends(tmp_path):
+    """
+    A block that is still open is finished; a group that was never entered says so when used.
+    """
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import sys\n"
+        "import far\n"
+        "from fastpool import GroupClosedError, TaskGroup\n"
+        "if __name__ == '__main__':\n"
+        "    try:\n"
+        "        TaskGroup(pool='processes').submit(far.square, 3)\n"
+        "    except GroupClosedError as error:\n"
+        "        print(error)\n"
+        "    group = TaskGroup(2, pool='processes')\n"
+        "    group.__enter__()\n"
+        "    group.map(far.noted, [sys.argv[1]] * 4, range(4))\n"
+    )
+    folder = os.path.dirname(os.path.abspath(__file__))
+    path = os.pathsep.join([folder, *filter(None, sys.path)])
+    ended = subprocess.run(
+        [sys.executable, str(script), str(tmp_path / "ran")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "cannot submit square() to group" in ended.stdout
+    assert "it has not been entered" in ended.stdout
+    assert sorted(lines(tmp_path / "ran")) == ["0", "1", "2", "3"]
 
 
 # --- Shutting down --------------------------------------------------------------------------------
