@@ -84,7 +84,7 @@ def _by_value(cloudpickle: Any) -> Any:
                     if issubclass(type(obj), Cancellable):
                         return _decorated, (obj.__wrapped__, obj._self_place[0])
                 return obj.__reduce__()
-            return super().reducer_override(obj)
+            return super().reducer_override(obj)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # nor has it stubs
 
     return Pickler
 
