@@ -312,8 +312,24 @@ class Ledger:
             for task, value in zip(tasks, values, strict=False):
                 self.succeeded(task, lane, value)
             return
+        fn: object = None
+        name = ""
         for task, value in zip(tasks, values, strict=False):
-            self.ended(task, VALUE, value)
+            # `ended` written out.
+            if task._fn is not fn:
+                fn = task._fn
+                name = fn if isinstance(fn, str) else label(fn)
+            task._fn = name
+            task._args = ()
+            if task._kwargs:
+                task._kwargs = NOTHING
+            task._context = None
+            task._value = value
+            task._state = VALUE
+            if self.tokens:
+                self.close_token(task)
+            if self.claims:
+                self.claims.pop(task, None)
             if self.watchers:
                 self.notify(task)
 

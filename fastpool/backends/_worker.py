@@ -30,7 +30,9 @@ SWITCH = 0.001  # seconds: a task that computes lets the thread in that brings a
 LAST_WORDS = 0.2  # seconds that tasks have to clean up when the parent has gone
 
 Message = tuple[Any, ...]
+Outcome = tuple[str, object]  # a word for it, and the value, the error or the reason
 
+EMPTY = contextvars.Context()
 PLAIN: Message = ({}, None, None)  # no keyword arguments, timeout nor variables
 
 
@@ -55,31 +57,72 @@ class GroupToken(CancelToken):
 
 
 class Place:
-    """Where a task is: its own token is a child of its group's, made when it is asked for."""
+    """Where a task is: its own token is a child of its group's."""
 
-    __slots__ = ("_group", "_own", "_parent", "_thread")
+    __slots__ = ("_group", "_thread", "_token")
 
-    def __init__(self, parent: CancelToken) -> None:
-        self._parent = parent
-        self._own: CancelToken | None = None
+    def __init__(self, parent: CancelToken, thread: object) -> None:
+        self._token = CancelToken()
+        self._token._link(parent, strongly=True)
         self._group = GROUP
-        self._thread: object = this_thread()
-
-    @property
-    def _token(self) -> CancelToken:
-        own = self._own
-        if own is None:
-            own = CancelToken()
-            own._link(self._parent, strongly=True)
-            self._own = own
-        return own
+        self._thread: object = thread
 
     def end(self) -> None:
         """The task has ended: nothing sets its token any more, and no callback runs after it."""
         self._thread = None
-        own = self._own
-        if own is not None and not own._seal():
-            own._close_callbacks()
+        if not self._token._seal():
+            self._token._close_callbacks()
+
+
+class Calls:
+    """
+    The calls of one message, by their numbers. Each has a place, made when somebody asks for it.
+
+    Asked for by the thread that runs them, by one that has the context of a call, and by the one
+    that hears; `setdefault` decides who has made it.
+    """
+
+    __slots__ = ("_thread", "at", "places", "token")
+
+    def __init__(self, token: CancelToken) -> None:
+        self.token = token  # the group's
+        self.at = -1  # the one that runs
+        self.places: dict[int, Place] = {}
+        self._thread = this_thread()
+
+    def task(self, index: int) -> Place:
+        """Where a call is. The name is what contexts ask by, see `Places`."""
+        place = self.places.get(index)
+        if place is None:
+            fresh = Place(self.token, self._thread)
+            place = self.places.setdefault(index, fresh)
+            if place is not fresh:
+                fresh.end()
+            # Looked at after it can be found: who ends the call does the reverse.
+            if self.at != index:
+                self.places.pop(index, None)
+                place.end()
+        return place
+
+    def heard(self, number: int) -> CancelToken:
+        """The token of a call; its group's, as long as nobody has asked for its own."""
+        place = self.places.get(number)
+        return self.token if place is None else place._token
+
+    def end(self, number: int) -> None:
+        """A call has ended."""
+        self.at = -1
+        place = self.places.pop(number, None)
+        if place is not None:
+            place.end()
+
+    def failed(self, number: int, error: BaseException) -> tuple[str, object]:
+        """What a call comes to that has raised."""
+        heard = self.heard(number)
+        if is_a(error, Cancelled) and heard.cancelled():
+            late = heard is not self.token and heard._set_itself()
+            return ("late", dump_error(error)) if late else ("cancelled", None)
+        return "error", dump_error(error)
 
 
 class Worker:
@@ -96,9 +139,9 @@ class Worker:
         self._run: int | None = None
         # By the number of the run: set by the thread that hears, used by the one that runs.
         self._tokens: dict[int, CancelToken] = {}
-        self._places: dict[int, Place] = {}  # of the task that runs, by its number
+        self._batch: Calls | None = None  # those that run, or ran last
         self._cancelled: dict[int, Far] = {}  # tasks that are not to begin, and why
-        self._outcomes: list[tuple[str, object]] = []  # of the last batch
+        self._outcomes: tuple[list[object], Outcome | None] = [], None  # of the last batch
 
     # --- Hearing ---------------------------------------------------------------------------
 
@@ -131,9 +174,10 @@ class Worker:
 
     def _cancel_task(self, number: int, reason: Far) -> None:
         self._cancelled[number] = reason
-        place = self._places.get(number)
-        if place is not None:  # looked at after it was noted: it has begun, or does not begin
-            token = place._token
+        batch = self._batch
+        # Looked at after it was noted: it has begun, or does not begin.
+        if batch is not None and batch.at == number:
+            token = batch.task(number)._token
             token._set_by(_cause(token, reason), _clock.run_in_helper)
 
     def _token_of(self, run: int) -> CancelToken:
@@ -176,10 +220,10 @@ class Worker:
         try:
             order = self._read(message)
         except BaseException:  # one of the arguments; each by itself, then
-            return pickle.dumps(("unread",), PROTOCOL)
+            return pickle.dumps(("unread", 0.0), PROTOCOL)
         if order[0] == "again":
-            return pickle.dumps(("each", list(map(self._encoded, self._outcomes))), PROTOCOL)
-        _, run, first, span, slice_, functions, calls = order
+            return self._each()
+        _, run, first, span, slice_, functions, key, calls = order
         if run != self._run:
             self._run = run
             for belongings in (self._functions, self._unreadable, self._cancelled):
@@ -189,24 +233,25 @@ class Worker:
             # To be asked for. When it passes the parent says so: with a clock of our own this
             # could be over before the parent knew why.
             token._deadline = time.monotonic() + span
-        outcomes: list[tuple[str, object]] = []
-        self._outcomes = outcomes
         self._learn(functions)
-        until = time.monotonic() + slice_
-        for number, call in enumerate(calls, first):
-            if outcomes and (time.monotonic() >= until or token.cancelled()):
-                break
-            self._progress.value = number
-            outcomes.append(self._run_call(number, token, call))
-            if outcomes[-1][0] != "value":
-                break
+        batch = self._batch = Calls(token)
+        values: list[object] = []
+        begun = time.monotonic()
+        last = self._run_calls(batch, first, key, calls, begun + slice_, values)
+        self._outcomes = values, last
+        took = time.monotonic() - begun
         try:
-            if outcomes[-1][0] == "value":
-                return pickle.dumps(("values", [value for _, value in outcomes]), PROTOCOL)
-            values = [value for _, value in outcomes[:-1]]
-            return pickle.dumps(("stopped", values, outcomes[-1]), PROTOCOL)
+            if last is None:
+                return pickle.dumps(("values", took, values), PROTOCOL)
+            return pickle.dumps(("stopped", took, values, last), PROTOCOL)
         except BaseException:
-            return pickle.dumps(("each", list(map(self._encoded, outcomes))), PROTOCOL)
+            return self._each()
+
+    def _each(self) -> bytes:
+        """The last answer, each outcome by itself, so that one that is no good spoils no other."""
+        values, last = self._outcomes
+        outcomes = [("value", value) for value in values] + ([] if last is None else [last])
+        return pickle.dumps(("each", 0.0, list(map(self._encoded, outcomes))), PROTOCOL)
 
     def _read(self, message: bytes) -> Any:
         """What the parent has sent, which may have the token of a group in it."""
@@ -221,14 +266,62 @@ class Worker:
         for key, pickled in functions.items():
             self._unreadable.pop(key, None)
             try:
-                self._functions[key] = pickle.loads(pickled)
+                self._functions[key] = self._read(pickled)
             except BaseException as error:
                 self._unreadable[key] = dump_error(error)
 
-    def _run_call(
-        self, number: int, token: CancelToken, call: Message | bytes
-    ) -> tuple[str, object]:
-        """What a call comes to: a word for it, and the value, the error or the reason."""
+    def _run_calls(
+        self,
+        batch: Calls,
+        first: int,
+        key: int | None,
+        calls: list[Any],
+        until: float,
+        values: list[object],
+    ) -> Outcome | None:
+        """
+        Run calls one after the other, until a moment has come or one of them has no value.
+
+        Args:
+            batch: What they belong to.
+            first: The number of the first.
+            key: The function of all of them, if each is but a tuple of arguments.
+            calls: What is to be called.
+            until: When to go home with what there is, on `time.monotonic()`.
+            values: Gets what they return.
+
+        Returns:
+            What the last one came to, if that is no value.
+        """
+        fn: Callable[..., Any] | None = None
+        if key is not None and key not in self._unreadable:
+            fn = self._functions.get(key)
+        progress, token, cancelled = self._progress, batch.token, self._cancelled
+        clock, fresh, append = time.monotonic, EMPTY.copy, values.append  # it is what a task costs
+        for number, call in enumerate(calls, first):
+            stop = token._reason is not None
+            if values and (stop or clock() >= until):
+                return None
+            progress.value = batch.at = number  # said first, and looked for orders then
+            if fn is None or stop or number in cancelled:
+                whole = call if key is None else (key, call)
+                how, value = self._run_call(batch, number, whole)
+                if how != "value":
+                    return how, value
+            else:
+                try:
+                    value = fresh().run(_call, (number, batch), fn, call)
+                except BaseException as error:
+                    return batch.failed(number, error)
+                finally:
+                    batch.at = -1
+                    if batch.places:
+                        batch.end(number)
+            append(value)
+        return None
+
+    def _run_call(self, batch: Calls, number: int, call: Message | bytes) -> Outcome:
+        """Run a call, with everything that may go along with it."""
         whole: Message
         try:
             whole = self._read(call) if isinstance(call, bytes) else call
@@ -239,27 +332,21 @@ class Worker:
         key, args, kwargs, timeout, variables = whole
         if key in self._unreadable:
             return "unread", ("function", self._unreadable[key])
-        place = Place(token)
-        self._places[number] = place
+        batch.at = number
         try:
-            if number in self._cancelled or token.cancelled():
+            if number in self._cancelled or batch.token.cancelled():
                 return "cancelled", None
             if timeout is not None:
-                place._token._limit(timeout)
-            context = contextvars.Context()
-            value: object = context.run(_call, place, self._functions[key], args, kwargs, variables)
+                batch.task(number)._token._limit(timeout)
+            context = EMPTY.copy()
+            context.run(current.set, (number, batch))
+            if variables is not None:
+                context.run(_bind, *variables)
+            return "value", context.run(self._functions[key], *args, **kwargs)
         except BaseException as error:
-            heard = token if place._own is None else place._own
-            if is_a(error, Cancelled) and heard.cancelled():
-                if place._own is not None and place._own._set_itself():
-                    return "late", dump_error(error)
-                return "cancelled", None
-            return "error", dump_error(error)
-        else:
-            return "value", value
+            return batch.failed(number, error)
         finally:
-            place.end()
-            self._places.pop(number, None)
+            batch.end(number)
 
     def _encoded(self, outcome: tuple[str, object]) -> bytes:
         """An outcome by itself, so that one that cannot be pickled spoils no other."""
@@ -279,23 +366,19 @@ def _cause(token: CancelToken, reason: Far, *, failed: bool = False) -> Cause:
     return Cause(value, source=token._key, failure=failure)
 
 
-def _call(
-    place: Place,
-    fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    variables: tuple[dict[str, Any], list[tuple[str, str, Any]]] | None,
-) -> Any:
+def _call(place: tuple[int, Calls], fn: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     current.set(place)
-    if variables is not None:
-        logged, named = variables
-        if logged:
-            from structlog.contextvars import bind_contextvars
+    return fn(*args)
 
-            bind_contextvars(**logged)
-        for module, name, value in named:
-            getattr(importlib.import_module(module), name).set(value)
-    return fn(*args, **kwargs)
+
+def _bind(logged: dict[str, Any], named: list[tuple[str, str, Any]]) -> None:
+    """Set the variables that have come along."""
+    if logged:
+        from structlog.contextvars import bind_contextvars
+
+        bind_contextvars(**logged)
+    for module, name, value in named:
+        getattr(importlib.import_module(module), name).set(value)
 
 
 def _ignore(signum: int, frame: object) -> None:

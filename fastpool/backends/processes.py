@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from fastpool import _clock, _token
 from fastpool._descriptor import Descriptor
 from fastpool._lane import Lane
-from fastpool._task import Task
+from fastpool._task import NOTHING, PLAIN, Task
 from fastpool.backends import _worker
 from fastpool.backends._wire import (
     PROTOCOL,
@@ -150,6 +150,11 @@ class Processes:
         number = self._numbers.get(run)
         return self._numbers.setdefault(run, next(_numbers)) if number is None else number
 
+    def carries(self) -> bool:
+        """Whether anything of a task's context may go along with it."""
+        logged = sys.modules.get("structlog.contextvars")
+        return bool(self._variables or (logged is not None and logged._CONTEXT_VARS))
+
     def start_worker(self) -> _Far:
         """A new worker, which will say when it is ready."""
         # The server of a forked child's parent is no child of its own, and so not usable.
@@ -170,12 +175,10 @@ class Processes:
 
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
         """What goes along with a task of the context that it was submitted in."""
-        logged = sys.modules.get("structlog.contextvars")
-        if not self._variables and (logged is None or not logged._CONTEXT_VARS):
-            return None
         context = task._context
-        if context is None:
+        if context is None or not self.carries():
             return None
+        logged = sys.modules.get("structlog.contextvars")
         bound: dict[str, Any] = {}
         if logged is not None:
             bound = context.run(logged.get_contextvars)
@@ -302,6 +305,7 @@ class _Lane(Lane):
         "_killed",
         "_next",
         "_orders",
+        "_took",
     )
 
     def __init__(self, pool: object, number: int, backend: Processes) -> None:
@@ -309,7 +313,9 @@ class _Lane(Lane):
         self._backend = backend
         self._far: _Far | None = None
         self._batch: list[Task[Any]] = []
-        self._first = self._next = 0  # the numbers of the first of them, and of what follows
+        self._first = 0  # the number of the first of them, as the worker counts
+        self._next = 0  # no number is used again: what was said of it may come late
+        self._took = 0.0  # seconds of the worker's, for the batch before
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._killed = False
@@ -370,13 +376,12 @@ class _Lane(Lane):
                     if run.rest(self):
                         return
                     continue
-                begun = time.monotonic()
                 done = self._ship(run, number, tasks, bell)
                 if run.observers:
                     continue
                 if done < len(tasks):
                     most = max(1, done)
-                elif time.monotonic() - begun < SLICE:
+                elif self._took < SLICE:
                     fair = len(run.queue) // (2 * self._backend.slots)
                     most = max(1, min(2 * most, fair, MOST))
         finally:
@@ -391,6 +396,7 @@ class _Lane(Lane):
         self.at, self._batch = tasks[0], tasks
         if run.observers:
             run.started(tasks[0], self)
+        ended = 0  # of those that the worker has: the first so many
         died: BaseException = _Died()
         try:
             for _ in range(STARTS):
@@ -402,9 +408,9 @@ class _Lane(Lane):
                         break
                     continue
                 try:
-                    self._take_home(run, far, number, tasks, bell)
+                    ended = self._take_home(run, far, number, bell)
                 except _Died:
-                    early = self._bury(run, far, tasks)
+                    early = self._bury(run, far)
                     if early is not None and not self._killed:
                         died = early
                         continue
@@ -415,8 +421,8 @@ class _Lane(Lane):
             if not run.stopping():  # or another lane has said so already
                 run.failed(tasks[0], self, error)
         finally:
+            rest = [task for task in self._batch[ended:] if not task._state]
             self._batch, self.at = [], None
-        rest = [task for task in tasks if not task._state]
         if rest and run.observers and run.stopping():
             run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
         if rest:
@@ -448,93 +454,104 @@ class _Lane(Lane):
             far.known.clear()
         return far
 
-    def _take_home(
-        self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], bell: Descriptor
-    ) -> None:
-        self._first = self._next
-        self._next += len(tasks)
+    def _take_home(self, run: Run, far: _Far, number: int, bell: Descriptor) -> int:
+        """Have the worker run the batch; how many of it have ended."""
         far.progress.value = -1
         _token.messages.writing = run.token, number
         try:
-            message = self._encode(run, far, number, tasks)
-            if not tasks or run.stopping():
+            message = self._encode(run, far, number)
+            if not self._batch or run.stopping():
                 far.run = None  # the functions of this message are not known over there
-                return
-            word, *rest = self._ask(run, far, number, message, bell)
+                return 0
+            word, self._took, *rest = self._ask(run, far, number, message, bell)
             if word == "unread":
                 far.known.clear()  # the functions were not read, either
-                message = self._encode(run, far, number, tasks, singly=True)
-                word, *rest = self._ask(run, far, number, message, bell)
+                message = self._encode(run, far, number, singly=True)
+                word, self._took, *rest = self._ask(run, far, number, message, bell)
         finally:
             _token.messages.writing = None
+        batch = self._batch
         if word == "values":
-            run.all_succeeded(tasks, self, rest[0])
-            return
+            values = rest[0]
+            run.all_succeeded(batch, self, values)
+            return len(values)
         if word == "stopped":
             values, (how, what) = rest
-            run.all_succeeded(tasks, self, values)
-            self._report(run, far, tasks[len(values)], how, what)
-            return
-        for task, each in zip(tasks, rest[0], strict=False):
+            run.all_succeeded(batch, self, values)
+            self._report(run, far, batch[len(values)], how, what)
+            return len(values) + 1
+        for task, each in zip(batch, rest[0], strict=False):
             try:
                 how, what = pickle.loads(each)
             except BaseException as error:
                 how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
             self._report(run, far, task, how, what)
+        return len(rest[0])
 
-    def _encode(
-        self, run: Run, far: _Far, number: int, tasks: list[Task[Any]], *, singly: bool = False
-    ) -> bytes:
+    def _encode(self, run: Run, far: _Far, number: int, *, singly: bool = False) -> bytes:
         """
-        The message that has the worker run some tasks; empty if there is nothing to be run.
+        The message that has the worker run the batch.
 
-        What cannot be sent fails, and is no longer among the tasks then.
+        What cannot be sent fails, and is no longer in the batch then; it may be empty.
 
         Args:
             singly: Whether each call is pickled by itself, as it is anyway if one cannot be.
         """
         functions: dict[int, bytes] = {}
+
+        def key_of(fn: Any) -> int:
+            entry = far.known.get(id(fn))
+            if entry is None:
+                entry = fn, len(far.known)
+                functions[entry[1]] = dump_function(fn)
+                far.known[id(fn)] = entry
+            return entry[1]
+
+        def message(key: int | None, calls: list[Any]) -> bytes:
+            first, self._next = self._next, self._next + len(calls)
+            self._first = first
+            header = ("run", number, first, run.token.remaining(), SLICE, functions)
+            return pickle.dumps((*header, key, calls), PROTOCOL)
+
+        simple = not (singly or run.tokens or self._backend.carries())
+        arguments = _plain(self._batch) if simple else None
+        if arguments is not None:
+            with contextlib.suppress(BaseException):  # each by itself, then
+                return message(key_of(self._batch[0]._fn), arguments)
+        sent: list[Task[Any]] = []
         calls: list[Any] = []
-        known, variables = far.known, self._backend.variables
-        for task in tasks.copy():
-            own = run.tokens.get(task) if run.tokens else None
+        for task in self._batch:
+            own = run.tokens.get(task)
             if own is not None and own.cancelled():  # it was, while no worker had it
-                tasks.remove(task)
                 run.stopped(task, self)
                 continue
-            fn = task._fn
-            entry = known.get(id(fn))
-            if entry is None:
-                key = len(known)
-                try:
-                    functions[key] = dump_function(fn)  # type: ignore[arg-type] # not its name
-                except Exception as error:
-                    tasks.remove(task)
-                    run.failed(task, self, error)
-                    continue
-                known[id(fn)] = entry = fn, key
-            kwargs, timeout, around = task._kwargs, task._options.timeout, variables(task)
-            if kwargs or timeout is not None or around is not None:
-                calls.append((entry[1], task._args, kwargs, timeout, around))
-            else:
-                calls.append((entry[1], task._args))
-        header = ("run", number, self._first, run.token.remaining(), SLICE, functions)
+            try:
+                call = key_of(task._fn), task._args
+            except BaseException as error:
+                run.failed(task, self, error)
+                continue
+            more = task._kwargs, task._options.timeout, self._backend.variables(task)
+            calls.append(call if more == (NOTHING, None, None) else call + more)
+            sent.append(task)
+        self._batch = sent
         if not singly:
-            with contextlib.suppress(Exception):
-                return pickle.dumps((*header, calls), PROTOCOL)
-        pickled: list[bytes] = []
-        for task, call in zip(tasks.copy(), calls, strict=True):
+            with contextlib.suppress(BaseException):
+                return message(None, calls)
+        sent, pickled = [], []
+        for task, call in zip(self._batch, calls, strict=True):
             try:
                 pickled.append(pickle.dumps(call, PROTOCOL))
-            except Exception as error:
+            except BaseException as error:
                 wrong = TypeError(
                     f"the arguments of task {task.name!r} cannot be sent to a worker process: "
                     f"{type(error).__name__}: {error}"
                 )
                 wrong.__cause__ = error
-                tasks.remove(task)
                 run.failed(task, self, wrong)
-        return pickle.dumps((*header, pickled), PROTOCOL)
+            else:
+                sent.append(task)
+        self._batch = sent
+        return message(None, pickled)
 
     def _ask(
         self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
@@ -622,7 +639,7 @@ class _Lane(Lane):
         else:
             run.failed(task, self, load_error(what, task.name, far.name))
 
-    def _bury(self, run: Run, far: _Far, tasks: list[Task[Any]]) -> WorkerDiedError | None:
+    def _bury(self, run: Run, far: _Far) -> WorkerDiedError | None:
         """
         The worker has died: what it was at has failed, or was killed by us for not stopping.
 
@@ -636,12 +653,12 @@ class _Lane(Lane):
         far.close()
         if at < 0:
             return WorkerDiedError(f"{far.name} died before it began a task: {how}")
-        begun = tasks[: at + 1]
-        for task in (begun.pop(), *begun):
+        *before, last = self._batch[: at + 1]
+        for task in (last, *before):
             if self._killed:
                 run.stopped(task, self)
                 continue
-            what = "ran" if task is tasks[at] else "was about to bring home what it came to"
+            what = "ran" if task is last else "was about to bring home what it came to"
             run.failed(
                 task,
                 self,
@@ -660,6 +677,17 @@ class _Lane(Lane):
         if self._far is not None:
             self._far.disown()
             self._far = None
+
+
+def _plain(tasks: list[Task[Any]]) -> list[tuple[object, ...]] | None:
+    """The arguments alone, if these are calls of one function and nothing goes along with them."""
+    fn = tasks[0]._fn
+    arguments: list[tuple[object, ...]] = []
+    for task in tasks:
+        if task._fn is not fn or task._kwargs or task._options is not PLAIN:
+            return None
+        arguments.append(task._args)
+    return arguments
 
 
 def _serve(run: Run, lane: _Lane) -> None:
