@@ -1,0 +1,198 @@
+"""
+Calls that go to a worker process many at a time, and what one of them may do to the others.
+"""
+
+import contextvars
+import os
+import signal
+import threading
+import time
+
+import pytest
+
+from fastpool import (
+    CollectAll,
+    TaskGroup,
+    WorkerDiedError,
+    cancellable,
+    current_token,
+    sleep,
+)
+from fastpool.backends.processes import Processes
+
+MANY = 100
+
+
+class Unsendable:
+    """A function that cannot be pickled, by value neither."""
+
+    __name__ = "unsendable"
+
+    def __init__(self):
+        self.lock = threading.Lock()
+
+    def __call__(self):
+        """Never runs."""
+
+
+class Deadly:
+    """A value that kills the process that pickles it."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for(path):
+    """Hold the worker, so that what comes after is queued."""
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def leave_deadly(path):
+    """Leave a trace of having run, and a value to die of."""
+    with path.open("a") as file:
+        file.write("x")
+    return Deadly()
+
+
+def note_and_sleep(path):
+    """Say that it has begun, and sleep on the token."""
+    path.touch()
+    sleep(60)
+
+
+def mark_or_hold(path, index):
+    """The tenth sleeps, the others do not."""
+    if index == 10:
+        note_and_sleep(path)
+    return index
+
+
+leaked = []  # in the worker: the context of the call before, and its token
+
+
+def token_of_the_call_before(index):
+    """Whether the context of an earlier call still finds that call's token, and it is ended."""
+    mine = current_token()
+    kept = True
+    if leaked:
+        context, token = leaked.pop()
+        found = context.run(current_token)
+        kept = found is token and token is not mine and not token.cancel()
+    leaked.append((contextvars.copy_context(), mine))
+    return kept
+
+
+@cancellable
+def nested(token, index):
+    """What a call finds its token by, all the same one."""
+    return current_token() is token
+
+
+@pytest.fixture
+def one():
+    """A backend with one worker, so that there are batches."""
+    return Processes(1)
+
+
+@pytest.mark.parametrize("bad", ["argument", "function"])
+def test_call_that_cannot_be_sent_fails_alone(one, tmp_path, bad):
+    """
+    Whatever stands before it and behind it runs, and the error is its own.
+    """
+    with pytest.raises(ExceptionGroup) as failed, TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(wait_for, tmp_path / "go")
+        before = [group.submit(abs, -number) for number in range(MANY)]
+        if bad == "argument":
+            wrong = group.submit(abs, threading.Lock())
+        else:
+            wrong = group.submit(Unsendable())
+        behind = [group.submit(abs, -number) for number in range(MANY)]
+        (tmp_path / "go").touch()
+
+    (error,) = failed.value.exceptions
+    assert isinstance(error, TypeError)
+    assert ("'abs'" if bad == "argument" else "unsendable()") in str(error)
+    assert wrong.exception() is error
+    for tasks in (before, behind):
+        assert [task.result(timeout=0) for task in tasks] == list(range(MANY))
+
+
+def test_items_of_a_map_that_cannot_be_sent_fail_alone(one, tmp_path):
+    """
+    As with calls that were submitted one by one.
+    """
+    values = [*range(MANY), threading.Lock(), *range(MANY)]
+    with pytest.raises(ExceptionGroup) as failed, TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(wait_for, tmp_path / "go")
+        batch = group.map(abs, values)
+        (tmp_path / "go").touch()
+
+    assert len(failed.value.exceptions) == 1
+    assert [index for index, task in enumerate(batch.tasks) if task.exception()] == [MANY]
+    assert [task.result() for task in batch.tasks if not task.exception()] == [*range(MANY)] * 2
+
+
+def test_task_does_not_run_again_whose_worker_dies_as_it_sends_the_value(one, tmp_path):
+    """
+    It has run, so its failure is the worker's death.
+    """
+    with pytest.raises(WorkerDiedError, match="SIGKILL"), TaskGroup(pool=one) as group:
+        group.submit(leave_deadly, tmp_path / "runs")
+
+    assert (tmp_path / "runs").read_text() == "x"
+
+
+def test_calls_one_by_one_and_by_map_take_turns(one, tmp_path):
+    """
+    Each result is that of its own call, whatever stands next to it in the queue.
+    """
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        alone, batches, named = [], [], []
+        for number in range(MANY):
+            alone.append(group.submit(pow, 2, number))
+            batches.append(group.map(pow, range(3), [number] * 3))
+            named.append(group.with_options(name="named").submit(int, "11", base=number % 9 + 2))
+        (tmp_path / "go").touch()
+
+    for number in range(MANY):
+        assert alone[number].result() == 2**number
+        assert batches[number].results() == [base**number for base in range(3)]
+        assert named[number].result() == number % 9 + 3
+
+
+def test_item_of_a_map_is_cancelled_alone_where_it_runs(one, tmp_path):
+    """
+    The worker that sleeps in it goes on with the others.
+    """
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        batch = group.starmap(mark_or_hold, [(tmp_path / "asleep", n) for n in range(MANY)])
+        (tmp_path / "go").touch()
+        wait_for(tmp_path / "asleep")
+        cancelled = batch.tasks[10].cancel("enough")
+
+    assert cancelled
+    assert [n for n, task in enumerate(batch.tasks) if task.cancelled()] == [10]
+    assert [task.result() for task in batch.tasks if not task.cancelled()] == [
+        number for number in range(MANY) if number != 10
+    ]
+
+
+@pytest.mark.parametrize("way", ["map", "submit"])
+def test_every_call_has_a_token_of_its_own(one, tmp_path, way):
+    """
+    Who keeps the context of a call finds its token there, which nothing sets any more.
+    """
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        if way == "map":
+            found = group.map(token_of_the_call_before, range(MANY)).tasks
+        else:
+            found = [group.submit(token_of_the_call_before, number) for number in range(MANY)]
+        injected = group.map(nested, range(MANY))
+        (tmp_path / "go").touch()
+
+    assert all(task.result() for task in found)
+    assert all(injected.results())
