@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from contextvars import Context
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fastpool._gate import Gate
 from fastpool._scope import this_thread
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from fastpool._run import Run
     from fastpool._task import Task
 
-__all__ = ["Lane", "here", "stand_in", "take_last"]
+__all__ = ["At", "Lane", "handle", "here", "stand_in", "take_last"]
 
 T = TypeVar("T")
+
+At: TypeAlias = "Task[Any] | tuple[int, Stretch]"  # a task, or a place among those of a `map`
 
 
 class Lane:
@@ -55,7 +57,7 @@ class Lane:
         self.gate = Gate()
         self.run: Run | None = None
         # What it runs now: a task, or a place among those of a `map`.
-        self.at: Task[Any] | tuple[int, Stretch] | None = None
+        self.at: At | None = None
         # Where somebody observes: when that began, and the context in which it is told of.
         self.since = 0.0
         self.context: Context | None = None
@@ -78,8 +80,7 @@ class Lane:
     @property
     def task(self) -> Task[Any] | None:
         """What it runs now."""
-        at = self.at
-        return at[1].task(at[0]) if type(at) is tuple else at  # type: ignore[return-value]
+        return None if self.at is None else handle(self.at)
 
     @property
     def worker(self) -> str:
@@ -109,6 +110,11 @@ class Lane:
         while lane is not None:
             yield lane
             lane = lane.below
+
+
+def handle(at: At) -> Task[Any]:
+    """The handle of a task, or of a place among those of a `map`."""
+    return at[1].task(at[0]) if isinstance(at, tuple) else at
 
 
 _local = threading.local()

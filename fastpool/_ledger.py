@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from fastpool import _marks
 from fastpool._errors import is_a, strip
-from fastpool._lane import Lane
+from fastpool._lane import At, Lane, handle
 from fastpool._scope import OUTSIDE, current
 from fastpool._task import CANCELLED, ERROR, NOTHING, VALUE, Failure, Task, label
 from fastpool._token import CancelToken
@@ -21,7 +21,7 @@ from fastpool.exceptions import Cancelled
 from fastpool.policies import FirstFailure, Judge
 
 if TYPE_CHECKING:
-    from fastpool._items import Items
+    from fastpool._items import Items, Stretch
     from fastpool._taskgroup import TaskGroup
 
 __all__ = ["Ledger"]
@@ -306,32 +306,45 @@ class Ledger:
         if tells:
             self.emit("group_cancelled", context=self.context)
 
-    def all_succeeded(self, tasks: Sequence[Task[Any]], lane: Lane, values: list[Any]) -> None:
+    def all_succeeded(self, places: Sequence[At], lane: Lane, values: list[Any]) -> None:
         """Tasks have returned, in another process."""
-        if self.observers or self.judging is not None or self.abandoned is not None:
-            for task, value in zip(tasks, values, strict=False):
-                self.succeeded(task, lane, value)
-            return
+        slowly = bool(self.observers) or self.judging is not None
+        stretch: Stretch | None = None
+        states: list[int | Lane] = []
         fn: object = None
         name = ""
-        for task, value in zip(tasks, values, strict=False):
-            # `ended` written out.
-            if task._fn is not fn:
-                fn = task._fn
-                name = fn if isinstance(fn, str) else label(fn)
-            task._fn = name
-            task._args = ()
-            if task._kwargs:
-                task._kwargs = NOTHING
-            task._context = None
-            task._value = value
-            task._state = VALUE
-            if self.tokens:
-                self.close_token(task)
-            if self.claims:
-                self.claims.pop(task, None)
-            if self.watchers:
-                self.notify(task)
+        for at, value in zip(places, values, strict=False):
+            if isinstance(at, tuple) and at[1] is not stretch:
+                stretch = at[1]
+                # Before we look whether the group was abandoned, which puts others in their place.
+                states = stretch.items.states
+            if slowly or self.abandoned is not None:
+                self.succeeded(handle(at), lane, value)
+            elif isinstance(at, tuple):  # as in `threads.serve_stretch`
+                index, items = at[0], at[1].items
+                items.values[index] = value
+                states[index] = VALUE
+                if index in items.handles:
+                    self.item_ended(items, index)
+                if items.listener is not None:
+                    items.listener(items.first + index)
+            else:  # as in `threads.serve`
+                if at._fn is not fn:
+                    fn = at._fn
+                    name = fn if isinstance(fn, str) else label(fn)
+                at._fn = name
+                at._args = ()
+                if at._kwargs:
+                    at._kwargs = NOTHING
+                at._context = None
+                at._value = value
+                at._state = VALUE
+                if self.tokens:
+                    self.close_token(at)
+                if self.claims:
+                    self.claims.pop(at, None)
+                if self.watchers:
+                    self.notify(at)
 
     def failed(self, task: Task[Any], lane: Lane, error: BaseException) -> None:
         """A task has raised, whatever it was."""

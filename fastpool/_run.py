@@ -19,7 +19,7 @@ from fastpool._bounded import BoundedQueue
 from fastpool._callbacks import Callback, Registration
 from fastpool._gate import Gate
 from fastpool._items import Stretch
-from fastpool._lane import Lane, here, stand_in, take_last
+from fastpool._lane import At, Lane, handle, here, stand_in, take_last
 from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
@@ -578,24 +578,33 @@ class Run(Ledger):
         """
         Tasks for a lane to run: in the order submitted, `most` at the most, perhaps none.
         """
-        tasks: list[Task[Any]] = []
+        return [handle(at) for at in self.take_places(lane, most)]
+
+    def take_places(self, lane: Lane, most: int) -> list[At]:
+        """As `take`, but calls of a `map` get no handle for it."""
+        taken: list[At] = []
         popleft, token = self.queue.popleft, self.token
-        while len(tasks) < most:
+        while len(taken) < most:
             if (self.disturbed or token._reason is not None) and self.stopping():
                 break
             try:
                 entry = popleft()
             except IndexError:
                 break
-            task = entry.take() if type(entry) is Stretch else entry
-            task._taken = True
-            if self.disturbed or token._reason is not None:  # as in `threads.serve`
-                if self.admit(task, lane):
-                    tasks.append(task)
+            at: At = entry if isinstance(entry, Task) else (entry.following(), entry)
+            if isinstance(at, tuple):
+                at[1].items.taken[at[0]] = True
             else:
-                task._lane = lane
-                tasks.append(task)
-        return tasks
+                at._taken = True
+            if self.disturbed or token._reason is not None:  # as in `threads.serve`
+                if not self.admit(handle(at), lane):
+                    continue
+            elif isinstance(at, tuple):
+                at[1].items.states[at[0]] = lane
+            else:
+                at._lane = lane
+            taken.append(at)
+        return taken
 
     def give_back(self, tasks: list[Task[Any]]) -> None:
         """What a lane took and has not begun, for another one to run; it comes first again."""

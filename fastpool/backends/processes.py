@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpool import _clock, _token
 from fastpool._descriptor import Descriptor
-from fastpool._lane import Lane
+from fastpool._lane import At, Lane, handle
 from fastpool._task import NOTHING, PLAIN, Task
 from fastpool.backends import _worker
 from fastpool.backends._wire import (
@@ -45,6 +45,8 @@ __all__ = ["Processes", "default"]
 KILL_AFTER = 30.0  # seconds, well after the report of a task that does not stop
 SLICE = 0.002  # seconds after which a worker sends home what it has, so that nothing waits long
 MOST = 1024  # calls that are shipped at once
+GROWTH = 8  # times as many the next time, as long as they are quick; the slice bounds the rest
+BULK = 1 << 16  # bytes in one message from which on there are no more calls in the next
 MOST_WORKERS = 10_000
 ANSWER = 1.0  # seconds that a worker has to say where it is
 FAREWELL = 2.0  # seconds that a worker has to end by itself
@@ -305,6 +307,7 @@ class _Lane(Lane):
         "_killed",
         "_next",
         "_orders",
+        "_size",
         "_took",
     )
 
@@ -312,10 +315,11 @@ class _Lane(Lane):
         super().__init__(pool, number)
         self._backend = backend
         self._far: _Far | None = None
-        self._batch: list[Task[Any]] = []
+        self._batch: list[At] = []
         self._first = 0  # the number of the first of them, as the worker counts
         self._next = 0  # no number is used again: what was said of it may come late
         self._took = 0.0  # seconds of the worker's, for the batch before
+        self._size = 0  # bytes that it came to
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._killed = False
@@ -328,10 +332,10 @@ class _Lane(Lane):
         if not batch:
             return None
         at = -1 if far is None else far.progress.value - self._first
-        return batch[min(max(at, 0), len(batch) - 1)]
+        return handle(batch[min(max(at, 0), len(batch) - 1)])
 
     def in_hand(self) -> list[Task[Any]]:
-        return [task for task in self._batch if not task._state]
+        return [task for task in map(handle, self._batch) if not task._state]
 
     def task_cancelled(self, task: Task[Any], reason: object) -> None:
         self._orders.append((task, reason))
@@ -371,19 +375,19 @@ class _Lane(Lane):
         most = 1
         try:
             while True:
-                tasks = run.take(self, most)
-                if not tasks:
+                batch = run.take_places(self, most)
+                if not batch:
                     if run.rest(self):
                         return
                     continue
-                done = self._ship(run, number, tasks, bell)
+                done = self._ship(run, number, batch, bell)
                 if run.observers:
                     continue
-                if done < len(tasks):
+                if done < len(batch):
                     most = max(1, done)
-                elif self._took < SLICE:
+                elif self._took < SLICE and self._size < BULK:
                     fair = len(run.queue) // (2 * self._backend.slots)
-                    most = max(1, min(2 * most, fair, MOST))
+                    most = max(1, min(GROWTH * most, fair, MOST))
         finally:
             self._backend._serving.pop(self, None)
             self._bell = None
@@ -391,11 +395,11 @@ class _Lane(Lane):
             if self._far is not None:
                 self._far.tell("end", number)
 
-    def _ship(self, run: Run, number: int, tasks: list[Task[Any]], bell: Descriptor) -> int:
+    def _ship(self, run: Run, number: int, batch: list[At], bell: Descriptor) -> int:
         """Have a batch run; how many of it have ended."""
-        self.at, self._batch = tasks[0], tasks
+        self.at, self._batch = batch[0], batch
         if run.observers:
-            run.started(tasks[0], self)
+            run.started(handle(batch[0]), self)
         ended = 0  # of those that the worker has: the first so many
         died: BaseException = _Died()
         try:
@@ -419,9 +423,9 @@ class _Lane(Lane):
                 raise died
         except BaseException as error:
             if not run.stopping():  # or another lane has said so already
-                run.failed(tasks[0], self, error)
+                run.failed(handle(batch[0]), self, error)
         finally:
-            rest = [task for task in self._batch[ended:] if not task._state]
+            rest = [task for task in map(handle, self._batch[ended:]) if not task._state]
             self._batch, self.at = [], None
         if rest and run.observers and run.stopping():
             run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
@@ -429,7 +433,7 @@ class _Lane(Lane):
             run.give_back(rest)
         if run.fences:
             run.passed(self)
-        return len(tasks) - len(rest)
+        return len(batch) - len(rest)
 
     def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> _Far:
         far = self._far
@@ -478,14 +482,14 @@ class _Lane(Lane):
         if word == "stopped":
             values, (how, what) = rest
             run.all_succeeded(batch, self, values)
-            self._report(run, far, batch[len(values)], how, what)
+            self._report(run, far, handle(batch[len(values)]), how, what)
             return len(values) + 1
-        for task, each in zip(batch, rest[0], strict=False):
+        for at, each in zip(batch, rest[0], strict=False):
             try:
                 how, what = pickle.loads(each)
             except BaseException as error:
                 how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
-            self._report(run, far, task, how, what)
+            self._report(run, far, handle(at), how, what)
         return len(rest[0])
 
     def _encode(self, run: Run, far: _Far, number: int, *, singly: bool = False) -> bytes:
@@ -514,13 +518,14 @@ class _Lane(Lane):
             return pickle.dumps((*header, key, calls), PROTOCOL)
 
         simple = not (singly or run.tokens or self._backend.carries())
-        arguments = _plain(self._batch) if simple else None
-        if arguments is not None:
+        plain = _plain(self._batch) if simple else None
+        if plain is not None:
+            fn, arguments = plain
             with contextlib.suppress(BaseException):  # each by itself, then
-                return message(key_of(self._batch[0]._fn), arguments)
-        sent: list[Task[Any]] = []
+                return message(key_of(fn), arguments)
+        tasks: list[Task[Any]] = []
         calls: list[Any] = []
-        for task in self._batch:
+        for task in map(handle, self._batch):
             own = run.tokens.get(task)
             if own is not None and own.cancelled():  # it was, while no worker had it
                 run.stopped(task, self)
@@ -532,13 +537,14 @@ class _Lane(Lane):
                 continue
             more = task._kwargs, task._options.timeout, self._backend.variables(task)
             calls.append(call if more == (NOTHING, None, None) else call + more)
-            sent.append(task)
-        self._batch = sent
+            tasks.append(task)
+        self._batch = [*tasks]
         if not singly:
             with contextlib.suppress(BaseException):
                 return message(None, calls)
-        sent, pickled = [], []
-        for task, call in zip(self._batch, calls, strict=True):
+        sent: list[At] = []
+        pickled: list[bytes] = []
+        for task, call in zip(tasks, calls, strict=True):
             try:
                 pickled.append(pickle.dumps(call, PROTOCOL))
             except BaseException as error:
@@ -602,9 +608,9 @@ class _Lane(Lane):
                     deadline = time.monotonic() + self._backend._kill_after
             while self._orders:
                 task, reason = self._orders.popleft()
-                if task in self._batch:
-                    at = self._first + self._batch.index(task)
-                    far.tell("cancel task", at, dump_reason(reason))
+                for which, at in enumerate(self._batch, self._first):
+                    if handle(at) is task:
+                        far.tell("cancel task", which, dump_reason(reason))
             left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
             if bell.fileno() in ready:
@@ -653,7 +659,7 @@ class _Lane(Lane):
         far.close()
         if at < 0:
             return WorkerDiedError(f"{far.name} died before it began a task: {how}")
-        *before, last = self._batch[: at + 1]
+        *before, last = map(handle, self._batch[: at + 1])
         for task in (last, *before):
             if self._killed:
                 run.stopped(task, self)
@@ -679,15 +685,25 @@ class _Lane(Lane):
             self._far = None
 
 
-def _plain(tasks: list[Task[Any]]) -> list[tuple[object, ...]] | None:
-    """The arguments alone, if these are calls of one function and nothing goes along with them."""
-    fn = tasks[0]._fn
-    arguments: list[tuple[object, ...]] = []
-    for task in tasks:
-        if task._fn is not fn or task._kwargs or task._options is not PLAIN:
+def _plain(batch: list[At]) -> tuple[object, list[Any]] | None:
+    """The function and the arguments, if there is but one and nothing goes along with them."""
+    arguments: list[Any] = []
+    first = batch[0]
+    if isinstance(first, tuple):
+        stretch = first[1]
+        for at in batch:
+            if not isinstance(at, tuple) or at[1] is not stretch:
+                return None
+            arguments.append(stretch.items.values[at[0]])
+        if stretch.items.options is not PLAIN:
             return None
-        arguments.append(task._args)
-    return arguments
+        return stretch.fn, arguments if stretch.unpack else [(value,) for value in arguments]
+    fn = first._fn
+    for at in batch:
+        if isinstance(at, tuple) or at._fn is not fn or at._kwargs or at._options is not PLAIN:
+            return None
+        arguments.append(at._args)
+    return fn, arguments
 
 
 def _serve(run: Run, lane: _Lane) -> None:
