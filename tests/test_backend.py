@@ -4,6 +4,8 @@ The seam where tasks get to workers: a backend of somebody else's, and what thre
 
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -84,6 +86,25 @@ def test_group_runs_on_any_backend():
     assert all(task.done() for task in batch.tasks)
     assert any(task.cancelled() for task in batch.tasks)
     assert backend.ended == 2
+
+
+def test_processes_are_imported_when_asked_for():
+    """
+    `import fastpool` does without what starts processes; the name is there all the same.
+    """
+    code = (
+        "import sys, fastpool.backends as backends; before = {*sys.modules};"
+        "print(backends.Processes.__name__, 'Processes' in dir(backends),"
+        "sorted(name for name in {*sys.modules} - before if name.startswith('fastpool.')))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
+
+    assert ended.stdout.startswith("Processes True ")
+    assert "fastpool.backends.processes" in ended.stdout
+    with pytest.raises(AttributeError, match="no attribute 'Proceses'"):
+        fastpool.backends.Proceses  # noqa: B018 - it is looked up
 
 
 # --- Storms ---------------------------------------------------------------------------------------

@@ -11,15 +11,6 @@ if TYPE_CHECKING:
 __all__ = ["Backend", "Processes"]
 
 
-def __getattr__(name: str) -> object:
-    """`Processes`, whose module is imported when somebody asks for it."""
-    if name != "Processes":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fastpool.backends.processes import Processes
-
-    return Processes
-
-
 @runtime_checkable
 class Backend(Protocol):
     """
@@ -71,3 +62,18 @@ class Backend(Protocol):
     def abandon(self, run: Run) -> None:
         """The group goes on without what still runs: use nothing of it again."""
         ...
+
+
+if not TYPE_CHECKING:
+
+    def __getattr__(name):
+        # It brings along what starts processes, which nobody needs who stays with threads.
+        if name != "Processes":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from fastpool.backends.processes import Processes
+
+        globals()[name] = Processes
+        return Processes
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

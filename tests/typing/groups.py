@@ -8,6 +8,7 @@ from typing import assert_type
 
 import fastpool
 from fastpool import Batch, CancelToken, Submitter, Task, TaskGroup, cancellable
+from fastpool.backends import Processes
 from fastpool.futures import GroupExecutor
 
 
@@ -55,6 +56,8 @@ def check(urls: list[str], datas: list[bytes]) -> None:
         group.map(fetch, [404])  # type: ignore[arg-type]
         group.map(size, datas)  # type: ignore[arg-type]
     assert_type(fastpool.map(fetch, urls, max_workers=2), list[bytes])
+    assert_type(fastpool.map(fetch, urls, pool=Processes(2, kill_after=None)), list[bytes])
+    Processes("2")  # type: ignore[arg-type]
 
 
 def returns_from_inside() -> list[bytes]:
