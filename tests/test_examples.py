@@ -2,15 +2,19 @@
 The example programs, run as a user runs them.
 """
 
+import gzip
 import hashlib
+import io
 import os
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -249,6 +253,182 @@ def test_ctrl_c_says_how_far_the_records_have_come(tmp_path):
     assert process.returncode == 130
     assert out in (b"", b"0 records are good, 0 in all\n", b"1 records are good, 5 in all\n")
     assert err == b"error_budget: interrupted\n"
+
+
+# --- find_corrupt_archive.py ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=[(), ("--processes",)], ids=["threads", "processes"])
+def find_corrupt(request):
+    """Runs it, on threads and on processes."""
+    return lambda *arguments: run("find_corrupt_archive.py", *arguments, *request.param)
+
+
+def write_zip(path, content):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("inner", content)
+
+
+def write_tar(path, content):
+    with tarfile.open(path, "w:gz") as archive:
+        member = tarfile.TarInfo("inner")
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+
+
+WRITERS = {".zip": write_zip, ".tar.gz": write_tar, ".tgz": write_tar}
+
+
+@pytest.fixture
+def archives(tmp_path):
+    """A folder of archives that are as they should be, and of other things."""
+    root = tmp_path / "archives"
+    (root / "sub").mkdir(parents=True)
+    for number in range(5):
+        for suffix, write in WRITERS.items():
+            write(root / ("sub" if number % 2 else "") / f"{number}{suffix}", os.urandom(20_000))
+    (root / "no-archive").write_bytes(b"corrupt")
+    os.mkfifo(root / "pipe.zip")
+    return root
+
+
+def turn_a_byte(path):
+    """In the middle of the contents."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-4])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def test_sound_archives_are_counted(archives, find_corrupt):
+    """
+    All are read, and nothing else is.
+    """
+    code, out, err = find_corrupt(archives)
+
+    assert (code, err) == (0, "")
+    assert out.startswith(b"15 archives, ")
+
+
+def test_corrupt_archive_is_found_whatever_is_wrong_with_it(archives):
+    """
+    A wrong byte, an end that is missing, nothing at all, in each kind of archive.
+    """
+    spoilt = []
+    for number, spoil in {0: turn_a_byte, 2: cut, 4: empty}.items():
+        for suffix in WRITERS:
+            spoilt.append(archives / f"{number}{suffix}")
+            spoil(spoilt[-1])
+
+    code, out, err = run("find_corrupt_archive.py", archives, "--keep-going")
+
+    assert (code, err) == (1, "")
+    assert [line.split(b": ")[1] for line in out.splitlines()] == [
+        repr(str(path)).encode() for path in sorted(spoilt)
+    ]
+
+
+def test_first_corrupt_archive_ends_the_search(archives, find_corrupt):
+    """
+    Of several one is named; what has not begun by then is not read.
+    """
+    for number in range(5):
+        turn_a_byte(archives / ("sub" if number % 2 else "") / f"{number}.zip")
+
+    code, out, err = find_corrupt(archives)
+
+    assert (code, err) == (1, "")
+    assert out.count(b"corrupt: ") == out.count(b"\n") == 1
+
+
+def test_search_that_keeps_going_names_all(archives, find_corrupt):
+    """
+    In the order of their names.
+    """
+    spoilt = [archives / "0.zip", archives / "2.tar.gz", archives / "sub" / "1.tgz"]
+    for path in spoilt:
+        turn_a_byte(path)
+
+    code, out, err = find_corrupt(archives, "--keep-going")
+
+    assert (code, err) == (1, "")
+    assert [line.split(b": ")[1] for line in out.splitlines()] == [
+        repr(str(path)).encode() for path in spoilt
+    ]
+
+
+def test_trouble_that_is_no_corruption_has_a_code_of_its_own(archives, find_corrupt):
+    """
+    A folder that is not there, an archive that cannot be opened, a wrong number of workers.
+    """
+    folder = find_corrupt(archives / "none")
+    (archives / "4.tgz").unlink()
+    (archives / "4.tgz").symlink_to("/proc/self/mem")
+    turn_a_byte(archives / "2.tar.gz")
+    both = find_corrupt(archives, "--keep-going")
+
+    assert folder == (2, b"", f"cannot read {str(archives / 'none')!r}: {os.strerror(2)}\n")
+    assert both[0] == 2
+    assert both[1].startswith(f"corrupt: {str(archives / '2.tar.gz')!r}".encode())
+    assert f"cannot read {str(archives / '4.tgz')!r}" in both[2]
+    assert "--workers must be 1 or more" in find_corrupt(archives, "--workers", "0")[2]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="looks into /proc")
+@pytest.mark.parametrize("pool", [[], ["--processes"]], ids=["threads", "processes"])
+def test_ctrl_c_ends_the_search(tmp_path, pool):
+    """
+    In the middle of an archive that takes minutes, and no process is left of it.
+    """
+    huge = tmp_path / "huge.tar.gz"
+    write_huge(huge)
+    with start("find_corrupt_archive.py", tmp_path, *pool, start_new_session=True) as process:
+        until(lambda: is_open(huge, process.pid))
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the workers get it, too
+        out, err = process.communicate(timeout=60)
+    until(lambda: not group_is_alive(process.pid))
+
+    assert (process.returncode, out, err) == (130, b"", b"interrupted\n")
+
+
+def write_huge(path):
+    """Terabytes of zeros, of which every gigabyte is the same few bytes."""
+    member = tarfile.TarInfo("zeros")
+    member.size = 1 << 42
+    with gzip.open(path, "wb") as head:
+        head.write(member.tobuf())
+    piece = gzip.compress(bytes(1 << 26))
+    with path.open("ab") as file:
+        for _ in range(1 << 12):
+            file.write(piece)
+
+
+def is_open(path, session):
+    """Whether a process of a session has a file open."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.getsid(int(folder.name)) == session and any(
+                target(link) == str(path) for link in (folder / "fd").iterdir()
+            ):
+                return True
+        except OSError:
+            continue
+    return False
+
+
+def group_is_alive(number):
+    try:
+        os.killpg(number, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 # --- checksums.py ---------------------------------------------------------------------------------
