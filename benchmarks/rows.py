@@ -17,7 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import ModuleType
 
-from benchmarks import blocked, operations
+from benchmarks import blocked, operations, processes
 from benchmarks.jobs import Failing, clock, nothing
 from benchmarks.measure import in_process, medians
 from fastpool import CancelToken, TaskGroup, cancellable, current_token
@@ -498,6 +498,62 @@ def leaving(size: Size) -> list[Result]:
     return results
 
 
+def on_processes(size: Size) -> list[Result]:
+    """Processes: no-op tasks and ones of a millisecond; a failure; the death of a worker."""
+    found = processes.STANDARD.copy()
+    for name in () if size is QUICK else processes.OTHERS:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError:
+            print(f"{name} is not installed", file=sys.stderr)
+        else:
+            found[name] = processes.OTHERS[name]
+    targets = {"ProcessPoolExecutor": 30.0, "multiprocessing.Pool": 10.0}
+    results: list[Result] = []
+    for row, job, wanted in (
+        ("no-op", (nothing,), targets),
+        ("1 ms", (processes.work, 0.001), {}),
+    ):
+        able = {
+            name: functools.partial(
+                processes.each,
+                pool,
+                size.tasks if row == "no-op" and name == "fastpool" else size.slow_tasks,
+                2,
+                *job,
+            )
+            for name, pool in found.items()
+        }
+        results += compared(f"processes {row}", medians(able, size.rounds), wanted, "us", 1e6)
+    for row, deadly, limit in (("failure", False, 5e-3), ("death", True, 10e-3)):
+        rounds = {
+            name: [processes.ending(pool, 4, deadly=deadly) for _ in range(3)]
+            for name, pool in found.items()
+        }
+        middle = {
+            name: {
+                field: statistics.median(getattr(one, field) for one in endings)
+                for field in ("delay", "late", "cleaned", "recovered")
+            }
+            for name, endings in rounds.items()
+        }
+        ours = middle.pop("fastpool")
+        ratio = limit / ours["delay"]
+        results.append(
+            Result(row, f"{limit * 1e3:g} ms", ours["delay"] * 1e3, limit * 1e3, "ms", ratio, 1.0)
+        )
+        for name, theirs in middle.items():
+            results += [
+                Result(row, name, ours["delay"] * 1e3, theirs["delay"] * 1e3, "ms"),
+                Result("late starts", name, ours["late"], theirs["late"], "tasks"),
+                Result("finally run", name, ours["cleaned"], theirs["cleaned"], "of 3"),
+                Result(
+                    "next result", name, ours["recovered"] * 1e3, theirs["recovered"] * 1e3, "ms"
+                ),
+            ]
+    return results
+
+
 ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "submit": submit,
     "map": map_,
@@ -518,4 +574,5 @@ ROWS: dict[str, Callable[[Size], list[Result]]] = {
     "import": importing,
     "parts": parts,
     "observers": observers,
+    "processes": on_processes,
 }
