@@ -35,7 +35,7 @@ from fastpool._errors import strip
 from fastpool._scope import current_token, enter, is_own, leave
 from fastpool._token import CancelToken
 
-__all__ = ["UNRUNNABLE", "Cancellable", "Injecting", "cancellable", "refuse"]
+__all__ = ["UNRUNNABLE", "Cancellable", "Injecting", "cancellable", "refuse", "rewrap"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -406,12 +406,13 @@ def _decorate(fn: Any, param: str | None) -> Any:
         )
     if type(fn) is MethodType and isinstance(fn.__func__, FunctionType):
         # Bound too early: decorate the function, and bind that.
-        inner = _wrap(fn.__func__, token.name, None if index is None else index + 1)
+        inner = rewrap(fn.__func__, token.name, None if index is None else index + 1)
         return inner.__get__(fn.__self__, type(fn.__self__))
-    return _wrap(fn, token.name, index)
+    return rewrap(fn, token.name, index)
 
 
-def _wrap(fn: Any, param: str, index: int | None) -> Any:
+def rewrap(fn: Any, param: str, index: int | None) -> Any:
+    """The wrapper of a function whose token is known to be that parameter, at that index."""
     kind: Any = Cancellable if index == 0 else _TokenElsewhere
     return kind(fn, param, index)
 

@@ -196,3 +196,25 @@ def test_every_call_has_a_token_of_its_own(one, tmp_path, way):
 
     assert all(task.result() for task in found)
     assert all(injected.results())
+
+
+def test_decorated_function_that_goes_by_value_keeps_its_token(one):
+    """
+    Local ones, and those that they lead to: by value, by name, and themselves.
+    """
+    pytest.importorskip("cloudpickle")
+
+    @cancellable
+    def inner(token, value):
+        return current_token() is token, value
+
+    @cancellable(param="event")
+    def outer(value, *, event=None):
+        if value == 0:
+            return [current_token() is event]
+        return [event is not None, inner(value), nested(value), *outer(value - 1)]
+
+    with TaskGroup(pool=one) as group:
+        found = group.submit(outer, 1)
+
+    assert found.result() == [True, (True, 1), True, True]

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fastpool._cancellable import Cancellable, Injecting, cancellable
+from fastpool._cancellable import Cancellable, Injecting, rewrap
 from fastpool._task import label
 from fastpool.exceptions import describe
 
@@ -77,20 +77,17 @@ def _by_value(cloudpickle: Any) -> Any:
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc] # a class of an optional package
         def reducer_override(self, obj: Any) -> Any:
-            if issubclass(type(obj), Injecting):
+            kind = type(obj)
+            if not issubclass(kind, Injecting):
+                return super().reducer_override(obj)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # nor has it stubs
+            if issubclass(kind, Cancellable):
                 try:
                     pickle.dumps(obj, PROTOCOL)
-                except Exception:
-                    if issubclass(type(obj), Cancellable):
-                        return _decorated, (obj.__wrapped__, obj._self_place[0])
-                return obj.__reduce__()
-            return super().reducer_override(obj)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # nor has it stubs
+                except Exception:  # it has no name
+                    return rewrap, (obj.__wrapped__, *obj._self_place)
+            return obj.__reduce__()
 
     return Pickler
-
-
-def _decorated(fn: Callable[..., Any], param: str) -> Any:
-    return cancellable(param=param)(fn)
 
 
 def dump_error(error: BaseException) -> Far:
