@@ -128,10 +128,12 @@ class Calls:
 class Worker:
     """One process: its main thread runs calls, another hears of cancels meanwhile."""
 
-    def __init__(self, calls: Connection, control: Connection, progress: Any) -> None:
+    def __init__(self, calls: Connection, control: Connection, progress: Any, ordered: Any) -> None:
         self._calls = calls
         self._control = control
         self._progress = progress
+        self._ordered = ordered
+        self._told = threading.Event()  # of all that was ordered
         # Guards the writing to `calls`: what runs may set a group's token in any thread.
         self._answering = threading.Lock()
         self._functions: dict[int, Callable[..., Any]] = {}
@@ -154,6 +156,8 @@ class Worker:
                     self._cancel(order[1], order[2], failed=order[3])
                 elif order[0] == "cancel task":
                     self._cancel_task(order[1], order[2])
+                elif order[0] == "all told":
+                    self._told.set()
                 elif order[0] == "end":
                     self._tokens.pop(order[1], None)
                 elif order[0] == "where":
@@ -297,12 +301,15 @@ class Worker:
         if key is not None and key not in self._unreadable:
             fn = self._functions.get(key)
         progress, token, cancelled = self._progress, batch.token, self._cancelled
+        ordered = self._ordered
         clock, fresh, append = time.monotonic, EMPTY.copy, values.append  # it is what a task costs
         for number, call in enumerate(calls, first):
             stop = token._reason is not None
             if values and (stop or clock() >= until):
                 return None
             progress.value = batch.at = number  # said first, and looked for orders then
+            if ordered.value:
+                self._catch_up()
             if fn is None or stop or number in cancelled:
                 whole = call if key is None else (key, call)
                 how, value = self._run_call(batch, number, whole)
@@ -319,6 +326,14 @@ class Worker:
                         batch.end(number)
             append(value)
         return None
+
+    def _catch_up(self) -> None:
+        """Hear which tasks have been cancelled by now: what is cancelled does not begin after."""
+        self._ordered.value = 0  # first: what is ordered from here on is seen the next time
+        self._told.clear()
+        with contextlib.suppress(OSError), self._answering:
+            self._calls.send_bytes(pickle.dumps(("ordered",), PROTOCOL))
+        self._told.wait()  # if the parent has gone, the process ends meanwhile
 
     def _run_call(self, batch: Calls, number: int, call: Message | bytes) -> Outcome:
         """Run a call, with everything that may go along with it."""
@@ -385,11 +400,11 @@ def _ignore(signum: int, frame: object) -> None:
     """Ctrl-C is the parent's. Not `SIG_IGN`, which programs started from here would inherit."""
 
 
-def main(calls: Connection, control: Connection, progress: Any, start: bytes) -> None:
+def main(calls: Connection, control: Connection, progress: Any, ordered: Any, start: bytes) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, _ignore)
     sys.setswitchinterval(SWITCH)
-    worker = Worker(calls, control, progress)
+    worker = Worker(calls, control, progress, ordered)
     threading.Thread(target=worker.hear, name="fastpool-control", daemon=True).start()
     try:
         initializer, initargs = pickle.loads(start)

@@ -199,6 +199,7 @@ class _Far:
         self.calls, calls = context.Pipe()
         self.control, control = context.Pipe()
         self.progress = context.RawValue("q", -1)
+        self.ordered = context.RawValue("b", 0)  # whether a task was cancelled
         self.known: dict[int, tuple[object, int]] = {}  # the functions that it has, by `id`
         self.run: int | None = None
         # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
@@ -206,7 +207,7 @@ class _Far:
         self._telling = threading.Lock()
         self.process = context.Process(
             target=_worker.main,
-            args=(calls, control, self.progress, start),
+            args=(calls, control, self.progress, self.ordered, start),
             name="fastpool-worker",
         )
         try:
@@ -339,7 +340,9 @@ class _Lane(Lane):
 
     def task_cancelled(self, task: Task[Any], reason: object) -> None:
         self._orders.append((task, reason))
-        bell = self._bell
+        far, bell = self._far, self._bell
+        if far is not None:
+            far.ordered.value = 1  # after the order: the worker asks for it before it goes on
         if bell is not None:
             bell.open()
 
@@ -571,9 +574,13 @@ class _Lane(Lane):
                 except BaseException:  # one of the values; each by itself, then
                     far.calls.send_bytes(pickle.dumps(("again",), PROTOCOL))
                     answer = pickle.loads(self._await(run, far, number, bell))
-                if answer[0] != "set":
+                if answer[0] == "set":
+                    self._set(run, number, *answer[1:])
+                elif answer[0] == "ordered":
+                    self._pass_on(far)
+                    far.tell("all told")
+                else:
                     return answer
-                self._set(run, number, *answer[1:])
         except (EOFError, OSError) as error:
             raise _Died from error
 
@@ -606,11 +613,8 @@ class _Lane(Lane):
                 far.tell("cancel", number, dump_reason(run.token.reason), failed)
                 if self._backend._kill_after is not None:
                     deadline = time.monotonic() + self._backend._kill_after
-            while self._orders:
-                task, reason = self._orders.popleft()
-                for which, at in enumerate(self._batch, self._first):
-                    if handle(at) is task:
-                        far.tell("cancel task", which, dump_reason(reason))
+            if self._orders:
+                self._pass_on(far)
             left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
             ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
             if bell.fileno() in ready:
@@ -620,6 +624,14 @@ class _Lane(Lane):
                 return reply
             if far.sentinel in ready:
                 raise EOFError
+
+    def _pass_on(self, far: _Far) -> None:
+        """Tell the worker which of its tasks have been cancelled."""
+        numbers = {handle(at): number for number, at in enumerate(self._batch, self._first)}
+        while self._orders:
+            task, reason = self._orders.popleft()
+            if task in numbers:
+                far.tell("cancel task", numbers[task], dump_reason(reason))
 
     def _report(self, run: Run, far: _Far, task: Task[Any], how: str, what: Any) -> None:
         """Enter what a task came to."""
