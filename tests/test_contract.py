@@ -501,12 +501,16 @@ def test_scope_with_a_timeout_ends_by_itself(pool):
     assert task.result() is False
 
 
-def test_token_of_the_group_may_be_an_argument(pool, begun):
+@pytest.mark.parametrize("partial", [False, True], ids=["by itself", "in a partial"])
+def test_token_of_the_group_may_be_an_argument(pool, begun, partial):
     """
     For functions that take a token by hand.
     """
     with TaskGroup(1, pool=pool) as group:
-        task = group.submit(far.given, group.token, begun)
+        if partial:
+            task = group.submit(functools.partial(far.given, group.token), begun)
+        else:
+            task = group.submit(far.given, group.token, begun)
         seen(begun)
         group.cancel()
 

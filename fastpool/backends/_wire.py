@@ -77,10 +77,9 @@ def _by_value(cloudpickle: Any) -> Any:
 
     class Pickler(cloudpickle.Pickler):  # type: ignore[misc] # a class of an optional package
         def reducer_override(self, obj: Any) -> Any:
-            kind = type(obj)
-            if not issubclass(kind, Injecting):
+            if not issubclass(type(obj), Injecting):
                 return super().reducer_override(obj)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType] # nor has it stubs
-            if issubclass(kind, Cancellable):
+            if issubclass(type(obj), Cancellable):
                 try:
                     pickle.dumps(obj, PROTOCOL)
                 except Exception:  # it has no name
