@@ -737,14 +737,15 @@ def test_observers_are_told_of_each_task_once_and_in_order(pool):
     names = [event.name for event in events]
     assert (names[0], names[-1]) == ("group_opened", "group_closed")
     for task in batch.tasks:
-        assert [event.name for event in events if event.task is task] == [
+        told = [event for event in events if event.task is task]
+        assert [event.name for event in told] == [
             "task_submitted",
             "task_started",
             "task_succeeded",
         ]
+        assert [event.time for event in told] == sorted(event.time for event in told)
     ends = [event for event in events if event.name == "task_succeeded"]
     assert all(event.worker and event.duration >= 0 for event in ends)
-    assert [event.time for event in ends] == sorted(event.time for event in ends)
 
 
 def test_observers_are_told_of_a_failure_and_what_it_stopped(pool, begun, ended, release):
