@@ -22,6 +22,7 @@ _CALLERS = frozenset(
         "fastpool._run",
         "fastpool._task",
         "fastpool._taskgroup",
+        "fastpool.backends._worker",
         "fastpool.backends.threads",
         "fastpool.futures",
     }

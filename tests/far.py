@@ -450,6 +450,25 @@ def leaves_thread(begun):
     note(begun)
 
 
+class Traced:
+    """Notes the process in which it is dropped."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __del__(self):
+        with contextlib.suppress(AttributeError):  # it is being read, and has no path yet
+            note(self.path, os.getpid())
+
+    def method(self):
+        return os.getpid()
+
+
+def worker_of(traced):
+    """As `process`, for one that has it as an argument."""
+    return os.getpid()
+
+
 class CallableUnloadable(UnloadableThere):
     """A function, to whoever can read it."""
 

@@ -177,6 +177,62 @@ def test_workers_serve_one_group_after_another(two):
     assert len(set.union(*workers)) <= 2
 
 
+def test_cancel_reaches_workers_that_have_just_rested(tmp_path):
+    """
+    Whatever a worker is told as it comes to rest, it hears of the next cancel.
+    """
+    backend = Processes(4, kill_after=1)
+    cleaned = []
+    for number in range(40):
+        begun, ended = tmp_path / f"begun-{number}", tmp_path / f"ended-{number}"
+        with TaskGroup(pool=backend) as group:
+            for task in [group.submit(far.square, 3) for _ in range(4)]:
+                task.result()
+            for _ in range(4):
+                group.submit(far.waits, "sleep", begun, ended)
+            seen(begun, 4)
+            group.cancel()
+        cleaned.append(len(lines(ended)))
+
+    assert cleaned == [4] * 40
+
+
+@pytest.mark.parametrize("what", ["value", "argument", "function"])
+def test_idle_worker_keeps_nothing_alive(one, what, begun):
+    """
+    What it was given and what it returned is dropped there, and its functions with the group.
+    """
+    with TaskGroup(pool=one) as group:
+        worker = str(group.submit(far.process).result())
+        if what == "value":
+            group.submit(far.Traced, begun)
+        elif what == "argument":
+            group.submit(far.worker_of, far.Traced(begun))
+        else:
+            group.submit(far.Traced(begun).method)
+        group.wait()
+        if what != "function":
+            until(lambda: worker in lines(begun))
+            dropped = worker in lines(begun)
+    until(lambda: worker in lines(begun))
+
+    assert what == "function" or dropped
+    assert worker in lines(begun)
+    assert alive(worker)
+
+
+def test_worker_does_not_collect_the_methods_that_it_was_sent(one, begun):
+    """
+    Each access makes another one, with an object of its own over there.
+    """
+    with TaskGroup(pool=one) as group:
+        for _ in range(1_000):
+            worker = group.submit(far.Traced(begun).method).result()
+        dropped = lines(begun).count(str(worker))
+
+    assert dropped > 500
+
+
 def test_backend_serves_two_groups_at_once(one, begun, release):
     """
     The one does not wait for the other.
@@ -625,6 +681,55 @@ def test_task_that_lets_no_thread_run_is_killed(begun):
         group.submit(far.fail_after, begun, ValueError("x" * 3_000_000))
 
     assert stuck.cancelled()
+
+
+@pytest.mark.parametrize("fn", [far.stubborn, far.holds_the_lock])
+def test_cancelled_task_that_does_not_stop_is_killed_alone(fn, begun, release):
+    """
+    Cancelled by itself, it ends as one of a cancelled group does; its group goes on.
+    """
+    with TaskGroup(pool=Processes(2, kill_after=0.3)) as group:
+        sibling = group.submit(far.return_after, release, "done")
+        stuck = group.submit(fn, begun)
+        (worker,) = seen(begun)
+        stuck.cancel("not wanted")
+        stopped = stuck.wait(timeout=100)
+        after = group.submit(far.process)
+        where = after.result(timeout=100)
+        note(release)
+
+    assert stopped
+    assert stuck.cancelled()
+    assert sibling.result() == "done"
+    assert group.failures == ()
+    assert str(where) != worker
+    assert not alive(worker)
+
+
+@pytest.mark.parametrize("fn", [far.stubborn, far.holds_the_lock])
+@pytest.mark.parametrize("way", ["submit", "map"])
+def test_task_that_does_not_heed_its_timeout_is_killed(fn, way, begun, ended):
+    """
+    It fails as if it had; its sibling cleans up.
+    """
+    with (
+        pytest.raises(TimeoutError, match=r"timed out after 0\.1 s") as raised,
+        TaskGroup(pool=Processes(2, kill_after=0.3)) as group,
+    ):
+        sibling = group.submit(far.waits, "sleep", ended.with_suffix(".begun"), ended)
+        seen(ended.with_suffix(".begun"))
+        options = group.with_options(timeout=0.1)
+        if way == "submit":
+            late = options.submit(fn, begun)
+        else:
+            (late,) = options.map(fn, [begun]).tasks
+    (worker,) = lines(begun)
+
+    assert late.exception() is raised.value
+    assert isinstance(raised.value.__cause__, WorkerDiedError)
+    assert sibling.cancelled()
+    assert len(lines(ended)) == 1
+    assert not alive(worker)
 
 
 @pytest.mark.parametrize("kill_after", [None, float("inf"), 3_000])

@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 
+import far
 import pytest
 
 from fastpool import (
@@ -35,6 +36,17 @@ class Unsendable:
         """Never runs."""
 
 
+class Heavy:
+    """An argument that takes much room, and notes that it was read."""
+
+    def __init__(self, path):
+        self.path, self.data = path, bytes(100_000)
+
+    def __setstate__(self, state):
+        with open(state["path"], "a") as file:
+            file.write("x")
+
+
 class Deadly:
     """A value that kills the process that pickles it."""
 
@@ -46,6 +58,10 @@ def wait_for(path):
     """Hold the worker, so that what comes after is queued."""
     while not path.exists():
         time.sleep(0.01)
+
+
+def ignore(value):
+    """Nothing comes home but that it was called."""
 
 
 def leave_deadly(path):
@@ -178,6 +194,95 @@ def test_item_of_a_map_is_cancelled_alone_where_it_runs(one, tmp_path):
     assert [task.result() for task in batch.tasks if not task.cancelled()] == [
         number for number in range(MANY) if number != 10
     ]
+
+
+@pytest.mark.parametrize("way", ["sleeps", "lets no thread run"])
+def test_call_that_takes_its_time_holds_up_no_other(tmp_path, way):
+    """
+    What stands behind it in its batch goes to another worker, what stands before it comes home.
+    """
+    backend = Processes(2, kill_after=0.5)
+    with TaskGroup(pool=backend) as group:
+        for _ in range(2):
+            group.submit(wait_for, tmp_path / "go")
+        before = group.map(abs, range(MANY))
+        if way == "sleeps":
+            slow = group.submit(wait_for, tmp_path / "never")
+        else:
+            slow = group.submit(far.holds_the_lock, tmp_path / "begun")
+        behind = group.map(abs, range(MANY))
+        (tmp_path / "go").touch()
+        came = behind.results(timeout=100)
+        if way == "sleeps":
+            came += before.results(timeout=100)
+        done = slow.done()
+        group.cancel()
+
+    assert came == [*range(MANY)] * (2 if way == "sleeps" else 1)
+    assert not done
+
+
+def test_call_may_wait_for_one_that_was_behind_it(tmp_path):
+    """
+    As on threads, where there is a worker for each.
+    """
+    with TaskGroup(pool=Processes(2)) as group:
+        for _ in range(2):
+            group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(MANY))
+        waiting = group.submit(wait_for, tmp_path / "met")
+        meeting = group.submit((tmp_path / "met").touch)
+        group.map(abs, range(MANY))
+        (tmp_path / "go").touch()
+        met = waiting.wait(timeout=100)
+
+    assert met
+    assert meeting.done()
+
+
+def test_values_that_came_home_early_are_those_of_their_calls(one, tmp_path):
+    """
+    Also where some of them cannot come, and the call that took its time fails.
+    """
+    with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(wait_for, tmp_path / "go")
+        tasks = [
+            group.submit(*call)
+            for number in range(MANY)
+            for call in ((pow, number, 2), (far.lock_or, number, 50))
+        ]
+        slow = group.submit(far.fail_after, tmp_path / "release", KeyError("late"))
+        tasks += [group.submit(pow, number, 3) for number in range(2 * MANY)]
+        (tmp_path / "go").touch()
+        early = [task.exception(timeout=100) for task in tasks[: 2 * MANY]]
+        far.note(tmp_path / "release")
+
+    assert [at for at, error in enumerate(early) if error] == [101]
+    assert isinstance(slow.exception(), KeyError)
+    assert [task.result() for task in tasks[: 2 * MANY : 2]] == [n**2 for n in range(MANY)]
+    assert [task.result() for task in tasks[1 : 2 * MANY : 2] if not task.exception()] == [
+        number for number in range(MANY) if number != 50
+    ]
+    assert [task.result() for task in tasks[2 * MANY :]] == [n**3 for n in range(2 * MANY)]
+
+
+def test_large_arguments_go_one_by_one(one, tmp_path):
+    """
+    A worker has not read many that it may not come to, nor taken the room for them.
+    """
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(MANY))
+        group.map(ignore, [Heavy(tmp_path / "before") for _ in range(MANY)])
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        group.map(ignore, [Heavy(tmp_path / "behind") for _ in range(MANY)])
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        early = (tmp_path / "behind").exists()
+        far.note(tmp_path / "release")
+
+    assert not early
+    assert (tmp_path / "before").read_text() == "x" * MANY
 
 
 @pytest.mark.parametrize("way", ["map", "submit"])

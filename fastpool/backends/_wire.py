@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib
 import io
 import pickle
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpool._cancellable import Cancellable, Injecting, rewrap
+from fastpool._errors import strip
 from fastpool._task import label
 from fastpool.exceptions import describe
 
 __all__ = [
     "Far",
+    "Shared",
     "cannot_return",
     "dump_error",
     "dump_function",
@@ -26,6 +29,28 @@ __all__ = [
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 SHORT = 16_384  # bytes, which a pipe takes without waiting for its reader
+
+
+class Shared(ctypes.Structure):
+    """
+    What a worker and its lane see of each other without a message.
+
+    Attributes:
+        at: The number of the call that the worker is at.
+        ordered: Whether there are orders that it is to hear before it begins another one.
+        recalled: Whether it is to begin no other one of those that it has.
+    """
+
+    _fields_ = [
+        ("at", ctypes.c_longlong),
+        ("ordered", ctypes.c_bool),
+        ("recalled", ctypes.c_bool),
+    ]
+
+    if TYPE_CHECKING:
+        at: int
+        ordered: bool
+        recalled: bool
 
 
 class Far(NamedTuple):
@@ -91,20 +116,29 @@ def _by_value(cloudpickle: Any) -> Any:
 
 def dump_error(error: BaseException) -> Far:
     """An exception as it goes home, in the thread that caught it. Raises nothing."""
+    strip(error)  # of our frames, which nobody looks for there, and which take long to write out
     try:
-        text = str(error)
         lines = "".join(traceback.format_exception(error))
     except BaseException:  # its own code
-        text = lines = describe(error)
+        lines = describe(error)
+    return _dump(error)._replace(traceback=lines)
+
+
+def _dump(error: BaseException) -> Far:
+    """The same without the traceback, which is what takes long."""
+    try:
+        text = str(error)
+    except BaseException:
+        text = describe(error)
     kind = f"{type(error).__module__}.{type(error).__qualname__}"
     try:
         pickled = pickle.dumps(error, PROTOCOL)
         if type(pickle.loads(pickled)) is type(error):
-            return Far(pickled, kind, text, "", lines)
+            return Far(pickled, kind, text, "", "")
         why = "it comes out of its pickle as something else"
     except BaseException as wrong:
         why = f"{type(wrong).__name__}: {wrong}"
-    return Far(None, kind, text, why, lines)
+    return Far(None, kind, text, why, "")
 
 
 def dump_reason(reason: object) -> Far:
@@ -115,7 +149,7 @@ def dump_reason(reason: object) -> Far:
     what does not stop.
     """
     if isinstance(reason, BaseException):
-        far = dump_error(reason)._replace(traceback="")
+        far = _dump(reason)
     else:
         far = Far(None, type(reason).__qualname__, describe(reason), "", "")
         with contextlib.suppress(BaseException):

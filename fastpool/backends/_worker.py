@@ -82,12 +82,16 @@ class Calls:
     that hears; `setdefault` decides who has made it.
     """
 
-    __slots__ = ("_thread", "at", "places", "token")
+    __slots__ = ("_thread", "at", "last", "over", "places", "sent", "token", "values")
 
     def __init__(self, token: CancelToken) -> None:
         self.token = token  # the group's
         self.at = -1  # the one that runs
         self.places: dict[int, Place] = {}
+        self.values: list[object] = []  # what they have returned, the first ones first
+        self.last: Outcome | None = None  # what the one after these came to, if that is no value
+        self.sent = 0  # how many of the values have gone home, while another call ran
+        self.over = False  # the answer has been given
         self._thread = this_thread()
 
     def task(self, index: int) -> Place:
@@ -128,11 +132,10 @@ class Calls:
 class Worker:
     """One process: its main thread runs calls, another hears of cancels meanwhile."""
 
-    def __init__(self, calls: Connection, control: Connection, progress: Any, ordered: Any) -> None:
+    def __init__(self, calls: Connection, control: Connection, shared: Any) -> None:
         self._calls = calls
         self._control = control
-        self._progress = progress
-        self._ordered = ordered
+        self._shared = shared
         self._told = threading.Event()  # of all that was ordered
         # Guards the writing to `calls`: what runs may set a group's token in any thread.
         self._answering = threading.Lock()
@@ -143,7 +146,6 @@ class Worker:
         self._tokens: dict[int, CancelToken] = {}
         self._batch: Calls | None = None  # those that run, or ran last
         self._cancelled: dict[int, Far] = {}  # tasks that are not to begin, and why
-        self._outcomes: tuple[list[object], Outcome | None] = [], None  # of the last batch
 
     # --- Hearing ---------------------------------------------------------------------------
 
@@ -158,8 +160,10 @@ class Worker:
                     self._cancel_task(order[1], order[2])
                 elif order[0] == "all told":
                     self._told.set()
-                elif order[0] == "end":
-                    self._tokens.pop(order[1], None)
+                elif order[0] == "so far":
+                    batch = self._batch
+                    if batch is not None:  # code of theirs may run in pickling: not here
+                        _clock.run_in_helper(functools.partial(self._send_so_far, batch))
                 elif order[0] == "where":
                     self._control.send_bytes(pickle.dumps(self._where(), PROTOCOL))
                 elif order[0] == "stop":
@@ -208,30 +212,57 @@ class Worker:
 
     def serve(self) -> None:
         """Run what comes, until there is nothing more to come."""
-        while True:
-            try:
-                message = self._calls.recv_bytes()
-            except (EOFError, OSError):
-                return
-            answer = self._answer(message)
-            try:
-                with self._answering:
-                    self._calls.send_bytes(answer)
-            except OSError:
-                return  # nobody is left to hear it
+        with contextlib.suppress(EOFError, OSError):  # nobody is left to hear it
+            while True:
+                self._answer(self._calls.recv_bytes())
 
-    def _answer(self, message: bytes) -> bytes:
+    def _answer(self, message: bytes) -> None:
         try:
             order = self._read(message)
         except BaseException:  # one of the arguments; each by itself, then
-            return pickle.dumps(("unread", 0.0), PROTOCOL)
-        if order[0] == "again":
-            return self._each()
-        _, run, first, span, slice_, functions, key, calls = order
+            self._send(pickle.dumps(("unread", 0.0), PROTOCOL))
+            return
+        if order[0] == "run":
+            del message
+            self._run_batch(*order[1:])
+        elif order[0] == "again":
+            assert self._batch is not None
+            self._send(self._each(self._batch))
+        else:  # there is nothing to do: keep nothing alive meanwhile
+            self._batch = None
+            if order[0] == "end":
+                self._forget()
+
+    def _forget(self) -> None:
+        """The group has ended."""
+        # In this thread: it is about to have the token of the next one, and in the other a late
+        # word about the group before could come between.
+        for belongings in (self._tokens, self._functions, self._unreadable, self._cancelled):
+            belongings.clear()
+        self._run = None
+
+    def _send(self, answer: bytes) -> None:
+        with self._answering:
+            self._calls.send_bytes(answer)
+
+    def _run_batch(
+        self,
+        run: int,
+        first: int,
+        span: float | None,
+        slice_: float,
+        functions: dict[int, bytes],
+        key: int | None,
+        calls: list[Any],
+    ) -> None:
+        """Run what has come in one message, and send home what it comes to."""
         if run != self._run:
+            # What is to be known of the new one may have come already, by the other thread.
+            for old in [number for number in list(self._tokens) if number != run]:
+                self._tokens.pop(old, None)
             self._run = run
-            for belongings in (self._functions, self._unreadable, self._cancelled):
-                belongings.clear()
+        for number in [number for number in list(self._cancelled) if number < first]:
+            self._cancelled.pop(number, None)
         token = self._token_of(run)
         if span is not None and token.deadline is None:
             # To be asked for. When it passes the parent says so: with a clock of our own this
@@ -239,23 +270,40 @@ class Worker:
             token._deadline = time.monotonic() + span
         self._learn(functions)
         batch = self._batch = Calls(token)
-        values: list[object] = []
         begun = time.monotonic()
-        last = self._run_calls(batch, first, key, calls, begun + slice_, values)
-        self._outcomes = values, last
+        batch.last = self._run_calls(batch, first, key, calls, begun + slice_)
         took = time.monotonic() - begun
-        try:
-            if last is None:
-                return pickle.dumps(("values", took, values), PROTOCOL)
-            return pickle.dumps(("stopped", took, values, last), PROTOCOL)
-        except BaseException:
-            return self._each()
+        while not batch.over:
+            sent = batch.sent
+            values, last = batch.values[sent:], batch.last
+            try:
+                if last is None:
+                    answer = pickle.dumps(("values", took, values), PROTOCOL)
+                else:
+                    answer = pickle.dumps(("stopped", took, values, last), PROTOCOL)
+            except BaseException:
+                answer = self._each(batch)
+            with self._answering:
+                if batch.sent == sent:  # else some of it has gone home meanwhile
+                    batch.over = True
+                    self._calls.send_bytes(answer)
 
-    def _each(self) -> bytes:
-        """The last answer, each outcome by itself, so that one that is no good spoils no other."""
-        values, last = self._outcomes
-        outcomes = [("value", value) for value in values] + ([] if last is None else [last])
+    def _each(self, batch: Calls) -> bytes:
+        """The answer, each outcome by itself, so that one that is no good spoils no other."""
+        outcomes = [("value", value) for value in batch.values[batch.sent :]]
+        if batch.last is not None:
+            outcomes.append(batch.last)
         return pickle.dumps(("each", 0.0, list(map(self._encoded, outcomes))), PROTOCOL)
+
+    def _send_so_far(self, batch: Calls) -> None:
+        """Send home what calls have returned behind which one runs that takes its time."""
+        values = batch.values.copy()
+        outcomes = [self._encoded(("value", value)) for value in values]
+        message = pickle.dumps(("so far", outcomes), PROTOCOL)
+        with contextlib.suppress(OSError), self._answering:
+            if not batch.over:
+                batch.sent = len(values)
+                self._calls.send_bytes(message)
 
     def _read(self, message: bytes) -> Any:
         """What the parent has sent, which may have the token of a group in it."""
@@ -267,6 +315,9 @@ class Worker:
 
     def _learn(self, functions: dict[int, bytes]) -> None:
         """Read functions that are new."""
+        if 0 in functions:  # they are counted anew
+            self._functions.clear()
+            self._unreadable.clear()
         for key, pickled in functions.items():
             self._unreadable.pop(key, None)
             try:
@@ -281,7 +332,6 @@ class Worker:
         key: int | None,
         calls: list[Any],
         until: float,
-        values: list[object],
     ) -> Outcome | None:
         """
         Run calls one after the other, until a moment has come or one of them has no value.
@@ -292,7 +342,6 @@ class Worker:
             key: The function of all of them, if each is but a tuple of arguments.
             calls: What is to be called.
             until: When to go home with what there is, on `time.monotonic()`.
-            values: Gets what they return.
 
         Returns:
             What the last one came to, if that is no value.
@@ -300,16 +349,20 @@ class Worker:
         fn: Callable[..., Any] | None = None
         if key is not None and key not in self._unreadable:
             fn = self._functions.get(key)
-        progress, token, cancelled = self._progress, batch.token, self._cancelled
-        ordered = self._ordered
+        shared, token, cancelled, values = self._shared, batch.token, self._cancelled, batch.values
         clock, fresh, append = time.monotonic, EMPTY.copy, values.append  # it is what a task costs
+        recalled = False
         for number, call in enumerate(calls, first):
             stop = token._reason is not None
             if values and (stop or clock() >= until):
                 return None
-            progress.value = batch.at = number  # said first, and looked for orders then
-            if ordered.value:
+            shared.at = batch.at = number  # said first, and looked for orders then
+            if shared.ordered:
                 self._catch_up()
+                recalled = shared.recalled
+            if recalled and values:
+                batch.at = -1
+                return None  # this one has been taken back
             if fn is None or stop or number in cancelled:
                 whole = call if key is None else (key, call)
                 how, value = self._run_call(batch, number, whole)
@@ -329,7 +382,7 @@ class Worker:
 
     def _catch_up(self) -> None:
         """Hear which tasks have been cancelled by now: what is cancelled does not begin after."""
-        self._ordered.value = 0  # first: what is ordered from here on is seen the next time
+        self._shared.ordered = False  # first: what is ordered from here on is seen the next time
         self._told.clear()
         with contextlib.suppress(OSError), self._answering:
             self._calls.send_bytes(pickle.dumps(("ordered",), PROTOCOL))
@@ -400,11 +453,11 @@ def _ignore(signum: int, frame: object) -> None:
     """Ctrl-C is the parent's. Not `SIG_IGN`, which programs started from here would inherit."""
 
 
-def main(calls: Connection, control: Connection, progress: Any, ordered: Any, start: bytes) -> None:
+def main(calls: Connection, control: Connection, shared: Any, start: bytes) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, _ignore)
     sys.setswitchinterval(SWITCH)
-    worker = Worker(calls, control, progress, ordered)
+    worker = Worker(calls, control, shared)
     threading.Thread(target=worker.hear, name="fastpool-control", daemon=True).start()
     try:
         initializer, initargs = pickle.loads(start)

@@ -28,6 +28,7 @@ from fastpool.backends import _worker
 from fastpool.backends._wire import (
     PROTOCOL,
     Far,
+    Shared,
     cannot_return,
     dump_function,
     dump_reason,
@@ -44,14 +45,17 @@ __all__ = ["Processes", "default"]
 
 KILL_AFTER = 30.0  # seconds, well after the report of a task that does not stop
 SLICE = 0.002  # seconds after which a worker sends home what it has, so that nothing waits long
+HELD = 5 * SLICE  # ...and after which what one call holds up is taken back
 MOST = 1024  # calls that are shipped at once
 GROWTH = 8  # times as many the next time, as long as they are quick; the slice bounds the rest
-BULK = 1 << 16  # bytes in one message from which on there are no more calls in the next
+BULK = 1 << 16  # bytes that a batch is to come to, with what it brings home
 MOST_WORKERS = 10_000
 ANSWER = 1.0  # seconds that a worker has to say where it is
 FAREWELL = 2.0  # seconds that a worker has to end by itself
 PATIENCE = 300  # hundredths of a second in which the server of forked processes is replaced
+KNOWN = 256  # functions that a worker is trusted to remember, beyond those of one message
 STARTS = 3  # workers that may die one after another before they have begun a task
+REST, END = (pickle.dumps((word,), PROTOCOL) for word in ("rest", "end"))
 UNGUARDED = 86  # with what a worker exits whose main script starts a group as it is imported
 
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
@@ -73,8 +77,8 @@ class Processes:
         start_method: `"forkserver"` or `"spawn"`; `None`: the first where there is one.
         initializer: Called in each process before its first task.
         initargs: Its arguments.
-        kill_after: Seconds after the cancel of its group when a process is killed whose task has
-            not stopped. `None`: never.
+        kill_after: Seconds after which a process is killed whose task has not stopped, after the
+            cancel of its group or its own, or the end of its own timeout. `None`: never.
         context_vars: The context variables that go along with a task, with what they are set to
             where it is submitted; each is a variable of a module.
 
@@ -138,6 +142,9 @@ class Processes:
         self._numbers.pop(run, None)
         lease = self._leases.pop(run, None)
         if lease is not None:
+            for lane in (*run.idle, *run.recalled):
+                if isinstance(lane, _Lane):
+                    lane.forget()
             lease.end(run)
 
     def abandon(self, run: Run) -> None:
@@ -198,8 +205,7 @@ class _Far:
     def __init__(self, context: Any, start: bytes) -> None:
         self.calls, calls = context.Pipe()
         self.control, control = context.Pipe()
-        self.progress = context.RawValue("q", -1)
-        self.ordered = context.RawValue("b", 0)  # whether a task was cancelled
+        self.shared = context.RawValue(Shared, -1)
         self.known: dict[int, tuple[object, int]] = {}  # the functions that it has, by `id`
         self.run: int | None = None
         # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
@@ -207,7 +213,7 @@ class _Far:
         self._telling = threading.Lock()
         self.process = context.Process(
             target=_worker.main,
-            args=(calls, control, self.progress, self.ordered, start),
+            args=(calls, control, self.shared, start),
             name="fastpool-worker",
         )
         try:
@@ -260,6 +266,11 @@ class _Far:
         with self._telling, contextlib.suppress(OSError):
             self.control.send_bytes(pickle.dumps(order, PROTOCOL))
 
+    def rest(self, word: bytes) -> None:
+        """Have it forget what is over: the batch before, or the group."""
+        with contextlib.suppress(OSError):
+            self.calls.send_bytes(word)
+
     def stack(self) -> str:
         """The stack of what it runs, as text; empty if it does not answer."""
         self.tell("where")
@@ -303,11 +314,13 @@ class _Lane(Lane):
         "_backend",
         "_batch",
         "_bell",
+        "_due",
         "_far",
         "_first",
         "_killed",
         "_next",
         "_orders",
+        "_overdue",
         "_size",
         "_took",
     )
@@ -320,10 +333,14 @@ class _Lane(Lane):
         self._first = 0  # the number of the first of them, as the worker counts
         self._next = 0  # no number is used again: what was said of it may come late
         self._took = 0.0  # seconds of the worker's, for the batch before
-        self._size = 0  # bytes that it came to
+        self._size = 0  # bytes that it came to, there and back
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._killed = False
+        # When the worker is killed for a call that was cancelled or is late, and how long that
+        # may go on, by the call's number.
+        self._due: dict[int, tuple[float, float]] = {}
+        self._overdue = False  # it was
 
     # --- Asked by others ---------------------------------------------------------------------
 
@@ -332,7 +349,7 @@ class _Lane(Lane):
         batch, far = self._batch, self._far
         if not batch:
             return None
-        at = -1 if far is None else far.progress.value - self._first
+        at = -1 if far is None else far.shared.at - self._first
         return handle(batch[min(max(at, 0), len(batch) - 1)])
 
     def in_hand(self) -> list[Task[Any]]:
@@ -342,7 +359,7 @@ class _Lane(Lane):
         self._orders.append((task, reason))
         far, bell = self._far, self._bell
         if far is not None:
-            far.ordered.value = 1  # after the order: the worker asks for it before it goes on
+            far.shared.ordered = True  # after the order: the worker asks for it before it goes on
         if bell is not None:
             bell.open()
 
@@ -352,6 +369,14 @@ class _Lane(Lane):
         bell = self._bell
         if bell is not None:
             bell.open()
+
+    def forget(self) -> None:
+        """The group has ended: nothing of it stays in the worker, nor here."""
+        far = self._far
+        if far is not None:
+            far.run = None
+            far.known.clear()
+            far.rest(END)
 
     @property
     def worker(self) -> str:
@@ -388,7 +413,9 @@ class _Lane(Lane):
                     continue
                 if done < len(batch):
                     most = max(1, done)
-                elif self._took < SLICE and self._size < BULK:
+                elif self._size >= BULK:
+                    most = max(1, len(batch) * BULK // self._size)
+                elif self._took < SLICE:
                     fair = len(run.queue) // (2 * self._backend.slots)
                     most = max(1, min(GROWTH * most, fair, MOST))
         finally:
@@ -396,7 +423,7 @@ class _Lane(Lane):
             self._bell = None
             run.token._remove(key)
             if self._far is not None:
-                self._far.tell("end", number)
+                self._far.rest(REST)
 
     def _ship(self, run: Run, number: int, batch: list[At], bell: Descriptor) -> int:
         """Have a batch run; how many of it have ended."""
@@ -446,7 +473,8 @@ class _Lane(Lane):
         if far is None:
             far = self._far = self._backend.start_worker()
             try:
-                word, what = pickle.loads(self._await(run, far, number, bell))
+                hello = self._await(run, far, number, bell, shipped=False)
+                word, what = pickle.loads(hello)
             except (EOFError, OSError):
                 self._far = None
                 why = far.never_came()
@@ -463,7 +491,9 @@ class _Lane(Lane):
 
     def _take_home(self, run: Run, far: _Far, number: int, bell: Descriptor) -> int:
         """Have the worker run the batch; how many of it have ended."""
-        far.progress.value = -1
+        far.shared.at, far.shared.recalled = -1, False
+        self._due.clear()
+        self._overdue = False
         _token.messages.writing = run.token, number
         try:
             message = self._encode(run, far, number)
@@ -487,12 +517,7 @@ class _Lane(Lane):
             run.all_succeeded(batch, self, values)
             self._report(run, far, handle(batch[len(values)]), how, what)
             return len(values) + 1
-        for at, each in zip(batch, rest[0], strict=False):
-            try:
-                how, what = pickle.loads(each)
-            except BaseException as error:
-                how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
-            self._report(run, far, handle(at), how, what)
+        self._report_each(run, far, rest[0])
         return len(rest[0])
 
     def _encode(self, run: Run, far: _Far, number: int, *, singly: bool = False) -> bytes:
@@ -505,6 +530,8 @@ class _Lane(Lane):
             singly: Whether each call is pickled by itself, as it is anyway if one cannot be.
         """
         functions: dict[int, bytes] = {}
+        if len(far.known) > KNOWN:  # each access to a method makes another one
+            far.known.clear()
 
         def key_of(fn: Any) -> int:
             entry = far.known.get(id(fn))
@@ -569,6 +596,7 @@ class _Lane(Lane):
             far.calls.send_bytes(message)
             while True:
                 reply = self._await(run, far, number, bell)
+                self._size = len(message) + len(reply)
                 try:
                     answer: tuple[Any, ...] = pickle.loads(reply)
                 except BaseException:  # one of the values; each by itself, then
@@ -579,6 +607,10 @@ class _Lane(Lane):
                 elif answer[0] == "ordered":
                     self._pass_on(far)
                     far.tell("all told")
+                elif answer[0] == "so far":
+                    ended = len(answer[1])
+                    self._report_each(run, far, answer[1])
+                    self._first, self._batch = self._first + ended, self._batch[ended:]
                 else:
                     return answer
         except (EOFError, OSError) as error:
@@ -594,29 +626,47 @@ class _Lane(Lane):
         else:
             run.token.cancel(why)
 
-    def _await(self, run: Run, far: _Far, number: int, bell: Descriptor) -> bytes:
+    def _await(
+        self, run: Run, far: _Far, number: int, bell: Descriptor, *, shipped: bool = True
+    ) -> bytes:
         """What the worker answers; meanwhile it is told of cancels, and killed in the end."""
         poll = select.poll()
         calls = far.calls.fileno()
         for fd in (calls, far.sentinel, bell.fileno()):
             poll.register(fd, select.POLLIN)
-        deadline = math.inf
+        kill_after = self._backend._kill_after
+        deadline = held = math.inf
+        if not shipped:
+            self._orders.clear()  # it is looked at again before the calls are
+        elif len(self._batch) == 1:
+            self._limit_last(kill_after)
+        elif not far.shared.recalled:
+            held = time.monotonic() + HELD
         told = False
         while True:
-            if self._killed or run.abandoned is not None or time.monotonic() >= deadline:
+            now = time.monotonic()
+            if self._killed or run.abandoned is not None or now >= deadline:
                 self._killed = True
                 far.kill()
             elif run.token.cancelled() and not told:
                 told = True
                 cause = run.token._cause
-                failed = cause is not None and cause.failure is not None
-                far.tell("cancel", number, dump_reason(run.token.reason), failed)
-                if self._backend._kill_after is not None:
-                    deadline = time.monotonic() + self._backend._kill_after
-            if self._orders:
+                assert cause is not None
+                far.tell("cancel", number, dump_reason(cause.reason), cause.failure is not None)
+                if kill_after is not None:
+                    deadline = cause.at + kill_after
+            if shipped and self._orders:
                 self._pass_on(far)
-            left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
-            ready = {fd for fd, _ in poll.poll(None if left is None else left * 1000)}
+            if now >= held:
+                held = math.inf
+                self._recall(run, far)
+                self._limit_last(kill_after)
+            if self._due and self._is_overdue(far, now):
+                self._overdue = True
+                far.kill()
+            moment = min(deadline, held, *(due for due, _ in self._due.values()))
+            left = None if moment == math.inf else max(0.0, moment - time.monotonic()) * 1000
+            ready = {fd for fd, _ in poll.poll(left)}
             if bell.fileno() in ready:
                 bell.clear()
             if calls in ready or far.calls.poll():
@@ -625,13 +675,58 @@ class _Lane(Lane):
             if far.sentinel in ready:
                 raise EOFError
 
+    def _recall(self, run: Run, far: _Far) -> None:
+        """
+        A call takes its time. What is behind it goes to others, which it may even wait for, and
+        what is before it comes home.
+        """
+        far.shared.recalled = far.shared.ordered = True  # in this order: it looks at the other one
+        far.tell("so far")
+        # Looked at after it was said: the worker does the reverse, and so has begun no other one.
+        begun = max(far.shared.at - self._first, 0) + 1
+        rest = [task for task in map(handle, self._batch[begun:]) if not task._state]
+        self._batch = self._batch[:begun]
+        with contextlib.suppress(RuntimeError, MemoryError, OSError, ValueError):
+            run.give_back(rest)  # if no lane is to be had for it, those there are come to it
+
     def _pass_on(self, far: _Far) -> None:
         """Tell the worker which of its tasks have been cancelled."""
         numbers = {handle(at): number for number, at in enumerate(self._batch, self._first)}
+        kill_after = self._backend._kill_after
         while self._orders:
             task, reason = self._orders.popleft()
             if task in numbers:
                 far.tell("cancel task", numbers[task], dump_reason(reason))
+                if kill_after is not None:
+                    self._due[numbers[task]] = time.monotonic() + kill_after, kill_after
+
+    def _limit_last(self, kill_after: float | None) -> None:
+        """See to it that a call which has a timeout of its own does not go on for ever."""
+        at, number = self._batch[-1], self._first + len(self._batch) - 1
+        options = at[1].items.options if isinstance(at, tuple) else at._options
+        if options.timeout is not None and kill_after is not None and number not in self._due:
+            span = max(0.0, options.timeout) + kill_after
+            self._due[number] = time.monotonic() + span, span
+
+    def _is_overdue(self, far: _Far, now: float) -> bool:
+        """Whether the worker is at a call that should have stopped long since."""
+        for number, (due, span) in list(self._due.items()):
+            if now >= due:
+                del self._due[number]
+                if far.shared.at == number:
+                    return True
+                if far.shared.at < number:  # it was not even begun yet
+                    self._due[number] = now + span, span
+        return False
+
+    def _report_each(self, run: Run, far: _Far, outcomes: list[bytes]) -> None:
+        """Enter what tasks came to, each of which was pickled by itself."""
+        for at, outcome in zip(self._batch, outcomes, strict=False):
+            try:
+                how, what = pickle.loads(outcome)
+            except BaseException as error:
+                how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
+            self._report(run, far, handle(at), how, what)
 
     def _report(self, run: Run, far: _Far, task: Task[Any], how: str, what: Any) -> None:
         """Enter what a task came to."""
@@ -651,11 +746,14 @@ class _Lane(Lane):
             wrong.__cause__ = error
             run.failed(task, self, wrong)
         elif how == "late":
-            late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
+            late = self._late(task)
             late.__cause__ = load_error(what, task.name, far.name)
             run.failed(task, self, late)
         else:
             run.failed(task, self, load_error(what, task.name, far.name))
+
+    def _late(self, task: Task[Any]) -> TimeoutError:
+        return TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
 
     def _bury(self, run: Run, far: _Far) -> WorkerDiedError | None:
         """
@@ -664,7 +762,7 @@ class _Lane(Lane):
         Returns:
             What to say of it if it had begun nothing; what it had is run elsewhere then.
         """
-        at: int = far.progress.value - self._first
+        at: int = far.shared.at - self._first
         self._far = None
         far.process.join(FAREWELL)
         how = far.how_it_ended()
@@ -673,8 +771,15 @@ class _Lane(Lane):
             return WorkerDiedError(f"{far.name} died before it began a task: {how}")
         *before, last = map(handle, self._batch[: at + 1])
         for task in (last, *before):
-            if self._killed:
+            own = run.tokens.get(task)
+            overdue = task is last and self._overdue
+            if self._killed or (overdue and own is not None and own.cancelled()):
                 run.stopped(task, self)
+                continue
+            if overdue:
+                late = self._late(task)
+                late.__cause__ = WorkerDiedError(f"{far.name} was killed, as it did not stop")
+                run.failed(task, self, late)
                 continue
             what = "ran" if task is last else "was about to bring home what it came to"
             run.failed(
