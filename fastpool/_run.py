@@ -711,6 +711,8 @@ class Run(Ledger):
         refuse_own_group(self, here())
         deadline = None if timeout is None else time.monotonic() + timeout
         gate = Gate()
+        # Before the queue and after it: a far lane takes many, and gives some of them back.
+        in_hand = [task for lane in self.lanes.copy() for task in lane.in_hand()]
         queued = [
             entry.unfinished() if type(entry) is Stretch else (entry,)
             for entry in dict.fromkeys(self.queue.copy())
@@ -719,11 +721,12 @@ class Run(Ledger):
         # yet said so; they pass as soon as they are done with it.
         pending: dict[Lane, None] = {}
         self.fences[gate] = pending
+        in_hand += [task for lane in self.lanes.copy() for task in lane.in_hand()]
         pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
             for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
-            tasks = itertools.chain(*reversed(queued), InHand(pending))
+            tasks = itertools.chain(*reversed(queued), in_hand, InHand(pending))
             return wait_for_all(tasks, deadline) and self._see_pass(pending, gate, deadline)
         finally:
             self.fences.pop(gate, None)

@@ -456,11 +456,11 @@ class _Lane(Lane):
                 run.failed(handle(batch[0]), self, error)
         finally:
             rest = [task for task in map(handle, self._batch[ended:]) if not task._state]
-            self._batch, self.at = [], None
         if rest and run.observers and run.stopping():
             run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
         if rest:
             run.give_back(rest)
+        self._batch, self.at = [], None  # only now: who looks for them finds them here or there
         if run.fences:
             run.passed(self)
         return len(batch) - len(rest)
@@ -685,9 +685,9 @@ class _Lane(Lane):
         # Looked at after it was said: the worker does the reverse, and so has begun no other one.
         begun = max(far.shared.at - self._first, 0) + 1
         rest = [task for task in map(handle, self._batch[begun:]) if not task._state]
-        self._batch = self._batch[:begun]
         with contextlib.suppress(RuntimeError, MemoryError, OSError, ValueError):
             run.give_back(rest)  # if no lane is to be had for it, those there are come to it
+        self._batch = self._batch[:begun]
 
     def _pass_on(self, far: _Far) -> None:
         """Tell the worker which of its tasks have been cancelled."""
