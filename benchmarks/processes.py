@@ -28,8 +28,8 @@ from fastpool.backends import Processes
 Submit = Callable[..., Any]
 Pool = Callable[[int], AbstractContextManager[Submit]]
 
-NAP = 1.0  # seconds a sleeper takes where nothing can wake it
-PATIENCE = 3.0  # seconds after which a pool that says nothing hangs
+NAP = 0.5  # seconds a sleeper takes where nothing can wake it
+PATIENCE = 1.5  # seconds after which a pool that says nothing hangs
 QUEUED = 200
 
 

@@ -14,7 +14,7 @@ import timeit
 import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from benchmarks import blocked, operations, processes
@@ -124,7 +124,15 @@ def compared(
 ) -> list[Result]:
     ours = taken.pop("fastpool")
     return [
-        Result(row, peer, ours * scale, theirs * scale, unit, theirs / ours, targets.get(peer))
+        Result(
+            row,
+            peer,
+            ours * scale,
+            theirs * scale,
+            unit,
+            theirs / ours if ours else None,
+            targets.get(peer),
+        )
         for peer, theirs in taken.items()
     ]
 
@@ -510,7 +518,15 @@ def on_processes(size: Size) -> list[Result]:
             found[name] = processes.OTHERS[name]
     targets = {"ProcessPoolExecutor": 30.0, "multiprocessing.Pool": 10.0}
     results: list[Result] = []
-    for row, job, wanted in (
+
+    def add(what: str, found: dict[str, float], unit: str, wanted: dict[str, float]) -> None:
+        scale = {"us": 1e6, "ms": 1e3}.get(unit, 1.0)
+        for result in compared("processes", found, wanted, unit, scale):
+            # Counts are beside each other, not divided.
+            ratio = None if scale == 1.0 else result.ratio
+            results.append(replace(result, peer=f"{what}, {result.peer}", ratio=ratio))
+
+    for what, job, wanted in (
         ("no-op", (nothing,), targets),
         ("1 ms", (processes.work, 0.001), {}),
     ):
@@ -518,39 +534,27 @@ def on_processes(size: Size) -> list[Result]:
             name: functools.partial(
                 processes.each,
                 pool,
-                size.tasks if row == "no-op" and name == "fastpool" else size.slow_tasks,
+                size.tasks if what == "no-op" and name == "fastpool" else size.slow_tasks,
                 2,
                 *job,
             )
             for name, pool in found.items()
         }
-        results += compared(f"processes {row}", medians(able, size.rounds), wanted, "us", 1e6)
-    for row, deadly, limit in (("failure", False, 5e-3), ("death", True, 10e-3)):
-        rounds = {
-            name: [processes.ending(pool, 4, deadly=deadly) for _ in range(3)]
-            for name, pool in found.items()
-        }
-        middle = {
-            name: {
-                field: statistics.median(getattr(one, field) for one in endings)
-                for field in ("delay", "late", "cleaned", "recovered")
-            }
-            for name, endings in rounds.items()
-        }
-        ours = middle.pop("fastpool")
-        ratio = limit / ours["delay"]
-        results.append(
-            Result(row, f"{limit * 1e3:g} ms", ours["delay"] * 1e3, limit * 1e3, "ms", ratio, 1.0)
-        )
-        for name, theirs in middle.items():
-            results += [
-                Result(row, name, ours["delay"] * 1e3, theirs["delay"] * 1e3, "ms"),
-                Result("late starts", name, ours["late"], theirs["late"], "tasks"),
-                Result("finally run", name, ours["cleaned"], theirs["cleaned"], "of 3"),
-                Result(
-                    "next result", name, ours["recovered"] * 1e3, theirs["recovered"] * 1e3, "ms"
-                ),
-            ]
+        add(what, medians(able, size.rounds), "us", wanted)
+    for what, deadly, limit in (("failure", False, 5e-3), ("death", True, 10e-3)):
+        middle: dict[str, dict[str, float]] = {}
+        for name, pool in found.items():
+            # What waits for a pool that hangs, or for sleepers, takes seconds each time.
+            rounds = 1 if size is QUICK and name != "fastpool" else size.rounds
+            endings = [processes.ending(pool, 4, deadly=deadly) for _ in range(rounds)]
+            for field in ("delay", "late", "cleaned", "recovered"):
+                middle.setdefault(field, {})[name] = statistics.median(
+                    getattr(one, field) for one in endings
+                )
+        add(what, {**middle["delay"], "limit": limit}, "ms", {"limit": 1.0})
+        add(f"{what}: late starts", middle["late"], "tasks", {})
+        add(f"{what}: finally run", middle["cleaned"], "of 3", {})
+        add(f"{what}: next result", middle["recovered"], "ms", {})
     return results
 
 
