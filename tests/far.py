@@ -266,6 +266,12 @@ def sets(token, reason):
 
 
 @cancellable
+def method_of_a_check(token: CancelToken):
+    """What a check is: the name of the function behind it, where it is defined, and of a poll."""
+    return [f"{fn.__module__}.{fn.__qualname__}" for fn in (token.check, token.cancelled)]
+
+
+@cancellable
 def has_a_token(token: CancelToken, value):
     return isinstance(token, CancelToken), token is current_token(), value
 

@@ -266,6 +266,17 @@ def test_log_context_goes_along(pool):
     assert bare.result() == {}
 
 
+def test_check_is_the_same_everywhere(pool):
+    """
+    A token is one of the process that it is in: a look at it costs what it costs on threads.
+    """
+    with TaskGroup(1, pool=pool) as group:
+        checks = group.submit(far.method_of_a_check)
+
+    names = ["CancelToken.check", "CancelToken.cancelled"]
+    assert checks.result() == [f"fastpool._token.{name}" for name in names]
+
+
 # --- Cancelling -----------------------------------------------------------------------------------
 
 

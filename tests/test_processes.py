@@ -949,6 +949,32 @@ if __name__ == "__main__":
     assert sorted(lines(ended)) == sorted(lines(begun))
 
 
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_ctrl_c_as_workers_start_is_the_parents(start_program, method, begun, release):
+    """
+    They import the main script, and say nothing of it.
+    """
+    program = start_program(
+        f"""
+if __name__ != "__main__":
+    far.note({str(begun)!r})
+    far.seen({str(release)!r})
+else:
+    try:
+        with TaskGroup(pool=Processes(2, start_method={method!r})) as group:
+            group.map(far.square, range(100))
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    )
+    seen(begun)
+    os.killpg(program.pid, signal.SIGINT)
+    note(release)
+
+    assert to_end(program) == ("interrupted\n", "")
+
+
 def test_second_ctrl_c_kills_the_worker_that_does_not_stop(start_program, begun):
     """
     The block is left at once, and nothing of it runs on.
@@ -1007,6 +1033,37 @@ if __name__ == "__main__":
     assert not any(map(alive, workers))
     if fn == "waits":
         assert sorted(lines(ended)) == sorted(workers)
+
+
+@pytest.mark.parametrize("state", ["idle", "in a group", "asleep"])
+def test_no_idle_or_sleeping_worker_survives_its_parent(start_program, state, begun):
+    """
+    Between two groups, between two tasks of one, and in a call that nothing interrupts.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    path, state = sys.argv[1:]
+    backend = Processes(1)
+    with TaskGroup(pool=backend) as group:
+        worker = group.submit(far.process).result()
+        if state == "asleep":
+            group.submit(time.sleep, 600)
+        if state != "idle":
+            far.note(path, worker)
+            threading.Event().wait()
+    far.note(path, worker)
+    threading.Event().wait()
+""",
+        begun,
+        state,
+    )
+    (worker,) = seen(begun)
+    program.kill()
+    program.wait()
+    until(lambda: not alive(worker))
+
+    assert not alive(worker)
 
 
 def test_group_open_at_exit_is_finished(start_program, begun):

@@ -470,6 +470,8 @@ def _warm_up() -> None:
 def main(calls: Connection, control: Connection, shared: Any, start: bytes) -> None:
     """The life of a worker process."""
     signal.signal(signal.SIGINT, _ignore)
+    if hasattr(signal, "pthread_sigmask"):  # it was started with that blocked
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.setswitchinterval(SWITCH)
     worker = Worker(calls, control, shared)
     threading.Thread(target=worker.hear, name="fastpool-control", daemon=True).start()

@@ -8,6 +8,7 @@ import itertools
 import math
 import multiprocessing
 import multiprocessing.process
+import operator
 import os
 import pickle
 import select
@@ -16,8 +17,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from multiprocessing import forkserver
+from collections.abc import Callable, Generator, Sequence
+from multiprocessing import forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _clock, _token
@@ -56,6 +57,7 @@ PATIENCE = 300  # hundredths of a second in which the server of forked processes
 KNOWN = 256  # functions that a worker is trusted to remember, beyond those of one message
 STARTS = 3  # workers that may die one after another before they have begun a task
 REST, END = (pickle.dumps((word,), PROTOCOL) for word in ("rest", "end"))
+SERVER = "fastpool.backends._server"  # what the server of forked processes imports
 UNGUARDED = 86  # with what a worker exits whose main script starts a group as it is imported
 
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
@@ -170,17 +172,18 @@ class Processes:
         context = multiprocessing.get_context("spawn") if _forked else self._context
         with _starting:
             if context.get_start_method() == "spawn":
-                return _Far(context, self._start)
-            _preload(context)
-            for _ in range(PATIENCE):
-                try:
+                with _ctrl_c_blocked():
                     return _Far(context, self._start)
-                except (ConnectionError, EOFError):
-                    # The server dies, perhaps as it imports a main script that is not guarded.
-                    # The next one does without that, and its worker says what is wrong.
-                    context.set_forkserver_preload([_worker.__name__])
-                    time.sleep(0.01)  # it is not replaced before it has quite ended
-            return _Far(context, self._start)
+            with _ctrl_c_blocked() if _preload(context) else contextlib.nullcontext():
+                for _ in range(PATIENCE):
+                    try:
+                        return _Far(context, self._start)
+                    except (ConnectionError, EOFError):
+                        # The server dies, perhaps as it imports a main script that is not guarded.
+                        # The next one does without that, and its worker says what is wrong.
+                        context.set_forkserver_preload([SERVER])
+                        time.sleep(0.01)  # it is not replaced before it has quite ended
+                return _Far(context, self._start)
 
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
         """What goes along with a task of the context that it was submitted in."""
@@ -199,6 +202,27 @@ class Processes:
         return (bound, named) if bound or named else None
 
 
+class _Name(str):
+    """
+    A worker's name, to read which has Ctrl-C ignored.
+
+    It is the first thing that a new process reads, before it imports the main script; nothing of
+    ours can be found there yet. Without it a Ctrl-C would be a traceback of the worker's.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return operator.getitem, ((str(self), _Ignored()), 0)
+
+
+class _Ignored:
+    """Read from its pickle, it is done."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return signal.signal, (signal.SIGINT, signal.SIG_IGN)
+
+
 class _Far:
     """One worker process, as its lane sees it."""
 
@@ -214,7 +238,7 @@ class _Far:
         self.process = context.Process(
             target=_worker.main,
             args=(calls, control, self.shared, start),
-            name="fastpool-worker",
+            name=_Name("fastpool-worker"),
         )
         try:
             self.process.start()
@@ -835,10 +859,36 @@ def _start_with(initializer: Callable[..., object] | None, initargs: tuple[Any, 
         raise TypeError(f"the initializer or initargs cannot be sent: {error}") from error
 
 
-def _preload(context: Any) -> None:
-    """Have the server import us, once, and not each worker; unless the program has its own list."""
-    if forkserver._forkserver._preload_modules == ["__main__"]:  # type: ignore[attr-defined] # nothing public asks
-        context.set_forkserver_preload(["__main__", _worker.__name__])
+def _preload(context: Any) -> bool:
+    """
+    Have the server import us, once, and not each worker.
+
+    Returns:
+        Whether it does: not if the program has its own list.
+    """
+    listed: list[str] = forkserver._forkserver._preload_modules  # type: ignore[attr-defined] # nothing public asks
+    if listed == ["__main__"]:
+        context.set_forkserver_preload(["__main__", SERVER])
+    return listed == ["__main__"] or SERVER in listed
+
+
+@contextlib.contextmanager
+def _ctrl_c_blocked() -> Generator[None, None, None]:
+    """
+    Start processes that do not hear Ctrl-C before they are ready for it.
+
+    A terminal sends it to them, too, and one that is still importing would say so, with a
+    traceback. They have this from the thread that starts them, which is a lane's.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    resource_tracker.ensure_running()  # which unblocks the signal when it starts something
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _start_method(name: str | None) -> str:
