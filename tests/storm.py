@@ -47,13 +47,15 @@ def kill(chance, moments):
 
 def play(rounds, folder, seed=1):
     """
-    How many tasks had their values, and how many had a worker die.
+    How many tasks had their values, how many had a worker die, and how many were cancelled.
+
+    In every third round tasks sleep besides, and the group is cancelled; nothing else ends them.
 
     Raises at a task that began twice, at a value that is not its own, and at any error but that
     of a worker's death.
     """
     chance = random.Random(seed)
-    backend = Processes(2)
+    backend = Processes(2, kill_after=None)
     came = Counter()
     for number in range(rounds):
         path = folder / str(number)
@@ -67,8 +69,16 @@ def play(rounds, folder, seed=1):
             for at, size in enumerate(sizes):
                 seconds = chance.choice((0, 0.001, 0.01))
                 tasks.append(group.submit(work, path, at, size, seconds))
+            if number % 3 == 0:
+                for _ in range(2):
+                    group.submit(fastpool.sleep, 3600)
+                killer.join()
+                group.cancel()
         killer.join()
         for task, size in zip(tasks, sizes, strict=True):
+            if task.cancelled():
+                came["cancel"] += 1
+                continue
             error = task.exception(timeout=0)
             if error is None and len(task.result()) != size:
                 raise AssertionError(f"round {number}: a value that is not its own")
@@ -93,7 +103,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         came = play(options.rounds, Path(folder), options.seed)
     print(dict(came))
-    assert all(came[what] for what in ("value", "death")), "nobody died, or nobody lived"
+    assert all(came[what] for what in ("value", "death", "cancel")), "one of these never came"
     fastpool.shutdown()
     assert not multiprocessing.active_children()
     return 0

@@ -866,10 +866,11 @@ def _preload(context: Any) -> bool:
     Returns:
         Whether it does: not if the program has its own list.
     """
-    listed: list[str] = forkserver._forkserver._preload_modules  # type: ignore[attr-defined] # nothing public asks
+    server: Any = forkserver._forkserver  # nothing public tells
+    listed: list[str] = server._preload_modules
     if listed == ["__main__"]:
         context.set_forkserver_preload(["__main__", SERVER])
-    return listed == ["__main__"] or SERVER in listed
+    return SERVER in listed or listed == ["__main__"]
 
 
 @contextlib.contextmanager
