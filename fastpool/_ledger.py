@@ -327,7 +327,7 @@ class Ledger:
                 if index in items.handles:
                     self.item_ended(items, index)
                 if items.listener is not None:
-                    items.listener(items.first + index)
+                    items.listener.arrive(items.first + index)
             else:  # as in `threads.serve`
                 if at._fn is not fn:
                     fn = at._fn
