@@ -963,7 +963,6 @@ else:
     try:
         with TaskGroup(pool=Processes(2, start_method={method!r})) as group:
             group.map(far.square, range(100))
-            threading.Event().wait()
     except KeyboardInterrupt:
         print("interrupted")
 """
