@@ -160,3 +160,21 @@ def hasty():
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """The file in which tasks of another process note that they have begun."""
+    return tmp_path / "begun"
+
+
+@pytest.fixture
+def ended(tmp_path):
+    """The file in which tasks note that their clean-up runs."""
+    return tmp_path / "ended"
+
+
+@pytest.fixture
+def release(tmp_path):
+    """The file for which tasks wait that are to end."""
+    return tmp_path / "release"

@@ -44,24 +44,6 @@ def pool(request):
     return request.param
 
 
-@pytest.fixture
-def begun(tmp_path):
-    """The file in which tasks note that they have begun."""
-    return tmp_path / "begun"
-
-
-@pytest.fixture
-def ended(tmp_path):
-    """The file in which tasks note that their clean-up runs."""
-    return tmp_path / "ended"
-
-
-@pytest.fixture
-def release(tmp_path):
-    """The file for which tasks wait that are to end."""
-    return tmp_path / "release"
-
-
 # --- Running --------------------------------------------------------------------------------------
 
 
