@@ -178,7 +178,7 @@ def streams(size: Size) -> list[Result]:
             able["ThreadPoolExecutor"] = functools.partial(
                 executor.imap, size.slow_tasks, workers, wide
             )
-        targets = {"ThreadPool": 3.0, "ThreadPoolExecutor": 3.0}
+        targets = {"ThreadPool": 1.5 if FREE_THREADED else 3.0, "ThreadPoolExecutor": 3.0}
         results += compared(job, medians(able, size.rounds), targets, "us", 1e6)
     able = {
         "fastpool": functools.partial(ours.imap, size.tasks, workers, narrow),

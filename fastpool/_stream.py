@@ -407,7 +407,7 @@ def _as_completed(source: Source[Any, Any]) -> Generator[Any, None, None]:
                 most = min(source.most(), len(ended))
                 numbers = [ended.popleft() for _ in range(most)]
                 # Mostly they have ended in their order.
-                are_in_order = numbers == [*range(numbers[0], numbers[0] + most)]
+                are_in_order = numbers[-1] - numbers[0] == most - 1 and numbers == sorted(numbers)
                 while numbers:
                     first = numbers[0]
                     if source.is_taken(first):
