@@ -175,7 +175,6 @@ class Stretch:
         fn: The function.
         unpack: Whether an item is a tuple of arguments.
         context: Of all the calls, each of which has a copy. `None`: they are in `contexts`.
-        shares: Whether several of these may be one, of which each call has a copy, too.
     """
 
     __slots__ = (
@@ -185,25 +184,17 @@ class Stretch:
         "fn",
         "following",
         "items",
-        "shares",
         "unpack",
     )
 
     def __init__(
-        self,
-        items: Items,
-        fn: Callable[..., Any],
-        *,
-        unpack: bool,
-        context: Context | None = None,
-        shares: bool = False,
+        self, items: Items, fn: Callable[..., Any], *, unpack: bool, context: Context | None = None
     ) -> None:
         self.items = items
         self.fn = fn
         self.unpack = unpack
         self.copy = None if context is None else context.copy
-        self.contexts: list[Context | None] = []  # None where it has been used
-        self.shares = shares
+        self.contexts: list[Context | None] = []  # none is entered; None where it has been used
         self.following = itertools.count().__next__
         items.stretch = weakref.ref(self)
 

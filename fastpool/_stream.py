@@ -258,7 +258,7 @@ class Source(Generic[T, R]):
             listener=self.arrivals,
         )
         self._handed[self.count // CHUNK] = bytearray(CHUNK)
-        self._stretch = stretch = Stretch(chunk, self._fn, unpack=False, shares=self._is_prompt)
+        self._stretch = stretch = Stretch(chunk, self._fn, unpack=False)
         return stretch
 
     def _is_closed(self, ahead: int) -> bool:

@@ -378,9 +378,8 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     first, listener = items.first, items.listener
     arrive, asleep = (None, None) if listener is None else (listener.ended.append, listener.asleep)
     handles, taken, states, values = items.handles, items.taken, items.states, items.values
-    copy, contexts, shares = stretch.copy, stretch.contexts, stretch.shares
-    become = current.set
-    own: Any = None  # Any: the context of the call that runs
+    copy, contexts = stretch.copy, stretch.contexts
+    become, own = current.set, None
     entry: Task[Any] | Stretch | None = stretch
     place = (0, stretch)
     while entry is stretch:
@@ -394,10 +393,8 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
         if copy is not None:
             own = copy()
         else:
-            own = contexts[index]
+            own = contexts[index].copy()  # type: ignore[union-attr] # it is there yet
             contexts[index] = None
-            if shares:
-                own = own.copy()
         own.run(become, place)
         try:
             value = own.run(fn, *values[index]) if unpack else own.run(fn, values[index])
