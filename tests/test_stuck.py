@@ -767,7 +767,12 @@ def test_task_that_waits_for_a_stuck_one_names_it():
         with TaskGroup(1, name="inner", grace=60) as group:
             group.with_options(name="deaf").submit(release.wait)
 
-    said = report(leaves, release.set, ready=on_lock)
+    def is_left(thread):
+        (hard,) = fastpool.dump()
+        inner = [group for task in hard.tasks for group in task.groups if group.tasks]
+        return inner and inner[0].state == "leaving" and on_lock(thread)
+
+    said = report(leaves, release.set, ready=is_left)
 
     assert said.endswith("It waits for task 'deaf' of group 'inner'.")
     assert [line for line in said.split("\n") if "in leaves" in line]
