@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import sys
 import threading
 import time
 import weakref
@@ -154,6 +155,7 @@ class _Pool:
         self.lanes: list[Lane] = []
         self.reserve: dict[Lane, None] = {}
         self.ended = False
+        self.foreign = False  # it is the pool of the process that this one was forked from
         self.idle_since = 0.0
         _live_pools[self] = None
         # Guards the growing of `threads` and `lanes`. Held while a thread starts; by submitters
@@ -202,7 +204,7 @@ class _Pool:
 
     def disown(self) -> None:
         """In a forked child: the threads are the parent's, and so are the pool's pipes."""
-        self.ended = True
+        self.ended = self.foreign = True
         if self.threads is not None:
             self.threads._state = "CLOSE"  # or its finalizer would write to them
         if self.crew.disown is not None:
@@ -304,6 +306,10 @@ def _park(pool: _Pool, lane: Lane) -> None:
     if pool.crew.leave is not None:
         pool.crew.leave(lane)
     thread.lane = None
+    if pool.foreign:
+        # A task has forked, and returned in the child as well. Its thread is all there is of that
+        # process, which a `ThreadPool` would have wait for a job for ever; so the thread ends.
+        sys.exit()
     assert pool.threads is not None
     pool.threads.close()
 
