@@ -572,6 +572,8 @@ class CancelToken:
     def _seal(self) -> bool:
         """Make sure that nothing sets the token any more, and unlink it; whether nothing had."""
         held = self._entries.setdefault(_CAUSE, _SEALED)
+        if held is not _SEALED:  # who set it may not have come to its reason yet; see `_claim`
+            self._reason = held.reason  # type: ignore[attr-defined]
         self._unlink()
         return held is _SEALED
 

@@ -750,6 +750,44 @@ def test_deadline_that_passes_as_the_block_is_left_leaves_whole_or_not_at_all():
         assert batch.results() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("who", ["group", "token around it"])
+def test_cancel_that_meets_the_end_of_the_block_is_there_when_it_is_left(who):
+    """
+    The canceller has won, and is held up before it has said so: the state goes back or forth for
+    nobody who looks after the block.
+    """
+    outer = CancelToken()
+    reached, go_on = threading.Event(), threading.Event()
+    seen = []
+
+    def hold_up(frame, event, argument):
+        if group.token._cause is not None and not group.token.cancelled():
+            sys.settrace(None)
+            reached.set()
+            go_on.wait(timeout=60)
+            return None
+        return hold_up
+
+    def cancels():
+        sys.settrace(hold_up)
+        try:
+            return (group if who == "group" else outer).cancel("enough")
+        finally:
+            sys.settrace(None)
+
+    with contextlib.suppress(Cancelled), TaskGroup(1, token=outer) as group:
+        canceller, told = start(cancels)
+        reached.wait(timeout=60)
+    seen.append((group.token.cancelled(), group.token.reason))
+    go_on.set()
+    canceller.join(timeout=60)
+    seen.append((group.token.cancelled(), group.token.reason))
+
+    assert reached.is_set()
+    assert told == [True]
+    assert seen == [(True, "enough")] * 2
+
+
 # --- Tokens, callbacks, waits ---------------------------------------------------------------------
 
 
