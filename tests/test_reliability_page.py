@@ -1,0 +1,52 @@
+"""
+The page on reliability: the tests that it names are there.
+"""
+
+import ast
+import re
+
+import pytest
+from pages import ROOT
+
+PAGE = (ROOT / "docs" / "reliability.md").read_text()
+ROWS = re.findall(r"^\| (\d+) \| (.+) \| (.+) \| (.+) \|$", PAGE, re.MULTILINE)
+
+
+def names_in(file):
+    """The names of its tests, in classes too."""
+    tree = ast.parse((ROOT / "tests" / file).read_text())
+    found = {each.name for each in ast.walk(tree) if isinstance(each, ast.FunctionDef)}
+    return {name for name in found if name.startswith("test_")}
+
+
+def test_catalogue_has_each_of_its_faults():
+    """
+    Ninety-two, numbered from one.
+    """
+    assert [int(number) for number, *_ in ROWS] == list(range(1, 93))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
+def test_fault_has_its_tests_or_a_reason(row):
+    """
+    Each test is named with its file; a line without one says that it is not tested, and why.
+    """
+    _, fault, does, shown = row
+    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", shown)
+
+    assert fault.strip()
+    assert does.strip()
+    assert named or shown.startswith(("Not tested: ", "The whole suite, "))
+    for file, name in named:
+        assert name in names_in(file), f"{file} has no {name}"
+
+
+def test_tests_that_the_page_names_are_there():
+    """
+    Those of its other tables as well, and the files.
+    """
+    files = {path.name: names_in(path.name) for path in (ROOT / "tests").glob("test_*.py")}
+    every = set().union(*files.values())
+
+    assert set(re.findall(r"\btest_\w+\.py\b", PAGE)) <= set(files)
+    assert set(re.findall(r"\btest_\w+\b(?!\.py)", PAGE)) <= every
