@@ -355,8 +355,8 @@ def is_meant(error, meant):
 class Puppet:
     """A task that does what it is told, and how it should stand."""
 
-    def __init__(self, show, reaction):
-        self.show, self.reaction = show, reaction  # "deaf", or what it does when it is cancelled
+    def __init__(self, reaction):
+        self.reaction = reaction  # "deaf", or what it does when it is cancelled
         self.state = "queued"
         self.error = None
         self.told = False  # its own token is set
@@ -367,7 +367,7 @@ class Puppet:
         self.handle = None
 
     def __call__(self):
-        """What the task runs: `("value", 404)`, `("error", an error)`, or an order to look."""
+        """What the task runs, by its orders: to return, to raise, or to look at its token."""
         self.token = current_token()
         with self.token.on_cancel(lambda: self.orders.put(("cancelled", None))):
             self.started.set()
@@ -398,7 +398,6 @@ class Show:
         self.failures = []  # lists, by time; those of one list at the same time, in any order
         self.winner = None
         self.turned = around.turned and "outside" if around else None  # the token, by what
-        self.deadline = True
 
     def running(self):
         return [each for each in self.puppets if each.state == "running"]
@@ -449,7 +448,6 @@ class Groups(RuleBasedStateMachine):
         for each in inside:
             if each.turned is None:
                 each.turned = how if each is show else "outside"
-                each.deadline = each is show and how == "deadline"
         for each in inside:
             self.tell_all(each)
             for puppet in each.puppets:
@@ -526,7 +524,7 @@ class Groups(RuleBasedStateMachine):
     )
     def submit(self, which, reactions, how):
         show = pick(self.shows, which)
-        puppets = [Puppet(show, reaction) for reaction in reactions]
+        puppets = [Puppet(reaction) for reaction in reactions]
         if show.turned is not None:
             expected = Cancelled if self.shows[-1].turned is not None else GroupClosedError
             for call in (show.group.submit, lambda fn, each: show.group.map(fn, [each])):
