@@ -8,6 +8,7 @@ import platform
 import sys
 from dataclasses import asdict
 
+from benchmarks import soak
 from benchmarks.jobs import clock
 from benchmarks.measure import calibration
 from benchmarks.rows import FULL, QUICK, ROWS, Result
@@ -18,6 +19,8 @@ TRIES = 3  # ...that many times in a row
 
 def main() -> int:
     """Measure, print, and say whether what must hold holds."""
+    if sys.argv[1:2] == ["soak"]:
+        return soak.main(sys.argv[2:])
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description="Compare fastpool with its peers, in one run on this machine.",

@@ -1,0 +1,628 @@
+"""
+Random trees of groups for as long as you like, and after each everything that must hold.
+
+`python -m benchmarks soak --minutes 10`: a round runs one tree, made from the seed and the
+round's number, and looks what became of every task, what left every block, and what still runs.
+Now and then it looks for what is left behind: threads, processes, descriptors, objects, memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import faulthandler
+import gc
+import itertools
+import multiprocessing
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from contextvars import copy_context
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from typing import Any
+
+import fastpool
+from fastpool import (
+    Cancelled,
+    CancelToken,
+    CollectAll,
+    FailFast,
+    FirstSuccess,
+    GroupClosedError,
+    StuckTaskError,
+    Task,
+    TaskCancelledError,
+    TaskGroup,
+    cancellable,
+    current_token,
+    shield,
+    use_token,
+)
+
+__all__ = ["main"]
+
+POLICIES = {"fail fast": FailFast(), "collect": CollectAll(), "first": FirstSuccess()}
+POOLS: dict[str, Any] = {"threads": None}  # and one of ours, by "shared"
+TALLY: collections.Counter[str] = collections.Counter()  # of what was looked at
+HANG = 120  # seconds after which a round hangs
+LOOK = 200  # rounds between two looks for what is left behind
+MARGIN = 8 * 2**20  # bytes that the process may grow by over the second half of a run
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one task does."""
+
+    number: int
+    kind: str
+    inner: Block | None = None
+    timeout: float | None = None  # of the task
+
+
+@dataclass(frozen=True)
+class Block:
+    """One group: how it is made, what is submitted to it and how, and how its body ends."""
+
+    number: int
+    workers: int
+    policy: str
+    timeout: float | None
+    max_queued: int | None
+    pool: str
+    feed: str
+    calls: tuple[Call, ...]
+    ending: str
+
+
+class Failed(Exception):
+    """A task's or a body's failure, by number."""
+
+
+class Wrong(AssertionError):
+    """A promise was broken."""
+
+
+def wants(holds: object, what: str, *seen: object) -> None:
+    """Say what should hold, if it does not."""
+    if not holds:
+        raise Wrong(f"{what}: {', '.join(map(repr, seen))}")
+
+
+# --- The trees -----------------------------------------------------------------------------
+
+NEAR = [
+    "value",
+    "check",
+    "sleep",
+    "catch",
+    "shield",
+    "wait",
+    "submit",
+    "cancel-sibling",
+    "cancel-group",
+    "fails",
+]
+FAR = ["value", "check", "sleep", "catch", "shield", "fails"]
+
+
+def tree(chance: random.Random, pools: list[str]) -> Block:
+    """A tree of groups, up to four deep."""
+    numbers = itertools.count(1)
+
+    def block(depth: int, pool: str) -> Block:
+        number = next(numbers)
+        workers = chance.choice([1, 1, 2, 3])
+        feed = chance.choice(["submit", "submit", "map", "imap", "imap unordered"])
+        ending = chance.choice(
+            ["leave", "leave", "wait", "results", "as completed", "raises", "cancel"]
+        )
+        timeout = chance.choice([None] * 5 + [chance.uniform(0.001, 0.03)])
+        max_queued = chance.choice([None, None, 1, 4])
+        kinds = FAR if pool == "processes" else NEAR
+        if chance.random() < 0.3:
+            kinds = [*kinds, "fails"] if pool == "processes" else [*kinds, "fails", "cancel-group"]
+        if depth < 3:
+            kinds = [*kinds, "nested", "nested"]
+        # What never ends by itself: the group's deadline ends it, or its body when all is queued.
+        ends = ending == "cancel" and max_queued is None and feed in ("submit", "map")
+        if ends or timeout is not None:
+            kinds = [*kinds, "endless", "endless"]
+        if ends and pool == "threads":
+            kinds = [*kinds, *["stuck"] * chance.choice([0, 0, 0, 1])]
+        if chance.random() < 0.02:
+            kinds = [*kinds, "exits"]
+        calls = tuple(
+            call(depth, chance.choice(kinds), pool) for _ in range(chance.choice([0, 2, 5, 10, 30]))
+        )
+        policy = chance.choice(["fail fast"] * 3 + ["collect", "collect", "first"])
+        return Block(number, workers, policy, timeout, max_queued, pool, feed, calls, ending)
+
+    def call(depth: int, kind: str, pool: str) -> Call:
+        number, inner = next(numbers), None
+        if kind == "nested":
+            # A worker process opens groups of threads.
+            inner = block(depth + 1, "threads" if pool == "processes" else chance.choice(pools))
+        return Call(number, kind, inner, chance.choice([None] * 49 + [0.005]))
+
+    return block(0, chance.choice(pools))
+
+
+# --- A round -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What a task's body says became of it."""
+
+    begun: int = 0
+    ended: int = 0
+    left: Any = None  # what it returned or raised
+    raised: bool = False
+
+
+@dataclass
+class Round:
+    """One tree at work."""
+
+    top: Block
+    seen: dict[int, Outcome] = field(
+        default_factory=lambda: collections.defaultdict(Outcome)  # by the number of the call
+    )
+    groups: dict[int, TaskGroup] = field(default_factory=dict)
+    handles: dict[int, list[tuple[Call, Task[Any]]]] = field(default_factory=dict)
+    late: collections.Counter[int] = field(default_factory=collections.Counter)
+    released: threading.Event = field(default_factory=threading.Event)  # those that are stuck
+    wrong: list[BaseException] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run the tree, and look what became of it."""
+        try:
+            self.open(self.top)
+        except Wrong:
+            raise
+        except BaseException:
+            pass  # what left it has been looked at
+        finally:
+            self.released.set()
+        if self.wrong:
+            raise self.wrong[0]
+
+    # --- Blocks --------------------------------------------------------------------------------
+
+    def open(self, block: Block) -> None:
+        """Run one group, and look what became of it; what left it leaves."""
+        outer = current_token()
+        stuck = any(call.kind == "stuck" for call in block.calls)
+        group = TaskGroup(
+            block.workers,
+            timeout=block.timeout,
+            max_queued=block.max_queued,
+            policy=POLICIES[block.policy],
+            pool=POOLS.get(block.pool, block.pool),
+            grace=0.02 if stuck else 60.0,
+            on_stuck="abandon" if stuck else "wait",
+        )
+        self.groups[block.number] = group
+        self.handles[block.number] = []
+        left: BaseException | None = None
+        try:
+            with group:
+                self.body(block, group)
+        except BaseException as error:
+            left = error
+        try:
+            self.look(block, group, left, outer)
+        except BaseException as error:
+            self.wrong.append(error)
+        finally:
+            if left is not None:
+                try:
+                    raise left
+                finally:
+                    del left
+
+    def body(self, block: Block, group: TaskGroup) -> None:
+        handles = self.handles[block.number]
+        act: Callable[[Call], Any] = far_act if block.pool == "processes" else self.act
+        if block.feed == "submit":
+            for call in block.calls:
+                submitter = (
+                    group if call.timeout is None else group.with_options(timeout=call.timeout)
+                )
+                handles.append((call, submitter.submit(act, call)))
+        elif block.feed == "map":
+            batch = group.map(act, block.calls)
+            handles.extend(zip(block.calls, batch.tasks, strict=True))
+            if block.ending == "results":
+                batch.results()
+            elif block.ending == "as completed":
+                for index, value in batch.as_completed():
+                    wants(value == block.calls[index].number, "a value is another's", value)
+        else:
+            self.stream(block, group, act)
+        if block.ending == "wait":
+            group.wait()
+        elif block.ending == "results":
+            for _, task in handles:
+                task.result()
+        elif block.ending == "as completed":
+            tasks = [task for _, task in handles]
+            ended = list(fastpool.as_completed(tasks))
+            wants(sorted(map(id, ended)) == sorted(map(id, tasks)), "not each once", ended)
+        elif block.ending == "raises":
+            raise Failed(block.number)
+        elif block.ending == "cancel":
+            fastpool.sleep(0.002)
+            group.cancel("enough")
+
+    def stream(self, block: Block, group: TaskGroup, act: Callable[[Call], Any]) -> None:
+        """Take values until the last one, or until every fourth block has had enough."""
+        taken: list[int] = []
+        closed = []
+
+        def items() -> Iterator[Call]:
+            try:
+                yield from block.calls
+            finally:
+                closed.append(True)
+
+        window = 1 + block.number % 5
+        if block.feed == "imap":
+            values = group.imap(act, items(), window=window)
+        else:
+            values = group.imap_unordered(act, items(), window=window)
+        with contextlib.closing(values):  # type: ignore[type-var] # it is a generator
+            for value in values:
+                taken.append(value)
+                if block.number % 4 == 0 and len(taken) > 2:
+                    break
+        wants(closed or not block.calls, "the input is not closed")
+        numbers = [call.number for call in block.calls]
+        if block.feed == "imap":
+            wants(taken == numbers[: len(taken)], "out of order", taken, numbers)
+        wants(len(set(taken)) == len(taken) and set(taken) <= set(numbers), "not once", taken)
+
+    # --- Tasks -------------------------------------------------------------------------------
+
+    def act(self, call: Call) -> int:
+        """What a task does, and a note of it."""
+        seen = self.seen[call.number]
+        seen.begun += 1
+        if call.number > 0:
+            block, group = self.around(call)
+            self.late[block.number] += bool(group.failures)
+        try:
+            self.do(call)
+        except BaseException as error:
+            seen.left, seen.raised = error, True
+            raise
+        else:
+            seen.left = call.number
+            return call.number
+        finally:
+            seen.ended += 1
+
+    def do(self, call: Call) -> None:
+        if call.kind == "nested":
+            assert call.inner is not None
+            self.open(call.inner)
+        elif call.kind == "stuck":
+            self.released.wait(timeout=HANG)
+        elif call.kind in ALONE:
+            ALONE[call.kind]()
+        elif call.kind == "fails":
+            raise Failed(call.number)
+        elif call.kind == "exits":
+            raise SystemExit(call.number)
+        elif call.kind != "value":
+            self.among_others(call)
+
+    def among_others(self, call: Call) -> None:
+        """What one task does to the others of its group."""
+        block, group = self.around(call)
+        others = self.handles[block.number].copy()
+        if call.kind == "cancel-group":
+            group.cancel("enough")
+        elif call.kind == "submit":
+            more = Call(-call.number - 1, "value")
+            with contextlib.suppress(GroupClosedError):
+                self.handles[block.number].append((more, group.submit(self.act, more)))
+        elif others:
+            task = others[call.number % len(others)][1]
+            if call.kind == "cancel-sibling":
+                task.cancel("by a sibling")
+            else:
+                with contextlib.suppress(Failed, TaskCancelledError, RuntimeError, TimeoutError):
+                    task.result(timeout=0.005)
+
+    def around(self, call: Call) -> tuple[Block, TaskGroup]:
+        """The block that a call is of."""
+        blocks = [self.top]
+        for block in blocks:  # grows as it goes
+            if call in block.calls:
+                return block, self.groups[block.number]
+            blocks += [each.inner for each in block.calls if each.inner is not None]
+        raise LookupError(call)
+
+    # --- What must hold --------------------------------------------------------------------------
+
+    def look(
+        self, block: Block, group: TaskGroup, left: BaseException | None, outer: CancelToken
+    ) -> None:
+        """Look what became of a group that has ended, and of all its tasks."""
+        TALLY["groups"] += 1
+        abandoned = isinstance(left, StuckTaskError) or any(
+            call.kind == "stuck" and task.cancelled() for call, task in self.handles[block.number]
+        )
+        for call, task in self.handles[block.number]:
+            self.look_at(call, task, far=block.pool == "processes")
+        if block.pool != "processes" and not abandoned:
+            for call in block.calls:
+                seen = self.seen[call.number]
+                wants(seen.begun == seen.ended <= 1, "it runs, or ran twice", call, seen)
+        if block.policy == "fail fast":
+            late = self.late[block.number]
+            wants(late <= block.workers, "begun after a failure", late, block.workers)
+        self.look_at_failures(block, group)
+        self.look_at_leaving(block, group, left, outer)
+        wants(not group.cancel("late"), "a cancel after the end")
+        try:
+            group.submit(abs, 1)
+        except GroupClosedError:
+            return
+        raise Wrong("an ended group takes a task")
+
+    def look_at(self, call: Call, task: Task[Any], *, far: bool) -> None:
+        """Exactly one outcome, which is that of the body."""
+        wants(task.done() and not task.running(), "not done", call, task)
+        seen = self.seen[call.number]
+        TALLY["tasks"] += 1
+        error = None
+        try:
+            value = task.result(timeout=0)
+        except (TaskCancelledError, Cancelled):
+            TALLY["cancelled"] += 1
+            wants(task.cancelled() or seen.raised, "told as cancelled", call, task)
+        except BaseException as raised:
+            TALLY["failed"] += 1
+            error = raised
+            wants(task.exception() is raised and not task.cancelled(), "two outcomes", call)
+            if far or isinstance(error, TimeoutError):
+                return  # a copy; or of its own deadline
+            wants(seen.raised and seen.left is error, "an error that it has not raised", call)
+        else:
+            wants(value == call.number, "another's value", call, value)
+            wants(far or seen.left == call.number, "a value of no body", call, seen)
+
+    def look_at_failures(self, block: Block, group: TaskGroup) -> None:
+        """Each task that failed is among the failures once, and no other."""
+        noted = [failure.task for failure in group.failures if failure.task is not None]
+        wants(len({id(task) for task in noted}) == len(noted), "noted twice", group.failures)
+        for task in noted:
+            wants(not task.cancelled() and task.exception() is not None, "has not failed", task)
+        errors = {id(failure.exception) for failure in group.failures}
+        for call, task in self.handles[block.number]:
+            error = None if task.cancelled() else task.exception()
+            wants(error is None or id(error) in errors, "a failure is lost", call, error)
+
+    def look_at_leaving(
+        self, block: Block, group: TaskGroup, left: BaseException | None, outer: CancelToken
+    ) -> None:
+        """What left the block is what the rules make of its record."""
+        failures = group.failures
+        errors = [failure.exception for failure in failures]
+        for error in errors:
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                wants(left is error, "another than the exit left", left, error)
+                return
+        if block.policy == "fail fast" and errors:
+            wants(left is errors[0], "another than the first failure left", left, errors)
+            return
+        if block.policy == "first":
+            bodies = [failure.exception for failure in failures if failure.task is None]
+            if bodies:
+                wants(left is bodies[0], "another than the body's left", left, bodies)
+                return
+            if group.winner is not None:
+                wants(not isinstance(left, BaseExceptionGroup), "failures beside a winner", left)
+                errors = []
+        if errors:
+            wants(isinstance(left, BaseExceptionGroup), "not all failures left", left, errors)
+            assert isinstance(left, BaseExceptionGroup)
+            wants(list(left.exceptions) == errors, "not these failures", left.exceptions, errors)
+            return
+        reason = group.token.reason
+        if isinstance(left, StuckTaskError):
+            TALLY["abandoned"] += 1
+        elif isinstance(left, TimeoutError):
+            TALLY["timed out"] += 1
+            wants(block.timeout is not None and group.token.cancelled(), "no deadline", left)
+        elif isinstance(left, Cancelled):
+            wants(outer.cancelled(), "cancelled by nobody outside", left, reason)
+        else:
+            wants(left is None, "left by what is not on record", left, failures)
+
+
+def sleep() -> None:
+    fastpool.sleep(random.uniform(0, 0.004))
+
+
+def check() -> None:
+    for _ in range(200):
+        fastpool.checkpoint()
+
+
+def catch() -> None:
+    with contextlib.suppress(Cancelled):
+        fastpool.sleep(0.003)
+
+
+def shielded() -> None:
+    with shield():
+        fastpool.sleep(0.001)
+    fastpool.checkpoint()
+
+
+def endless() -> None:
+    fastpool.sleep(HANG)
+    raise Wrong("nobody has cancelled it")
+
+
+ALONE: dict[str, Callable[[], None]] = {
+    "sleep": sleep,
+    "check": check,
+    "catch": catch,
+    "shield": shielded,
+    "endless": endless,
+}
+
+
+@cancellable
+def far_act(token: CancelToken, call: Call) -> int:
+    """What a task does in a worker process, where its notes stay."""
+    if call.inner is not None:
+        there = Round(call.inner)
+        try:
+            there.open(call.inner)
+        finally:
+            there.released.set()
+            if there.wrong:
+                raise there.wrong[0]
+    elif call.kind == "fails":
+        raise Failed(call.number)
+    elif call.kind in ALONE:
+        ALONE[call.kind]()
+    return call.number
+
+
+# --- What is left behind ---------------------------------------------------------------------
+
+
+def left_behind() -> dict[str, int]:
+    """How many threads, processes, descriptors and objects of fastpool's there are."""
+    fastpool.shutdown()
+    end = time.monotonic() + HANG
+    while time.monotonic() < end:  # what was abandoned ends now
+        threads = [thread.name for thread in threading.enumerate() if "fastpool" in thread.name]
+        if not threads:
+            break
+        time.sleep(0.01)
+    for _ in range(3):
+        gc.collect()
+    objects = collections.Counter(
+        type(thing).__name__
+        for thing in gc.get_objects()
+        if str(type(thing).__module__).startswith("fastpool")
+    )
+    return {
+        "threads": len(threads),
+        "processes": len(multiprocessing.active_children()),
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "groups": objects["TaskGroup"] + objects["Run"],
+        "tasks": objects["Call"] + objects["CallWith"] + objects["Item"] + objects["Items"],
+        "tokens": objects["CancelToken"],
+    }
+
+
+def resident() -> int:
+    """Bytes of memory."""
+    gc.collect()
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+# --- The run -----------------------------------------------------------------------------------
+
+
+def one(seed: str, number: int, pools: list[str], complaints: list[BaseException]) -> None:
+    """One round."""
+    chance = random.Random(f"{seed}/{number}")
+    round_ = Round(tree(chance, pools))
+    token = CancelToken()
+    timer = threading.Timer(chance.uniform(0, 0.02), token.cancel, ["from outside"])
+    if chance.random() < 0.15:
+        timer.start()
+    try:
+        with use_token(token):
+            if chance.random() < 0.3:
+                elsewhere(copy_context().run, round_.run)
+            else:
+                round_.run()
+    finally:
+        timer.cancel()
+        if timer.ident is not None:
+            timer.join()
+    if complaints:
+        raise Wrong(f"nobody was given {complaints!r}")
+
+
+def elsewhere(fn: Callable[..., object], *args: object) -> None:
+    """Call something in a thread of its own."""
+    outcome: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            fn(*args)
+        except BaseException as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    if outcome:
+        raise outcome.pop()
+
+
+def main(arguments: list[str]) -> int:
+    """Run rounds until the time is over or one is wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks soak", description=__doc__)
+    parser.add_argument("--minutes", type=float, default=1.0, help="how long (default 1)")
+    parser.add_argument("--seed", help="what the trees are made from; by default a new one")
+    parser.add_argument("--round", type=int, help="this round alone, again and again")
+    parser.add_argument("--pools", default="threads,shared", help="threads, shared, processes")
+    options = parser.parse_args(arguments)
+    seed = options.seed or f"{random.SystemRandom().randrange(10**9)}"
+    pools = options.pools.split(",")
+
+    complaints: list[BaseException] = []
+    sys.unraisablehook = lambda told: complaints.append(told.exc_value or told.exc_type())
+    threading.excepthook = lambda told: complaints.append(told.exc_value or told.exc_type())
+    warnings.simplefilter("ignore", RuntimeWarning)  # of those that are stuck
+    print(f"seed {seed}, {', '.join(pools)}", flush=True)
+
+    rounds, end = 0, time.monotonic() + 60 * options.minutes
+    before: dict[str, int] = {}
+    middle = 0
+    with contextlib.closing(ThreadPool(2)) as shared:
+        POOLS["shared"] = shared
+        while time.monotonic() < end:
+            number = rounds if options.round is None else options.round
+            faulthandler.dump_traceback_later(2 * HANG, exit=True)
+            try:
+                one(seed, number, pools, complaints)
+            except BaseException as error:
+                print(f"round {number} of seed {seed}: {type(error).__name__}: {error}", flush=True)
+                traceback.print_exception(error)
+                return 1
+            rounds += 1
+            if rounds % LOOK == 0:
+                seen = left_behind()
+                before = before or seen
+                grown = {name: seen[name] for name in seen if seen[name] > before[name]}
+                if grown:
+                    print(f"after round {number} of seed {seed}: {grown} left, at first {before}")
+                    return 1
+                if not middle and time.monotonic() > end - 30 * options.minutes:
+                    middle = resident()
+    faulthandler.cancel_dump_traceback_later()
+    grown_by = resident() - middle if middle else 0
+    print(", ".join(f"{count} {what}" for what, count in [("rounds", rounds), *TALLY.items()]))
+    print(f"left: {before}, memory of the second half {grown_by:+} bytes")
+    return grown_by > MARGIN
