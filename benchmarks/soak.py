@@ -52,7 +52,9 @@ POLICIES = {"fail fast": FailFast(), "collect": CollectAll(), "first": FirstSucc
 POOLS: dict[str, Any] = {"threads": None}  # and one of ours, by "shared"
 TALLY: collections.Counter[str] = collections.Counter()  # of what was looked at
 HANG = 120  # seconds after which a round hangs
+PATIENCE = 20  # seconds for what was abandoned to end
 LOOK = 200  # rounds between two looks for what is left behind
+CACHED = ("descriptors", "tokens")
 MARGIN = 8 * 2**20  # bytes that the process may grow by over the second half of a run
 
 
@@ -212,13 +214,22 @@ class Round:
         self.groups[block.number] = group
         self.handles[block.number] = []
         left: BaseException | None = None
+        broken: BaseException | None = None  # what left the body
         try:
             with group:
-                self.body(block, group)
+                try:
+                    self.body(block, group)
+                except BaseException as error:
+                    broken = error
+                    raise
         except BaseException as error:
             left = error
         try:
             self.look(block, group, left, outer)
+            reason = group.token.reason
+            if block.policy != "fail fast" and isinstance(reason, Failed) and reason is not broken:
+                own = [each.exception for each in group.failures if each.task is not None]
+                wants(reason not in own, "cancelled by a task's failure", reason)
         except BaseException as error:
             self.wrong.append(error)
         finally:
@@ -226,7 +237,7 @@ class Round:
                 try:
                     raise left
                 finally:
-                    del left
+                    del left, broken
 
     def body(self, block: Block, group: TaskGroup) -> None:
         handles = self.handles[block.number]
@@ -389,7 +400,7 @@ class Round:
             value = task.result(timeout=0)
         except (TaskCancelledError, Cancelled):
             TALLY["cancelled"] += 1
-            wants(task.cancelled() or seen.raised, "told as cancelled", call, task)
+            wants(far or task.cancelled() or seen.raised, "told as cancelled", call, task)
         except BaseException as raised:
             TALLY["failed"] += 1
             error = raised
@@ -508,7 +519,7 @@ def far_act(token: CancelToken, call: Call) -> int:
 def left_behind() -> dict[str, int]:
     """How many threads, processes, descriptors and objects of fastpool's there are."""
     fastpool.shutdown()
-    end = time.monotonic() + HANG
+    end = time.monotonic() + PATIENCE
     while time.monotonic() < end:  # what was abandoned ends now
         threads = [thread.name for thread in threading.enumerate() if "fastpool" in thread.name]
         if not threads:
@@ -598,7 +609,7 @@ def main(arguments: list[str]) -> int:
     print(f"seed {seed}, {', '.join(pools)}", flush=True)
 
     rounds, end = 0, time.monotonic() + 60 * options.minutes
-    before: dict[str, int] = {}
+    first: dict[str, int] = {}
     middle = 0
     with contextlib.closing(ThreadPool(2)) as shared:
         POOLS["shared"] = shared
@@ -614,15 +625,16 @@ def main(arguments: list[str]) -> int:
             rounds += 1
             if rounds % LOOK == 0:
                 seen = left_behind()
-                before = before or seen
-                grown = {name: seen[name] for name in seen if seen[name] > before[name]}
+                # What is cached is there after the first rounds; of the rest there is nothing.
+                first = first or {**dict.fromkeys(seen, 0), **{name: seen[name] for name in CACHED}}
+                grown = {name: seen[name] for name in seen if seen[name] > first[name]}
                 if grown:
-                    print(f"after round {number} of seed {seed}: {grown} left, at first {before}")
+                    print(f"after round {number} of seed {seed}: {grown} left")
                     return 1
                 if not middle and time.monotonic() > end - 30 * options.minutes:
                     middle = resident()
     faulthandler.cancel_dump_traceback_later()
     grown_by = resident() - middle if middle else 0
     print(", ".join(f"{count} {what}" for what, count in [("rounds", rounds), *TALLY.items()]))
-    print(f"left: {before}, memory of the second half {grown_by:+} bytes")
+    print(f"left: {first}, memory of the second half {grown_by:+} bytes")
     return grown_by > MARGIN
