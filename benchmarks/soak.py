@@ -498,6 +498,7 @@ ALONE: dict[str, Callable[[], None]] = {
 @cancellable
 def far_act(token: CancelToken, call: Call) -> int:
     """What a task does in a worker process, where its notes stay."""
+    warnings.simplefilter("ignore", RuntimeWarning)  # of those that are stuck
     if call.inner is not None:
         there = Round(call.inner)
         try:
