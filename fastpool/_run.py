@@ -365,11 +365,11 @@ class Run(Ledger):
         the tasks there, or who has queued them sees that it is closing, and one of them decides.
         """
         if not self.goes_on():
-            for task in tasks:
-                self.withdraw(task, ENDED)
+            withdrawn = [self.withdraw(task, ENDED) for task in tasks]
             if self.over:
                 self.queue.clear()  # nobody comes for it any more, and it leads back here
-            raise self.closed_error(fn, ENDED)
+            if any(withdrawn):  # else a lane came for them before the end
+                raise self.closed_error(fn, ENDED)
 
     def call_for(self, tasks: Iterable[Task[Any]], entry: Task[Any] | Stretch) -> None:
         """Have a lane come for what was just queued, under that entry for each of the tasks."""

@@ -463,7 +463,7 @@ def test_submit_that_races_with_the_end_runs_or_is_refused(watched, workers):
 
     def race(step):
         reached, left = threading.Event(), threading.Event()
-        outcomes = []
+        outcomes, ran = [], []
 
         def pause():
             # The body ends now: it is left, or waits for what is being submitted.
@@ -473,7 +473,7 @@ def test_submit_that_races_with_the_end_runs_or_is_refused(watched, workers):
         def submit():
             sys.settrace(act_at(step, pause))
             try:
-                outcomes.append(group.submit(resize, 404))
+                outcomes.append(group.submit(ran.append, 404))
             except GroupClosedError as error:
                 outcomes.append(error)
             finally:
@@ -490,13 +490,14 @@ def test_submit_that_races_with_the_end_runs_or_is_refused(watched, workers):
         left.set()
         thread.join(timeout=60)
         if isinstance(outcomes[0], GroupClosedError):
-            return passed[0], "refused"
-        return passed[0], outcomes[0].result(timeout=0)
+            return passed[0], "refused", ran
+        return passed[0], outcomes[0].result(timeout=0), ran
 
     races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
 
     assert len(races) > 5
-    assert {outcome for _, outcome in races} == {404, "refused"}
+    assert all(ran == ([] if outcome == "refused" else [404]) for _, outcome, ran in races)
+    assert {outcome for _, outcome, _ in races} == {None, "refused"}
 
 
 # --- A submit that is refused -------------------------------------------------------------------
