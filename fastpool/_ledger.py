@@ -475,14 +475,15 @@ class Ledger:
         """
         if self.over or self.foreign or self.token.cancelled() or not self.stopping():
             return
-        if self.judging is None and self.failures:
-            task, error = self.failures[0].task, self.failures[0].exception
-            if task is not None and not task._state:
-                self.ended(task, ERROR, (error, strip(error), 0))
         self.cancel_rest()
 
     def cancel_rest(self) -> bool:
         """Set the token, by what was recorded first; whether this call did it."""
+        if self.judging is None and self.failures:
+            # Whose failure that was may not have come to this yet, and is done before.
+            task, error = self.failures[0].task, self.failures[0].exception
+            if task is not None and not task._state:
+                self.ended(task, ERROR, (error, strip(error), 0))
         reason = self.why()
         return (
             self.token._fail(reason) if is_a(reason, BaseException) else self.token.cancel(reason)
