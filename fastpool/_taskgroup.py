@@ -159,12 +159,13 @@ class TaskGroup(Submitter):
     @property
     def failures(self) -> tuple[Failure, ...]:
         """Everything that has failed so far, the first in time first."""
-        return self._failures or tuple(self._run.failures)
+        # Looked for again where the block's end has taken them while we looked.
+        return self._failures or tuple(self._run.failures) or self._failures
 
     @property
     def winner(self) -> Task[Any] | None:
         """The task whose success made the policy end the group, if one did."""
-        return self._winner or self._run.winner
+        return self._winner or self._run.winner or self._winner  # as above
 
     def __repr__(self) -> str:
         run = self._run
