@@ -1,0 +1,563 @@
+"""
+Small faults for the library, each of which a model must find.
+"""
+
+import contextlib
+import inspect
+import types
+from typing import NamedTuple
+
+from fastpool import (
+    _arrivals,
+    _bounded,
+    _callbacks,
+    _clock,
+    _ledger,
+    _run,
+    _stream,
+    _taskgroup,
+    _token,
+    _waiting,
+)
+from fastpool.backends import threads
+
+
+class Mutant(NamedTuple):
+    """
+    What is wrong, the model that finds it, and the text of a module before and after.
+
+    One that is rare shows where a thread stops between two instructions of very many, so that
+    it takes ten times as many orders to be sure to find it.
+    """
+
+    name: str
+    model: str
+    module: types.ModuleType
+    before: str
+    after: str
+    rare: bool = False
+
+
+MUTANTS = [
+    Mutant(
+        "a sleeper looks before it can be found",
+        "cancel_against_wait",
+        _token,
+        """
+        key = self._add_sleeper(gate)
+        try:
+            if self._reason is None:
+                gate.wait(span)
+""",
+        """
+        sleeps = self._reason is None
+        key = self._add_sleeper(gate)
+        try:
+            if sleeps:
+                gate.wait(span)
+""",
+    ),
+    Mutant(
+        "two cancels win",
+        "cancel_against_cancel",
+        _token,
+        "        held = self._entries.setdefault(_CAUSE, cause)\n        if held",
+        "        held = self._entries[_CAUSE] = self._entries.get(_CAUSE, cause)\n        if held",
+    ),
+    Mutant(
+        "the cancel that lost returns before the token is set",
+        "cancel_against_cancel",
+        _token,
+        "        if held is not _SEALED:\n            # The winner",
+        "        if held is cause:\n            # The winner",
+    ),
+    Mutant(
+        "the state is seen before the reason",
+        "cancel_against_cancel",
+        _token,
+        "            self._reason = held.reason  #",
+        "            self._reason = 'cancelled'\n            self._reason = held.reason  #",
+        rare=True,
+    ),
+    Mutant(
+        "a callback is registered after the look",
+        "cancel_against_register",
+        _token,
+        """
+        self._entries[entry.key] = entry
+        if self._reason is not None:
+""",
+        """
+        late = self._reason is not None
+        self._entries[entry.key] = entry
+        if late:
+""",
+    ),
+    Mutant(
+        "two threads claim a callback",
+        "cancel_against_unregister",
+        _callbacks,
+        "        return self._claims.setdefault(None, mine) is mine\n",
+        """
+        claimed = None in self._claims
+        self._claims.setdefault(None, mine)
+        return not claimed
+""",
+    ),
+    Mutant(
+        "a callback that was taken back runs",
+        "cancel_against_unregister",
+        _callbacks,
+        "            again = self.claim(mine) and self._call()\n",
+        "            again = self.function is not None and self._call() and self.claim(mine)\n",
+    ),
+    Mutant(
+        "closing does not wait for the callback",
+        "cancel_against_close",
+        _callbacks,
+        "        while not self.finished:\n",
+        "        while self.function is None and not self.finished:\n",
+    ),
+    Mutant(
+        "a callback wakes who waits for it and is finished then",
+        "cancel_against_close",
+        _callbacks,
+        """
+            self.finished = True
+            for gate in self._waiters:
+                gate.open()
+""",
+        """
+            for gate in self._waiters:
+                gate.open()
+            self.finished = True
+""",
+    ),
+    Mutant(
+        "a child is linked after the look",
+        "cancel_against_child",
+        _token,
+        """
+        parent._entries[self._key] = self if strongly else _ChildRef(self, parent._entries)
+        held = parent._entries.get(_CAUSE)
+""",
+        """
+        held = parent._entries.get(_CAUSE)
+        parent._entries[self._key] = self if strongly else _ChildRef(self, parent._entries)
+""",
+    ),
+    Mutant(
+        "a child is seen set before its parent",
+        "cancel_against_child",
+        _token,
+        "        parent._claim(held)  #",
+        "        #",
+        rare=True,
+    ),
+    Mutant(
+        "a cancel does not go past a child that is just being set",
+        "cancel_of_parent_against_child",
+        _token,
+        "                    if child._claim(reason) or child._cause is not None:\n",
+        "                    if child._claim(reason):\n",
+    ),
+    Mutant(
+        "a cancel stumbles over a child that goes",
+        "cancel_against_forgetting",
+        _token,
+        """
+        for key in list(self._entries):
+            entry = self._entries.get(key)
+            child = entry()""",
+        """
+        for key in self._entries:
+            entry = self._entries.get(key)
+            child = entry()""",
+    ),
+    Mutant(
+        "a group that was left keeps its deadline",
+        "deadline_against_last_task",
+        _run,
+        "        self.token._seal()\n",
+        "",
+    ),
+    Mutant(
+        "a group closes while somebody submits",
+        "submit_against_exit",
+        _run,
+        "not self.calling and self.at_rest() and not closing.setdefault(GOES_ON, False)",
+        "self.at_rest()",
+    ),
+    Mutant(
+        "a submit is refused whose task has run",
+        "submit_against_exit",
+        _run,
+        "            if any(withdrawn):  #",
+        "            if withdrawn:  #",
+        rare=True,
+    ),
+    Mutant(
+        "the token is set before the failure is recorded",
+        "two_failures_at_once",
+        _ledger,
+        "            stop = True\n            tells =",
+        "            stop = self.token._fail(error)\n            tells =",
+    ),
+    Mutant(
+        "the last failure wins",
+        "two_failures_at_once",
+        _ledger,
+        "            self.failures.append(Failure(task, error))\n",
+        "            self.failures.insert(0, Failure(task, error))\n",
+    ),
+    Mutant(
+        "the token is set before the task is done",
+        "two_failures_at_once",
+        _ledger,
+        "            if task is not None and not task._state:\n",
+        "            if task is None:\n",
+    ),
+    Mutant(
+        "failures are out of sight for a moment",
+        "two_failures_at_once",
+        _taskgroup,
+        " or tuple(self._run.failures) or self._failures\n",
+        " or tuple(self._run.failures)\n",
+    ),
+    Mutant(
+        "a worker that waits runs nothing",
+        "nested_groups_on_one_worker",
+        _run,
+        "        if task._taken or self.pool is None or",
+        "        if self.pool is lane.pool or",
+    ),
+    Mutant(
+        "two groups lease one pool",
+        "lease_against_lease",
+        threads,
+        """
+            pool = _idle_pools.pop()
+        except IndexError:
+            pool = _Pool()
+""",
+        """
+            pool = _idle_pools[-1]
+        except IndexError:
+            pool = _Pool()
+""",
+    ),
+    Mutant(
+        "a pool is given back before its threads",
+        "lease_against_lease",
+        threads,
+        """
+        for resting in (run.recalled, run.idle):  # what goes in last is used first
+""",
+        """
+        _idle_pools.append(pool)
+        for resting in (run.recalled, run.idle):  # what goes in last is used first
+""",
+    ),
+    Mutant(
+        "an idle pool ends and stays on the list",
+        "lease_against_end_of_idle_pool",
+        threads,
+        "            _idle_pools.remove(self)  # whoever takes it off the list owns it\n",
+        "            _idle_pools.index(self)\n",
+    ),
+    Mutant(
+        "an idle pool ends and is taken off the list then",
+        "lease_against_end_of_idle_pool",
+        threads,
+        """
+            _idle_pools.remove(self)  # whoever takes it off the list owns it
+        except ValueError:
+            return self.ended
+        self.end()
+""",
+        """
+            if self not in _idle_pools:
+                return self.ended
+            self.end()
+            _idle_pools.remove(self)
+        except ValueError:
+            return True
+""",
+        rare=True,
+    ),
+    Mutant(
+        "a lane that parks does not look again",
+        "parking_against_submit",
+        _run,
+        "        if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:\n",
+        "        if self.queue and self.idle.pop(lane, None) is not None:\n",
+    ),
+    Mutant(
+        "who waits for a task does not look again",
+        "parking_against_submit",
+        _waiting,
+        "        if task.done() or token.cancelled():\n            return\n        if lane",
+        "        if lane",
+    ),
+    Mutant(
+        "an iterator that is closed leaves its tasks alone",
+        "closing_of_imap_against_a_result",
+        _stream,
+        "                    chunk.task(number % CHUNK).cancel(",
+        "                    str(",
+    ),
+    Mutant(
+        "an iterator takes one item too many",
+        "closing_of_imap_against_a_result",
+        _stream,
+        "                while ahead < window and source.read(ahead):\n",
+        "                while ahead <= window and source.read(ahead):\n",
+    ),
+    Mutant(
+        "who takes values does not look again",
+        "arrivals_against_sleep",
+        _arrivals,
+        "                if self.ended:\n                    return\n",
+        "",
+    ),
+    Mutant(
+        "a value is told before it can be found",
+        "arrivals_against_sleep",
+        _arrivals,
+        """
+        self.ended.append(key)
+        # Looked at after it can be found: who falls asleep does the reverse.
+        if self.asleep and self.asleep.pop(None, self) is None:
+            self.gate.open()
+""",
+        """
+        if self.asleep and self.asleep.pop(None, self) is None:
+            self.gate.open()
+        self.ended.append(key)
+""",
+    ),
+    Mutant(
+        "who waits for room does not hear the group",
+        "cancel_against_full_queue",
+        _run,
+        "for heard in dict.fromkeys((token, self.token))]",
+        "for heard in (token,)]",
+    ),
+    Mutant(
+        "room is told before it is there",
+        "room_against_producers",
+        _bounded,
+        """
+            self._freed.append(None)
+            self.wake()
+""",
+        """
+            self.wake()
+            self._freed.append(None)
+""",
+    ),
+    Mutant(
+        "who waits for room looks before it can be found",
+        "room_against_producers",
+        _run,
+        """
+            queue.waiting[gate] = None
+            if lane is not None:
+                self.helpers[gate] = lane
+            if not self.goes_on():
+                raise self.closed_error(fn, ENDED)
+            while True:  # said first and looked at then
+                token.check()
+                self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
+                if queue.take_room():
+                    return
+                self.sleep_for_room""",
+        """
+            while True:
+                token.check()
+                self.check_open(fn)
+                if queue.take_room():
+                    return
+                queue.waiting[gate] = None
+                self.sleep_for_room""",
+    ),
+    Mutant(
+        "a worker looks before it says what it takes",
+        "cancel_of_task_against_its_start",
+        threads,
+        """
+        entry._taken = True
+        if run.disturbed or token._reason is not None:
+""",
+        """
+        looks = run.disturbed or token._reason is not None
+        entry._taken = True
+        if looks:
+""",
+        rare=True,
+    ),
+    Mutant(
+        "a task is cancelled that a worker has taken",
+        "cancel_of_task_against_its_start",
+        _ledger,
+        """
+        decided = task._taken or task._lane is not None or bool(task._state)
+        won =""",
+        """
+        decided = bool(task._state)
+        won =""",
+    ),
+    Mutant(
+        "who cancels a task looks before it says so",
+        "cancel_of_task_against_its_start",
+        _ledger,
+        """
+        claim = self.claim(task)
+        withdrawn = _Withdrawn(reason)
+        # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a state.
+        decided = task._taken or task._lane is not None or bool(task._state)
+""",
+        """
+        decided = task._taken or task._lane is not None or bool(task._state)
+        claim = self.claim(task)
+        withdrawn = _Withdrawn(reason)
+""",
+        rare=True,
+    ),
+    Mutant(
+        "a waiter runs what a worker has taken",
+        "waiter_against_worker",
+        _run,
+        """
+        if task._taken or self.pool is None or self.pool is not lane.pool or task.done():
+            return False
+        with self.slot_for(lane) as inner:
+            if inner is None:
+                return False
+            if self.stopping():
+                return False
+            claim = self.claim(task)
+            decided = task._taken or task._lane is not None or bool(task._state)
+            if decided or claim""",
+        """
+        if self.pool is not lane.pool:
+            return False
+        with self.slot_for(lane) as inner:
+            if inner is None:
+                return False
+            claim = self.claim(task)
+            if task._state or claim""",
+    ),
+    Mutant(
+        "a waiter runs what a worker has begun",
+        "waiter_against_worker",
+        _run,
+        "            if decided or claim.decide(inner) is not inner:\n",
+        "            if decided:\n",
+        rare=True,
+    ),
+    Mutant(
+        "what a lane has just taken is not waited for",
+        "waiting_for_group_against_end_of_tasks",
+        _run,
+        "        pending.update(self.lanes)  #",
+        "        #",
+    ),
+    Mutant(
+        "a deadline goes to the first clock that there was",
+        "deadline_against_end_of_idle_clock",
+        _clock,
+        """
+    _arrive((when, next(_counter), weakref.ref(target)))
+""",
+        """
+    entry = (when, next(_counter), weakref.ref(target))
+    _clocks["clock"].arrive(entry) if "clock" in _clocks else _arrive(entry)
+""",
+    ),
+    Mutant(
+        "a deadline arrives at a clock that has ended",
+        "deadline_against_end_of_idle_clock",
+        _clock,
+        """
+        if _clocks.get("clock") is clock:
+            return
+
+
+class""",
+        """
+        return
+
+
+class""",
+        rare=True,
+    ),
+    Mutant(
+        "a clock that ends hands nothing on",
+        "deadline_against_end_of_idle_clock",
+        _clock,
+        """
+        _clocks.pop("clock", None)
+        while self.arrivals:
+""",
+        """
+        _clocks.pop("clock", None)
+        while False:
+""",
+        rare=True,
+    ),
+    Mutant(
+        "an idle helper ends with a job on its way",
+        "callback_against_end_of_idle_helper",
+        _clock,
+        """
+                if _idle_helpers.pop(self, self) is None:
+                    return
+""",
+        """
+                _idle_helpers.pop(self, None)
+                return
+""",
+    ),
+]
+
+
+@contextlib.contextmanager
+def applied(mutant):
+    """Give the library that fault meanwhile."""
+    source = inspect.getsource(mutant.module)
+    assert source.count(mutant.before) == 1, f"{mutant.name}: its text is to be brought up to date"
+    file = mutant.module.__file__
+    right = dict(_codes(compile(source, file, "exec")))
+    wrong = dict(_codes(compile(source.replace(mutant.before, mutant.after), file, "exec")))
+    (name,) = (name for name in right if not _alike(right[name], wrong[name]))
+    fn = mutant.module
+    for part in name.split("."):
+        fn = inspect.getattr_static(fn, part)
+    fn = getattr(fn, "fget", fn)
+    was, fn.__code__ = fn.__code__, wrong[name]
+    try:
+        yield
+    finally:
+        fn.__code__ = was
+
+
+def _codes(code):
+    """The code of functions of a module and its classes, by their names in it."""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            if constant.co_flags & inspect.CO_NEWLOCALS:
+                yield constant.co_qualname, constant
+            else:
+                yield from _codes(constant)
+
+
+def _alike(one, other):
+    """Whether the code of two functions is the same, wherever it stands."""
+    if not isinstance(one, types.CodeType):
+        return type(one) is type(other) and one == other
+    return (
+        (one.co_code, one.co_names) == (other.co_code, other.co_names)
+        and len(one.co_consts) == len(other.co_consts)
+        and all(map(_alike, one.co_consts, other.co_consts))
+    )
