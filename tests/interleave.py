@@ -417,7 +417,7 @@ def _forget():
         _clock._helpers,
         _clock._idle_helpers,
         _taskgroup._open_runs,
-        threads._idle_pools,
         threads._live_pools,
+        *(crew.idle for crew in list(threads._crews)),
     ):
         left.clear()

@@ -235,16 +235,8 @@ MUTANTS = [
         "two groups lease one pool",
         "lease_against_lease",
         threads,
-        """
-            pool = _idle_pools.pop()
-        except IndexError:
-            pool = _Pool()
-""",
-        """
-            pool = _idle_pools[-1]
-        except IndexError:
-            pool = _Pool()
-""",
+        "        pool = take_last(self._crew.idle)\n",
+        "        pool = next(reversed(self._crew.idle), None)\n",
     ),
     Mutant(
         "a pool is given back before its threads",
@@ -254,7 +246,7 @@ MUTANTS = [
         for resting in (run.recalled, run.idle):  # what goes in last is used first
 """,
         """
-        _idle_pools.append(pool)
+        self._crew.idle[pool] = None
         for resting in (run.recalled, run.idle):  # what goes in last is used first
 """,
     ),
@@ -262,25 +254,25 @@ MUTANTS = [
         "an idle pool ends and stays on the list",
         "lease_against_end_of_idle_pool",
         threads,
-        "            _idle_pools.remove(self)  # whoever takes it off the list owns it\n",
-        "            _idle_pools.index(self)\n",
+        "            del self.crew.idle[self]  # whoever takes it off owns it\n",
+        "            self.crew.idle[self]\n",
     ),
     Mutant(
         "an idle pool ends and is taken off the list then",
         "lease_against_end_of_idle_pool",
         threads,
         """
-            _idle_pools.remove(self)  # whoever takes it off the list owns it
-        except ValueError:
+            del self.crew.idle[self]  # whoever takes it off owns it
+        except KeyError:
             return self.ended
         self.end()
 """,
         """
-            if self not in _idle_pools:
+            if self not in self.crew.idle:
                 return self.ended
             self.end()
-            _idle_pools.remove(self)
-        except ValueError:
+            del self.crew.idle[self]
+        except KeyError:
             return True
 """,
         rare=True,
@@ -310,8 +302,8 @@ MUTANTS = [
         "an iterator takes one item too many",
         "closing_of_imap_against_a_result",
         _stream,
-        "                while ahead < window and source.read(ahead):\n",
-        "                while ahead <= window and source.read(ahead):\n",
+        "        for ahead in range(before, self.window):\n",
+        "        for ahead in range(before, self.window + 1):\n",
     ),
     Mutant(
         "who takes values does not look again",
@@ -323,17 +315,16 @@ MUTANTS = [
     Mutant(
         "a value is told before it can be found",
         "arrivals_against_sleep",
-        _arrivals,
+        threads,
         """
-        self.ended.append(key)
-        # Looked at after it can be found: who falls asleep does the reverse.
-        if self.asleep and self.asleep.pop(None, self) is None:
-            self.gate.open()
+                arrive(first + index)
+                if asleep:
+                    listener.wake()  # type: ignore[union-attr] # there is one
 """,
         """
-        if self.asleep and self.asleep.pop(None, self) is None:
-            self.gate.open()
-        self.ended.append(key)
+                if asleep:
+                    listener.wake()
+                arrive(first + index)
 """,
     ),
     Mutant(
@@ -364,8 +355,6 @@ MUTANTS = [
             queue.waiting[gate] = None
             if lane is not None:
                 self.helpers[gate] = lane
-            if not self.goes_on():
-                raise self.closed_error(fn, ENDED)
             while True:  # said first and looked at then
                 token.check()
                 self.check_open(fn)  # before the room: a cancelled queue may be emptied, too

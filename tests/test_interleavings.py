@@ -478,7 +478,7 @@ def parking_against_submit():
     return "done"
 
 
-@model(1, 2)
+@model(2)
 def closing_of_imap_against_a_result():
     """An iterator that is closed takes and begins nothing more, and its group goes on."""
     taken, ran, told = [], [], {}
