@@ -486,7 +486,7 @@ class Run(Ledger):
     def take_slot(self) -> bool:
         """Whether one more task may run at once."""
         known = self.full
-        for _ in range(2):
+        for before in (False, True):
             # Without a call at the end: see `take_last`. There would be a slot less for ever.
             try:
                 del self._freed[0]
@@ -496,10 +496,13 @@ class Run(Ledger):
                         return True
                     break
             else:
+                if before:
+                    self.full = False  # others may have been freed, too
                 return True
             # Say so first, and look once more then: a slot that is freed from here on is seen
             # either here or by the submitter that finds `full` taken back.
-            self.full = True
+            if not before:
+                self.full = True
         if not known:
             tell_helpers(self)  # what one of them waits for may get no other worker now
         return False
