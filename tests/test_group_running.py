@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 import unittest.mock
+from collections import deque
 from contextlib import suppress
 from multiprocessing.pool import Pool, ThreadPool
 
@@ -2013,6 +2014,49 @@ def test_task_of_a_nested_group_waits_for_a_task_beside_its_parent(make_pool):
         ready.set()
 
     assert task.result() == 404
+
+
+def test_slot_that_is_freed_as_it_is_looked_for_is_not_lost(make_pool, monkeypatch):
+    """
+    The last lane ends after a submit has looked for a slot twice: one of them has another come.
+    """
+    looked, freed, submitted = (threading.Event() for _ in range(3))
+
+    class Slots(deque):
+        """The second look for one sees none, and is slow to say so."""
+
+        misses = 0
+
+        def __delitem__(self, index):
+            try:
+                super().__delitem__(index)
+            except IndexError:
+                self.misses += 1
+                if self.misses == 2:
+                    looked.set()
+                    assert freed.wait(timeout=60)
+                raise
+
+    free_slot = Run.free_slot
+
+    def frees(run):
+        assert looked.wait(timeout=60)
+        free_slot(run)
+        freed.set()
+        assert submitted.wait(timeout=60)
+
+    with TaskGroup(pool=make_pool(1)) as group:
+        monkeypatch.setattr(Run, "free_slot", frees)
+        group.submit(resize, 1).result()
+        until(lambda: not group._run.lanes)  # its lane has found nothing more to do
+        group._run._freed = Slots()
+        second = group.submit(resize, 2)
+        submitted.set()
+        done = second.wait(timeout=60)
+        group.cancel()
+
+    assert done
+    assert second.result() == 2
 
 
 def test_main_thread_never_runs_a_task(watched, make_pool):
