@@ -253,10 +253,11 @@ class _Helper:
             del job
             _idle_helpers[self] = None
             # Looked at after it can be found idle: `shutdown` does the reverse.
-            while not self.gate.wait(0.0 if self.ends else IDLE):
+            if not self.gate.wait(0.0 if self.ends else IDLE):
                 # Whoever takes it off the list decides: we end, or a job is on its way.
                 if _idle_helpers.pop(self, self) is None:
                     return
+                self.gate.wait()
 
 
 _helpers: dict[_Helper, None] = {}  # all that live, or are about to
