@@ -17,10 +17,7 @@ from fastpool._lane import Lane, here
 from fastpool._run import Run
 from fastpool._scope import current_token
 from fastpool._task import CANCELLED, ERROR, PLAIN, VALUE, Task
-from fastpool._waiting import (
-    wait_for,
-    wait_for_all,
-)
+from fastpool._waiting import wait_for, wait_for_all
 
 __all__ = ["Source", "as_completed", "in_order"]
 

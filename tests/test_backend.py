@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import threading
+import weakref
 
 import pytest
 from staging import in_thread, is_asleep, until
@@ -15,8 +16,8 @@ import fastpool
 from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGroup, current_token
 from fastpool._lane import Lane
 from fastpool._run import Run
-from fastpool.backends import Backend
-from fastpool.backends.threads import _GrowingPool
+from fastpool.backends import Backend, threads
+from fastpool.backends.threads import Crew, _GrowingPool
 
 
 class Batches:
@@ -450,3 +451,25 @@ def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):
 
     assert not helper.thread.is_alive()
     assert done == [True]
+
+
+def test_shutdown_does_not_stumble_over_a_backend_that_is_made_meanwhile(monkeypatch):
+    """
+    Backends of processes have pools of their own, and are looked for one after another.
+    """
+
+    class Meanwhile(weakref.ref):
+        """To look at one has another one made."""
+
+        def __call__(self):
+            made.append(Crew(threads.serve))
+            return super().__call__()
+
+    made = []
+    crews = [Crew(threads.serve) for _ in range(3)]
+    monkeypatch.setattr(threads, "_crews", weakref.WeakKeyDictionary())
+    threads._crews.data = {Meanwhile(crew): None for crew in crews}
+
+    fastpool.shutdown()
+
+    assert len(made) >= len(crews)

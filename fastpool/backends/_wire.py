@@ -17,6 +17,7 @@ from fastpool._task import label
 from fastpool.exceptions import describe
 
 __all__ = [
+    "PROTOCOL",
     "Far",
     "Shared",
     "cannot_return",

@@ -409,7 +409,8 @@ class _Lane(Lane):
 
     @property
     def where(self) -> str:
-        return self.worker if self._far is None else self._far.name
+        far = self._far
+        return super().where if far is None else far.name
 
     def far_stack(self) -> str | None:
         far = self._far

@@ -581,11 +581,16 @@ class Shared:
         """Our jobs end with the task that they are at."""
 
 
+def _all_crews() -> list[Crew]:
+    # To iterate over the dictionary itself fails where another thread makes a backend meanwhile.
+    return [crew for reference in _crews.keyrefs() if (crew := reference()) is not None]
+
+
 def shutdown() -> None:
     """End every idle pool and wait for its threads; those in use end when they come back."""
     global _shutdowns
     _shutdowns += 1
-    for crew in list(_crews):
+    for crew in _all_crews():
         while (pool := take_last(crew.idle)) is not None:
             pool.end()
             if pool.threads is not None:
@@ -594,7 +599,7 @@ def shutdown() -> None:
 
 def after_fork() -> None:
     """In a forked child: the threads did not come along."""
-    for crew in list(_crews):
+    for crew in _all_crews():
         crew.idle.clear()
     for pool in list(_live_pools):
         pool.disown()
