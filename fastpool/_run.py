@@ -219,9 +219,10 @@ class Run(Ledger):
 
     def give_room(self, count: int) -> None:
         """Give back room that was taken, and for which there is no call."""
-        if self.bounded is not None:
+        queue = self.bounded
+        if queue is not None:
             for _ in range(count):
-                self.bounded.give_room()
+                queue.give_room()
 
     def is_around(self, place: _scope.Place | None) -> bool:
         """Whether a place is in a task of this group, perhaps in groups further in."""
@@ -421,13 +422,14 @@ class Run(Ledger):
 
     def _leave_queue(self, task: Task[Any]) -> None:
         """A queued task waits no more, though no lane has taken it: make room."""
-        if self.bounded is None:
+        queue = self.bounded
+        if queue is None:
             return
         if isinstance(task, Call):
             with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
-                self.queue.remove(task)
+                queue.remove(task)
         else:
-            self.bounded.lend_room()  # until a lane comes to its place among those of its map
+            queue.lend_room()  # until a lane comes to its place among those of its map
 
     # --- Slots and lanes ------------------------------------------------------------------
 
@@ -551,7 +553,9 @@ class Run(Ledger):
             return True
         self.idle[lane] = None
         self.passed(lane)
-        if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:
+        # A group that was seen at rest may have ended, and what is queued now is to be refused.
+        wanted = self.queue and not self.stopping() and self.goes_on()
+        if wanted and self.idle.pop(lane, lane) is None:
             return False
         self.wake_leavers()
         return True
@@ -841,8 +845,7 @@ class Run(Ledger):
         if self.notice is not None:
             self.notice.unregister()
         failures = tuple(self.failures)
-        self.failures.clear()
-        self.strays.clear()
+        self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them
         for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):
