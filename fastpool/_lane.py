@@ -80,7 +80,8 @@ class Lane:
     @property
     def task(self) -> Task[Any] | None:
         """What it runs now."""
-        return None if self.at is None else handle(self.at)
+        at = self.at
+        return None if at is None else handle(at)
 
     @property
     def worker(self) -> str:

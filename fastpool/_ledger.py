@@ -159,12 +159,12 @@ class Ledger:
         reason = self.token.reason
         if reason is not None:
             return reason
-        if self.judging is None and self.failures:
-            return self.failures[0].exception
-        if self.judge_error is not None:
-            return self.judge_error
-        if self.halted_by is not None:
-            return self.halted_by
+        failures = self.failures
+        if self.judging is None and failures:
+            return failures[0].exception
+        for reason in (self.judge_error, self.halted_by):
+            if reason is not None:
+                return reason
         return "its group has ended"
 
     def claim(self, task: Task[Any]) -> _Claim:
@@ -431,17 +431,18 @@ class Ledger:
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""
         self.disturbed = True
+        failures = self.failures
         if task is None or not any(stray is error for stray in self.strays):
-            self.failures.append(Failure(task, error))
+            failures.append(Failure(task, error))
             if self.first is None:
-                self.first = self.failures[0].exception
+                self.first = failures[0].exception
         # else it is the same object again, on its way out through the task it was raised in.
         # It was the last one a moment ago, so look from the end.
-        for order in range(len(self.failures) - 1, -1, -1):
-            failure = self.failures[order]
+        for order in range(len(failures) - 1, -1, -1):
+            failure = failures[order]
             if failure.exception is error and (failure.task is task or failure.task is None):
                 return order
-        return len(self.failures)  # a stray that is just being noted
+        return len(failures)  # a stray that is just being noted
 
     def consult(self, task: Task[Any], error: BaseException | None) -> bool:
         """Tell the judge of an outcome; whether to cancel the rest. With `judging` held."""
@@ -479,9 +480,10 @@ class Ledger:
 
     def cancel_rest(self) -> bool:
         """Set the token, by what was recorded first; whether this call did it."""
-        if self.judging is None and self.failures:
+        failures = self.failures
+        if self.judging is None and failures:
             # Whose failure that was may not have come to this yet, and is done before.
-            task, error = self.failures[0].task, self.failures[0].exception
+            task, error = failures[0].task, failures[0].exception
             if task is not None and not task._state:
                 self.ended(task, ERROR, (error, strip(error), 0))
         reason = self.why()

@@ -828,7 +828,7 @@ def _warn_about(run: Run, what: str) -> None:
 
 def _end_dropped() -> None:
     """End the groups that were dropped, as far as their tasks have ended."""
-    for run in list(_dropped):
+    for run in _dropped.copy():
         if run.come_to_rest(None):
             try:
                 _dropped.remove(run)
@@ -873,7 +873,8 @@ def _is_left_behind(run: Run) -> bool:
     while isinstance(around, Run):
         if around.abandoned is not None:
             return True
-        around = None if around.entry is None else around.entry.place._group
+        entry = around.entry
+        around = None if entry is None else entry.place._group
     return False
 
 
