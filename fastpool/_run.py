@@ -296,8 +296,9 @@ class Run(Ledger):
 
     def entered_at(self) -> float:
         """When its block was entered, on `time.monotonic()`."""
-        assert self.entry is not None
-        return self.entry.at
+        entry = self.entry
+        assert entry is not None
+        return entry.at
 
     # --- Submitting -----------------------------------------------------------------------
 
@@ -443,7 +444,8 @@ class Run(Ledger):
         self.while_open(self._call)
 
     def _call(self) -> None:
-        assert self.backend is not None
+        backend = self.backend
+        assert backend is not None
         for resting in (self.idle, self.recalled):
             lane = take_last(resting)
             if lane is not None:
@@ -456,7 +458,7 @@ class Run(Ledger):
                 return
         if self.take_slot():
             try:
-                self.backend.start_lane(self)
+                backend.start_lane(self)
             except BaseException:
                 self.free_slot()
                 raise
@@ -834,16 +836,17 @@ class Run(Ledger):
             self.settle(task)
             self.tell_never_ran(task)
         self.over = True
-        if self.backend is not None:
-            self.backend.end(self)
+        backend, notice = self.backend, self.notice
+        if backend is not None:
+            backend.end(self)
         self.token._seal()
         for token in () if self.abandoned else (self.token, *self.loose):
             try:
                 token._close_callbacks()
             except BaseException as interrupt:  # a second Ctrl-C; the end comes all the same
                 _marks.held += (interrupt,)
-        if self.notice is not None:
-            self.notice.unregister()
+        if notice is not None:
+            notice.unregister()
         failures = tuple(self.failures)
         self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them
         for belongings in (self.claims, self.tokens, self.watchers):
@@ -887,8 +890,9 @@ class Run(Ledger):
             self.lanes.pop(lane, None)
             self.passed(lane)
             self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
-        if self.backend is not None:
-            self.backend.abandon(self)
+        backend = self.backend
+        if backend is not None:
+            backend.abandon(self)
         return left
 
     def disown(self) -> None:

@@ -159,8 +159,10 @@ class TaskGroup(Submitter):
     @property
     def failures(self) -> tuple[Failure, ...]:
         """Everything that has failed so far, the first in time first."""
-        # Looked for again where the block's end has taken them while we looked.
-        return self._failures or tuple(self._run.failures) or self._failures
+        failures = tuple(self._run.failures)
+        # Looked at then: the end says that it is over first, and takes them away then. What comes
+        # after that is too late to be one.
+        return self._failures if self._run.over else failures
 
     @property
     def winner(self) -> Task[Any] | None:
@@ -483,8 +485,9 @@ class TaskGroup(Submitter):
         inner.pop(self._run, None)
         for run in inner:
             run.token.cancel(f"group {self.name!r} around it was left first")
-            if run.backend is not None:
-                run.backend.abandon(run)  # its threads end with what they are at
+            backend = run.backend
+            if backend is not None:
+                backend.abandon(run)  # its threads end with what they are at
             _warn_about(run, f"is still open as group {self.name!r} around it is left; cancelled")
 
     def __reduce__(self) -> NoReturn:
@@ -521,8 +524,9 @@ class TaskGroup(Submitter):
         interrupt = _guard.let_go(run)
         if interrupt is not None:
             _marks.held += (interrupt,)  # for the next wait, or the next group to end
-        if run.backend is not None:
-            run.backend.abandon(run)
+        backend = run.backend
+        if backend is not None:
+            backend.abandon(run)
         _dropped.append(run)
         _warn_about(run, "was dropped without leaving its with block; cancelled")
 
@@ -817,7 +821,8 @@ def shutdown() -> None:
 def _warn_about(run: Run, what: str) -> None:
     """Say what is wrong with a group, at the line where it was entered."""
     entry = run.entry
-    assert entry is not None
+    if entry is None:
+        return  # it has been left meanwhile
     file, _, line = entry.site.rpartition(":")
     message = f"group {run.name!r}, entered at {entry.site}, {what}"
     try:

@@ -15,6 +15,7 @@ from fastpool import (
     _ledger,
     _run,
     _stream,
+    _submitter,
     _taskgroup,
     _token,
     _waiting,
@@ -194,6 +195,51 @@ MUTANTS = [
         _run,
         "            if any(withdrawn):  #",
         "            if withdrawn:  #",
+        rare=True,
+    ),
+    Mutant(
+        "a submit looks twice at a bound that the end takes away",
+        "submit_against_exit_of_bounded",
+        _submitter,
+        "        if bounded is not None and not bounded.take_room():\n",
+        "        if run.bounded is not None and not run.bounded.take_room():\n",
+        rare=True,
+    ),
+    Mutant(
+        "a group closes while somebody waits for room",
+        "submit_against_exit_of_bounded",
+        _run,
+        "                self.call_for((task,), task)\n\n        if not self.while_open(submit):\n",
+        "                self.call_for((task,), task)\n\n        if submit():\n",
+    ),
+    Mutant(
+        "the end takes failures away while they are looked at",
+        "report_against_exit",
+        _run,
+        "        self.failures, self.strays = [], []  #",
+        "        self.failures.clear()  #",
+    ),
+    Mutant(
+        "who waits does not look after it said so",
+        "wait_against_leaving",
+        _waiting,
+        "        if task.done() or token.cancelled():\n            return\n",
+        "        if token.cancelled():\n            return\n",
+    ),
+    Mutant(
+        "room that is waited for is looked at twice while it is found",
+        "wait_against_leaving",
+        _waiting,
+        """
+        if room is not None:
+            pools.add(id(room.pool))
+            links.extend(room.in_hand())
+""",
+        """
+        if serving.room is not None:
+            pools.add(id(serving.room.pool))
+            links.extend(serving.room.in_hand())
+""",
         rare=True,
     ),
     Mutant(

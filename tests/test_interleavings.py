@@ -358,6 +358,58 @@ def submit_against_exit():
     return {0: "all refused", 4: "none refused"}.get(len(values), "some refused")
 
 
+@model("all refused", "some refused", "none refused")
+def submit_against_exit_of_bounded():
+    """So it is where the queue has a bound: what finds no room waits for it, or is refused."""
+    ran, groups = [], []
+    entered = threading.Event()
+
+    def body():
+        with TaskGroup(1, max_queued=1) as group:
+            groups.append(group)
+            entered.set()
+        return list(ran)
+
+    def submits():
+        entered.wait()
+        tasks = [attempt(groups[0].submit, notes, ran, number) for number in range(2)]
+        return [attempt(task.result) for task in tasks if not isinstance(task, GroupClosedError)]
+
+    by_then, values = together(body, submits)
+
+    assert by_then == ran == values
+    assert values == list(range(len(values)))
+    return {0: "all refused", 2: "none refused"}.get(len(values), "some refused")
+
+
+@model("recorded", "too late")
+def report_against_exit():
+    """A call that brought a group's token raises its own failure, though the group ends by then."""
+    groups = []
+    entered = threading.Event()
+    error = ValueError("late")
+
+    @cancellable
+    def brings(token):
+        raise error
+
+    def body():
+        with TaskGroup(1) as group:
+            groups.append(group)
+            entered.set()
+
+    def reports():
+        entered.wait()
+        return attempt(brings.with_token, groups[0].token)
+
+    left, reported = together(lambda: attempt(body), reports)
+
+    assert reported is error
+    assert left in (None, error)
+    assert [failure.exception for failure in groups[0].failures] == [error] * (left is error)
+    return "too late" if left is None else "recorded"
+
+
 @model("the first", "the second")
 def two_failures_at_once():
     """The first failure in time leaves the block; it is recorded and done when the token is set."""
@@ -615,6 +667,27 @@ def waiter_against_worker():
     if len(set(ran)) > 1:
         return "both"
     return "the waiter ran it" if ran[0] == waiter else "the other worker ran it"
+
+
+@model("done")
+def wait_against_leaving():
+    """Who follows a chain of waits meets blocks that are being left, and rooms that are found."""
+    ran = []
+
+    def waits(bounded):
+        with TaskGroup(1) as inner:
+            inner.submit(notes, ran, "inner")
+        for number in range(3):
+            bounded.submit(notes, ran, number)
+        return "first"
+
+    with TaskGroup(1, max_queued=1) as bounded, TaskGroup(2) as group:
+        first = group.submit(waits, bounded)
+        second = group.submit(first.result)
+
+    assert (first.result(), second.result()) == ("first", "first")
+    assert sorted(ran, key=str) == [0, 1, 2, "inner"]
+    return "done"
 
 
 @model("done")
