@@ -110,14 +110,15 @@ class Ledger:
         self.group: Callable[[], TaskGroup | None] = lambda: None
         self.observers: tuple[Observer, ...] = ()
         self.context: Context | None = None  # where somebody observes: that of the block's entry
-        # The first failure, kept for the `__cause__` of what was cancelled by it.
+        # The first failure, kept for the `__cause__` of what was cancelled by it; the same one,
+        # whoever writes it.
         self.first: BaseException | None = None
         # True whenever a task cannot simply be run: somebody observes, a claim has been laid,
         # a failure was recorded. Only ever set.
         self.disturbed = False
-        self.halted = False  # no queued task starts any more
-        self.halted_by: object = None  # why not
-        self.over = False  # the block has been left, the lanes are gone
+        self.halted = False  # no queued task starts any more; only ever set
+        self.halted_by: object = None  # why not; of two reasons at once it is either
+        self.over = False  # the block has been left, the lanes are gone; only ever set
         self.foreign = False  # it is the group of the process that this one was forked from
         # Why the block was left though something ran; what that leaves is nobody's any more.
         self.abandoned: str | None = None
@@ -126,7 +127,7 @@ class Ledger:
         # a check and a set would let two workers both find nothing and the later one win.
         self.failures: list[Failure] = []
         self.strays: list[BaseException] = []  # those of them that no task raised
-        self.winner: Task[Any] | None = None
+        self.winner: Task[Any] | None = None  # like `judge_error` written with `judging` held
         self.judge: Judge = FirstFailure()
         self.judge_error: BaseException | None = None
         # Guards the judge, which gets one outcome at a time. Held by workers only, while they

@@ -23,7 +23,6 @@ from fastpool._lane import At, Lane, handle, here, stand_in, take_last
 from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
-    PENDING,
     Call,
     Failure,
     Task,
@@ -124,6 +123,7 @@ class Run(Ledger):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        # Written by who enters the block and who leaves it then; others look, once at a time.
         self.closed: str | None = UNENTERED
         self.entry: Entry | None = None
         # Whether a group that is about to close does so; `setdefault` decides.
@@ -132,14 +132,15 @@ class Run(Ledger):
         self.pool: object = None  # what its lanes' threads belong to
         self.queue: deque[Task[Any] | Stretch] = deque()  # a stretch once for each of its calls
         self.bounded: BoundedQueue[Task[Any] | Stretch] | None = None  # the same, with a bound
-        # Lanes: all that have a slot; those that wait for work; those on their way.
+        # Each of these is written with single atomic operations. Lanes: all that have a slot;
+        # those that wait for work; those on their way.
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
         self.called: dict[Lane, None] = {}
         self.recalled: dict[Lane, None] = {}  # idle too, but the others are quicker to come
         self.calling: dict[object, None] = {}  # threads at what the group must not end before
         self.limit = 0
-        self.full = False  # no slot was free when last looked
+        self.full = False  # no slot was free when last looked; said first, and looked again then
         self.sharing = False  # lanes may have to wait for what others do on the same pool
         self._fresh = itertools.count()
         self._freed: deque[None] = deque()
@@ -331,7 +332,7 @@ class Run(Ledger):
         items = stretch.items
         stretch.contexts.append(context)
         items.taken.append(False)
-        items.states.append(PENDING)
+        items.add_states(1)
         items.values.append(argument)
         if self.observers:
             self.submit_observed((items.task(len(items) - 1),), stretch, stretch.fn)

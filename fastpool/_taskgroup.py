@@ -137,6 +137,7 @@ class TaskGroup(Submitter):
         self._on_stuck = on_stuck
         self._grace = math.inf if grace_seconds is None else max(0.0, grace_seconds)
         self._unused = [self._run]  # popped by the one that enters
+        # From here on written by who enters the block, and who leaves it then.
         self._failures: tuple[Failure, ...] = ()
         self._winner: Task[Any] | None = None
         self._finished = False  # at interpreter exit, its block still open

@@ -180,7 +180,7 @@ class _Calls(dict["_Call[Any]", None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.closed = False  # set first; who has added a call looks at it then
+        self.closed = False  # only ever set, first; who has added a call looks at it then
         self.hearing: Registration | None = None  # of the group's token
 
     def close(self) -> None:

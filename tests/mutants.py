@@ -12,6 +12,7 @@ from fastpool import (
     _bounded,
     _callbacks,
     _clock,
+    _items,
     _ledger,
     _run,
     _stream,
@@ -218,6 +219,24 @@ MUTANTS = [
         _run,
         "        self.failures, self.strays = [], []  #",
         "        self.failures.clear()  #",
+    ),
+    Mutant(
+        "places for calls are lost as others are abandoned",
+        "abandoning_against_map",
+        _items,
+        """
+        states.extend([PENDING] * count)
+        if self.states is not states:""",
+        """
+        self.states += [PENDING] * count
+        if False:""",
+    ),
+    Mutant(
+        "who abandons calls does not look what has come meanwhile",
+        "abandoning_against_map",
+        _items,
+        "        states.extend([PENDING] * (len(old) - len(states)))  #",
+        "        #",
     ),
     Mutant(
         "who waits does not look after it said so",

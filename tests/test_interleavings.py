@@ -36,6 +36,9 @@ from fastpool import (
     cancellable,
     current_token,
 )
+from fastpool._items import Items, Stretch
+from fastpool._lane import Lane
+from fastpool._task import Options
 
 MODELS = {}
 EXHAUSTED = {}  # the smallest, of which all orders can be tried
@@ -667,6 +670,21 @@ def waiter_against_worker():
     if len(set(ran)) > 1:
         return "both"
     return "the waiter ran it" if ran[0] == waiter else "the other worker ran it"
+
+
+@model("abandoned")
+def abandoning_against_map():
+    """Calls that are added as a block is left without those that run change nothing of these."""
+    with TaskGroup(1) as group:
+        items = Items(group._run, notes, Options(), notes.__code__, 0)
+        stretch = Stretch(items, notes, unpack=False)
+        stretch.add(["runs"], None)
+        items.states[0] = Lane(None)
+        together(items.abandon, lambda: stretch.add(["one", "two"], None))
+
+        assert items.task(0).cancelled()
+        assert [items.task(index).done() for index in range(1, len(items))] == [False, False]
+    return "abandoned"
 
 
 @model("done")

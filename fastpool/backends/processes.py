@@ -112,6 +112,7 @@ class Processes:
         self._kill_after = _clock.seconds(kill_after, "kill_after")
         self._variables = [_place_of(variable) for variable in context_vars]
         self._crew = Crew(_serve, self._lane, _Lane.leave, _Lane.disown)
+        # Each of these is written with single atomic operations.
         self._leases: dict[Run, Leased] = {}
         self._serving: dict[_Lane, Run] = {}
         self._numbers: dict[Run, int] = {}  # what the workers know a group by
@@ -224,7 +225,7 @@ class _Ignored:
 
 
 class _Far:
-    """One worker process, as its lane sees it."""
+    """One worker process, as its lane sees it. While that serves, its thread alone writes here."""
 
     def __init__(self, context: Any, start: bytes) -> None:
         self.calls, calls = context.Pipe()
@@ -332,7 +333,11 @@ class _Died(Exception):
 
 
 class _Lane(Lane):
-    """A thread that ships tasks to one worker, and takes home what they come to."""
+    """
+    A thread that ships tasks to one worker, and takes home what they come to.
+
+    It alone writes, but for `_orders`, which others append to, and `_killed`, which they set.
+    """
 
     __slots__ = (
         "_backend",
