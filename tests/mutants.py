@@ -239,11 +239,11 @@ MUTANTS = [
         "        #",
     ),
     Mutant(
-        "who waits does not look after it said so",
+        "a worker that has looked for something to run stands in no line for room",
         "wait_against_leaving",
-        _waiting,
-        "        if task.done() or token.cancelled():\n            return\n",
-        "        if token.cancelled():\n            return\n",
+        _run,
+        "        queue.waiting[gate] = None\n        queue.wake()\n        if helped:\n",
+        "        queue.wake()\n        if helped:\n",
     ),
     Mutant(
         "room that is waited for is looked at twice while it is found",
@@ -272,8 +272,8 @@ MUTANTS = [
         "the last failure wins",
         "two_failures_at_once",
         _ledger,
-        "            self.failures.append(Failure(task, error))\n",
-        "            self.failures.insert(0, Failure(task, error))\n",
+        "            failures.append(Failure(task, error))\n",
+        "            failures.insert(0, Failure(task, error))\n",
     ),
     Mutant(
         "the token is set before the task is done",
@@ -286,8 +286,8 @@ MUTANTS = [
         "failures are out of sight for a moment",
         "two_failures_at_once",
         _taskgroup,
-        " or tuple(self._run.failures) or self._failures\n",
-        " or tuple(self._run.failures)\n",
+        "        return self._failures if self._run.over else failures\n",
+        "        return self._failures or tuple(self._run.failures)\n",
     ),
     Mutant(
         "a worker that waits runs nothing",
@@ -346,8 +346,8 @@ MUTANTS = [
         "a lane that parks does not look again",
         "parking_against_submit",
         _run,
-        "        if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:\n",
-        "        if self.queue and self.idle.pop(lane, None) is not None:\n",
+        "        if wanted and self.idle.pop(lane, lane) is None:\n",
+        "        if wanted and self.idle.pop(lane, None) is not None:\n",
     ),
     Mutant(
         "who waits for a task does not look again",

@@ -14,6 +14,7 @@ from collections import defaultdict, deque
 
 import pytest
 from pages import ROOT
+from staging import start
 
 PACKAGE = ROOT / "fastpool"
 PAGE = (ROOT / "docs" / "design.md").read_text().partition("\n## What is protected by what\n")[2]
@@ -511,33 +512,45 @@ def test_each_place_in_a_deque_is_taken_once(takes):
     assert sum(map(sum, taken)) + len(queue) == ROUNDS
 
 
-@pytest.mark.parametrize(
-    ("make", "change", "copy"),
-    [
-        (dict, lambda entries, number: entries.update({number: None}), dict.copy),
-        (dict, lambda entries, number: entries.update({number: None}), list),
-        (dict, lambda entries, number: entries.update({number: None}), lambda e: list(e.items())),
-        (dict, lambda entries, number: entries.update({number: None}), lambda e: [*e]),
-        (deque, lambda entries, number: entries.append(number), deque.copy),
-        (list, lambda entries, number: entries.append(number), list.copy),
-        (list, lambda entries, number: entries.append(number), tuple),
-    ],
-    ids=["dict.copy", "list(dict)", "list(items)", "[*dict]", "deque.copy", "list.copy", "tuple"],
-)
-def test_copy_is_made_in_one_go(make, change, copy):
+COPIES = {
+    "dict.copy": ({}, dict.copy),
+    "list(dict)": ({}, list),
+    "list(items)": ({}, lambda entries: [key for key, _ in list(entries.items())]),
+    "[*dict]": ({}, lambda entries: [*entries]),
+    "deque.copy": (deque(), deque.copy),
+    "list.copy": ([], list.copy),
+    "tuple(list)": ([], tuple),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copy_is_made_in_one_go(name):
     """
     What another thread adds is in a copy up to some moment, and not after.
     """
-    entries = make()
-    copies = []
+    empty, copy = COPIES[name]
+    entries = empty.copy()
+    add = entries.append if name.startswith(("deque", "list.", "tuple")) else entries.setdefault
+    looking, added = threading.Event(), threading.Event()
 
-    def look(number):
-        if number % 100 == 0:
-            copies.append([*copy(entries)])
+    def look():
+        wrong = looks = 0
+        while looks < 100 or not added.is_set():
+            seen = list(copy(entries))
+            wrong += seen != list(range(len(seen)))
+            looks += 1
+            looking.set()
+        return wrong
 
-    raced(lambda number: change(entries, number), look)
+    thread, outcome = start(look)
+    assert looking.wait(timeout=60)
+    for number in range(ROUNDS):
+        add(number)
+    added.set()
+    thread.join(timeout=60)
 
-    assert all(len(seen) == 0 or [*seen] == [*entries][: len(seen)] for seen in copies)
+    assert outcome == [0]
+    assert len(entries) == ROUNDS
 
 
 # --- Without a GIL --------------------------------------------------------------------------------
