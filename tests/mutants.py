@@ -246,22 +246,6 @@ MUTANTS = [
         "        queue.wake()\n        if helped:\n",
     ),
     Mutant(
-        "room that is waited for is looked at twice while it is found",
-        "wait_against_leaving",
-        _waiting,
-        """
-        if room is not None:
-            pools.add(id(room.pool))
-            links.extend(room.in_hand())
-""",
-        """
-        if serving.room is not None:
-            pools.add(id(serving.room.pool))
-            links.extend(serving.room.in_hand())
-""",
-        rare=True,
-    ),
-    Mutant(
         "the token is set before the failure is recorded",
         "two_failures_at_once",
         _ledger,
