@@ -564,6 +564,13 @@ class""",
         "enumerate(self._batch, self._first + 1)}",
     ),
     Mutant(
+        "a batch that has come home is sent again when its worker dies",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "        if not self._batch:\n            return None  #",
+        "        #",
+    ),
+    Mutant(
         "a task that is killed for not stopping has failed",
         "cancel_of_task_against_its_answer",
         processes,

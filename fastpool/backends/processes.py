@@ -792,6 +792,8 @@ class _Lane(Lane):
         far.process.join(FAREWELL)
         how = far.how_it_ended()
         far.close()
+        if not self._batch:
+            return None  # all of it has come home before the answer
         if at < 0:
             return WorkerDiedError(f"{far.name} died before it began a task: {how}")
         *before, last = map(handle, self._batch[: at + 1])
