@@ -21,7 +21,7 @@ from fastpool import (
     _token,
     _waiting,
 )
-from fastpool.backends import threads
+from fastpool.backends import processes, threads
 
 
 class Mutant(NamedTuple):
@@ -556,6 +556,75 @@ class""",
                 _idle_helpers.pop(self, None)
                 return
 """,
+    ),
+    Mutant(
+        "the death of a worker is looked for before its last answer",
+        "death_of_worker_against_its_answer",
+        processes,
+        """
+            if calls in ready or far.calls.poll():
+                reply""",
+        """
+            if far.sentinel in ready:
+                raise EOFError
+            if calls in ready or far.calls.poll():
+                reply""",
+    ),
+    Mutant(
+        "what a worker has not begun is lost with it",
+        "death_of_worker_against_its_answer",
+        processes,
+        "        *before, last = map(handle, self._batch[: at + 1])\n",
+        "        *before, last = map(handle, self._batch)\n",
+    ),
+    Mutant(
+        "what a dead worker was at runs again",
+        "death_of_worker_against_its_answer",
+        processes,
+        "        if at < 0:\n            return WorkerDied",
+        "        if at < 1:\n            return WorkerDied",
+    ),
+    Mutant(
+        "a task that has its value dies with its worker",
+        "death_of_worker_against_half_a_batch",
+        processes,
+        "                    self._first, self._batch = self._first + ended, self._batch[ended:]\n",
+        "                    str(ended)\n",
+    ),
+    Mutant(
+        "half a batch is dropped",
+        "death_of_worker_against_half_a_batch",
+        processes,
+        "                    self._report_each(run, far, answer[1])\n",
+        "",
+    ),
+    Mutant(
+        "half a batch is given to the wrong tasks",
+        "death_of_worker_against_half_a_batch",
+        processes,
+        "        for at, outcome in zip(self._batch, outcomes, strict=False):\n",
+        "        for at, outcome in zip(self._batch[::-1], outcomes, strict=False):\n",
+    ),
+    Mutant(
+        "a cancel is passed on for the task behind",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "enumerate(self._batch, self._first)}",
+        "enumerate(self._batch, self._first + 1)}",
+    ),
+    Mutant(
+        "a batch that has come home is sent again when its worker dies",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "        if not self._batch:\n            return None  #",
+        "        #",
+    ),
+    Mutant(
+        "a task that is killed for not stopping has failed",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "            if self._killed or (overdue and own is not None and own.cancelled()):\n",
+        "            if self._killed:\n",
     ),
 ]
 
