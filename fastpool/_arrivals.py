@@ -35,7 +35,7 @@ class Arrivals(Closing, Generic[K]):
         self.ended: deque[K] = deque()  # some twice, perhaps
         self.gate = Gate()
         self.asleep: dict[None, None] = {}  # not empty: the gate is to be opened, by one
-        self._keys: dict[Run, int] = {}
+        self._keys: dict[Run, int] = {}  # the waiting thread's own
 
     @abc.abstractmethod
     def task(self, key: K) -> Task[Any]:

@@ -30,7 +30,7 @@ class Batch(Generic[R_co]):
 
     def __init__(self, items: Items) -> None:
         self._items = items
-        self._tasks: tuple[Task[R_co], ...] | None = None
+        self._tasks: tuple[Task[R_co], ...] | None = None  # the same handles, whoever asks first
 
     @property
     def tasks(self) -> tuple[Task[R_co], ...]:

@@ -30,7 +30,7 @@ LONGEST_PAUSE = 0.05  # seconds; mostly the second try is the last
 
 class Callback:
     """
-    A function to be called once, by whoever takes the claim.
+    A function to be called once, by whoever takes the claim; who has it writes the rest.
     """
 
     __slots__ = (
@@ -53,7 +53,7 @@ class Callback:
         self.finished = False
         self._context: contextvars.Context | None = contextvars.copy_context()
         self._claims: dict[None, object] = {}  # `setdefault` is atomic: one alone gets it
-        self._waiters: list[Gate] = []
+        self._waiters: list[Gate] = []  # only ever added to
         self._pause: Gate | None = None
 
     def claim(self, mine: object) -> bool:

@@ -118,7 +118,7 @@ class _Clock:
         self.gate = Gate()
         self.asked: deque[Gate] = deque()  # `shutdown` asks it to end, and waits for the answer
         self._wakes_at = -math.inf  # -inf while the thread is awake, and looks by itself
-        self._heap: list[Deadline] = []
+        self._heap: list[Deadline] = []  # this and the next the thread's own
         self._sweep_at = 64
 
     def arrive(self, entry: Deadline) -> None:
@@ -234,10 +234,11 @@ class _Helper:
     """A thread that runs one thing after another, for those who may not wait for it."""
 
     def __init__(self) -> None:
+        # Set by who took it off the idle, before its gate is opened; its own then.
         self.job: Callable[[], object] | None = None
         self.gate = Gate()
         self.thread: threading.Thread | None = None
-        self.ends = False  # after what it is at
+        self.ends = False  # after what it is at; only ever set
 
     def run(self) -> None:
         self._serve()

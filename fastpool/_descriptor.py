@@ -23,7 +23,7 @@ class Descriptor:
 
     def __init__(self) -> None:
         self._fds: tuple[int, ...] = ()
-        self._opened = False
+        self._opened = False  # read in a forked child alone
         self._fds = _make_descriptors()
         _descriptors[id(self)] = weakref.ref(self)
 

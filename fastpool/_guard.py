@@ -189,7 +189,7 @@ def is_guarding() -> bool:
 def after_fork() -> None:
     """In a forked child: groups that were open on another thread than this one are none of its."""
     if threading.get_ident() != _guard.thread:
-        for wards in _guard.wards.values():
+        for wards in list(_guard.wards.values()):
             wards.clear()
         _marks.held = ()
         _guard.heard.clear()
@@ -238,14 +238,15 @@ class cancel_on_signals(Closing):
             raise ValueError(
                 "cancel_on_signals() must be called in the main thread, which handles signals"
             )
-        if run.closed is not None or run.entry is None:
+        entry = run.entry
+        if run.closed is not None or entry is None:
             raise RuntimeError(
                 f"group {run.name!r} is not open; call cancel_on_signals() inside its with block"
             )
-        if run.entry.thread is not threading.main_thread():
+        if entry.thread is not threading.main_thread():
             raise ValueError(
                 f"cancel_on_signals() is for a group of the main thread; group {run.name!r} was "
-                f"opened in {run.entry.thread.name!r}, so cancel it by a token of yours"
+                f"opened in {entry.thread.name!r}, so cancel it by a token of yours"
             )
         self._run = run
         self._taken: list[int] = []

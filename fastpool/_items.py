@@ -68,14 +68,15 @@ class Items:
         self.first = first  # the number of the first call, where others came before these
         # Told of each call that has ended, by its number, in the thread that ended it.
         self.listener = listener
+        # Places are added by the thread that submits; who has taken a call writes into its own.
         # An argument (with `unpack` a tuple of them) until the call has ended, its value then.
         self.values: list[Any] = []
         # `PENDING`, the lane that runs it, or what it has come to.
         self.states: list[int | Lane] = []
         self.taken: list[bool] = []  # see `Task`
         self.tokens: dict[int, CancelToken] = {}  # of calls that ended with theirs set
-        self.abandoned: frozenset[int] = frozenset()
-        self.handles: dict[int, _Reference] = {}
+        self.abandoned: frozenset[int] = frozenset()  # written by who leaves the block
+        self.handles: dict[int, _Reference] = {}  # `setdefault` decides
         # What is queued of them, as long as any of it is queued or runs.
         self.stretch: Callable[[], Stretch | None] = lambda: None
 
@@ -150,14 +151,25 @@ class Items:
                 if not yielded & (yielded - 1) and self.succeeded():
                     return
 
+    def add_states(self, count: int) -> None:
+        """Make place for so many calls more."""
+        states = self.states
+        states.extend([PENDING] * count)
+        if self.states is not states:  # as `abandon` looks: it has replaced them meanwhile
+            self.states.extend([PENDING] * count)  # twice, perhaps, which does no harm
+
     def abandon(self) -> None:
         """Make what runs now cancelled for good: workers go on writing into the old list."""
-        states = self.states.copy()
+        old = self.states
+        states = old.copy()
         running = [index for index, state in enumerate(states) if type(state) is not int]
+        if not running:
+            return
         for index in running:
             states[index] = CANCELLED
         self.abandoned |= set(running)  # whose values may still be written
         self.states = states
+        states.extend([PENDING] * (len(old) - len(states)))  # what has come meanwhile
         if self.listener is not None:
             for index in running:
                 self.listener.arrive(self.first + index)
@@ -202,10 +214,10 @@ class Stretch:
         """Have some calls more, submitted in a context if that is not the same for all."""
         items, more = self.items, len(arguments)
         if self.copy is None:
-            self.contexts += [context] * more
-        items.taken += [False] * more
-        items.states += [PENDING] * more
-        items.values += arguments  # the last: others look as far as that
+            self.contexts.extend([context] * more)
+        items.taken.extend([False] * more)
+        items.add_states(more)
+        items.values.extend(arguments)  # the last: others look as far as that
 
     def context(self, index: int) -> Context | None:
         """A copy of what a call was submitted in, if it has not run."""

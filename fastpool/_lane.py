@@ -28,7 +28,7 @@ class Lane:
     One worker's place in a group: it takes tasks from the group's queue, one at a time.
 
     A lane is written by the thread that serves it alone, but for `run`, which whoever calls
-    it sets before opening its gate.
+    it sets before opening its gate, and `noticed`; others look at each field once.
     """
 
     __slots__ = (
@@ -80,7 +80,8 @@ class Lane:
     @property
     def task(self) -> Task[Any] | None:
         """What it runs now."""
-        return None if self.at is None else handle(self.at)
+        at = self.at
+        return None if at is None else handle(at)
 
     @property
     def worker(self) -> str:

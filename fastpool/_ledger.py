@@ -110,14 +110,15 @@ class Ledger:
         self.group: Callable[[], TaskGroup | None] = lambda: None
         self.observers: tuple[Observer, ...] = ()
         self.context: Context | None = None  # where somebody observes: that of the block's entry
-        # The first failure, kept for the `__cause__` of what was cancelled by it.
+        # The first failure, kept for the `__cause__` of what was cancelled by it; the same one,
+        # whoever writes it.
         self.first: BaseException | None = None
         # True whenever a task cannot simply be run: somebody observes, a claim has been laid,
         # a failure was recorded. Only ever set.
         self.disturbed = False
-        self.halted = False  # no queued task starts any more
-        self.halted_by: object = None  # why not
-        self.over = False  # the block has been left, the lanes are gone
+        self.halted = False  # no queued task starts any more; only ever set
+        self.halted_by: object = None  # why not; of two reasons at once it is either
+        self.over = False  # the block has been left, the lanes are gone; only ever set
         self.foreign = False  # it is the group of the process that this one was forked from
         # Why the block was left though something ran; what that leaves is nobody's any more.
         self.abandoned: str | None = None
@@ -126,7 +127,7 @@ class Ledger:
         # a check and a set would let two workers both find nothing and the later one win.
         self.failures: list[Failure] = []
         self.strays: list[BaseException] = []  # those of them that no task raised
-        self.winner: Task[Any] | None = None
+        self.winner: Task[Any] | None = None  # like `judge_error` written with `judging` held
         self.judge: Judge = FirstFailure()
         self.judge_error: BaseException | None = None
         # Guards the judge, which gets one outcome at a time. Held by workers only, while they
@@ -159,12 +160,12 @@ class Ledger:
         reason = self.token.reason
         if reason is not None:
             return reason
-        if self.judging is None and self.failures:
-            return self.failures[0].exception
-        if self.judge_error is not None:
-            return self.judge_error
-        if self.halted_by is not None:
-            return self.halted_by
+        failures = self.failures
+        if self.judging is None and failures:
+            return failures[0].exception
+        for reason in (self.judge_error, self.halted_by):
+            if reason is not None:
+                return reason
         return "its group has ended"
 
     def claim(self, task: Task[Any]) -> _Claim:
@@ -431,17 +432,18 @@ class Ledger:
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""
         self.disturbed = True
+        failures = self.failures
         if task is None or not any(stray is error for stray in self.strays):
-            self.failures.append(Failure(task, error))
+            failures.append(Failure(task, error))
             if self.first is None:
-                self.first = self.failures[0].exception
+                self.first = failures[0].exception
         # else it is the same object again, on its way out through the task it was raised in.
         # It was the last one a moment ago, so look from the end.
-        for order in range(len(self.failures) - 1, -1, -1):
-            failure = self.failures[order]
+        for order in range(len(failures) - 1, -1, -1):
+            failure = failures[order]
             if failure.exception is error and (failure.task is task or failure.task is None):
                 return order
-        return len(self.failures)  # a stray that is just being noted
+        return len(failures)  # a stray that is just being noted
 
     def consult(self, task: Task[Any], error: BaseException | None) -> bool:
         """Tell the judge of an outcome; whether to cancel the rest. With `judging` held."""
@@ -479,9 +481,10 @@ class Ledger:
 
     def cancel_rest(self) -> bool:
         """Set the token, by what was recorded first; whether this call did it."""
-        if self.judging is None and self.failures:
+        failures = self.failures
+        if self.judging is None and failures:
             # Whose failure that was may not have come to this yet, and is done before.
-            task, error = self.failures[0].task, self.failures[0].exception
+            task, error = failures[0].task, failures[0].exception
             if task is not None and not task._state:
                 self.ended(task, ERROR, (error, strip(error), 0))
         reason = self.why()

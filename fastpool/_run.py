@@ -23,7 +23,6 @@ from fastpool._lane import At, Lane, handle, here, stand_in, take_last
 from fastpool._ledger import Ledger
 from fastpool._task import (
     CANCELLED,
-    PENDING,
     Call,
     Failure,
     Task,
@@ -124,6 +123,7 @@ class Run(Ledger):
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
+        # Written by who enters the block and who leaves it then; others look, once at a time.
         self.closed: str | None = UNENTERED
         self.entry: Entry | None = None
         # Whether a group that is about to close does so; `setdefault` decides.
@@ -132,14 +132,15 @@ class Run(Ledger):
         self.pool: object = None  # what its lanes' threads belong to
         self.queue: deque[Task[Any] | Stretch] = deque()  # a stretch once for each of its calls
         self.bounded: BoundedQueue[Task[Any] | Stretch] | None = None  # the same, with a bound
-        # Lanes: all that have a slot; those that wait for work; those on their way.
+        # Each of these is written with single atomic operations. Lanes: all that have a slot;
+        # those that wait for work; those on their way.
         self.lanes: dict[Lane, None] = {}
         self.idle: dict[Lane, None] = {}
         self.called: dict[Lane, None] = {}
         self.recalled: dict[Lane, None] = {}  # idle too, but the others are quicker to come
         self.calling: dict[object, None] = {}  # threads at what the group must not end before
         self.limit = 0
-        self.full = False  # no slot was free when last looked
+        self.full = False  # no slot was free when last looked; said first, and looked again then
         self.sharing = False  # lanes may have to wait for what others do on the same pool
         self._fresh = itertools.count()
         self._freed: deque[None] = deque()
@@ -219,9 +220,10 @@ class Run(Ledger):
 
     def give_room(self, count: int) -> None:
         """Give back room that was taken, and for which there is no call."""
-        if self.bounded is not None:
+        queue = self.bounded
+        if queue is not None:
             for _ in range(count):
-                self.bounded.give_room()
+                queue.give_room()
 
     def is_around(self, place: _scope.Place | None) -> bool:
         """Whether a place is in a task of this group, perhaps in groups further in."""
@@ -295,8 +297,9 @@ class Run(Ledger):
 
     def entered_at(self) -> float:
         """When its block was entered, on `time.monotonic()`."""
-        assert self.entry is not None
-        return self.entry.at
+        entry = self.entry
+        assert entry is not None
+        return entry.at
 
     # --- Submitting -----------------------------------------------------------------------
 
@@ -329,7 +332,7 @@ class Run(Ledger):
         items = stretch.items
         stretch.contexts.append(context)
         items.taken.append(False)
-        items.states.append(PENDING)
+        items.add_states(1)
         items.values.append(argument)
         if self.observers:
             self.submit_observed((items.task(len(items) - 1),), stretch, stretch.fn)
@@ -421,13 +424,14 @@ class Run(Ledger):
 
     def _leave_queue(self, task: Task[Any]) -> None:
         """A queued task waits no more, though no lane has taken it: make room."""
-        if self.bounded is None:
+        queue = self.bounded
+        if queue is None:
             return
         if isinstance(task, Call):
             with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
-                self.queue.remove(task)
+                queue.remove(task)
         else:
-            self.bounded.lend_room()  # until a lane comes to its place among those of its map
+            queue.lend_room()  # until a lane comes to its place among those of its map
 
     # --- Slots and lanes ------------------------------------------------------------------
 
@@ -441,7 +445,8 @@ class Run(Ledger):
         self.while_open(self._call)
 
     def _call(self) -> None:
-        assert self.backend is not None
+        backend = self.backend
+        assert backend is not None
         for resting in (self.idle, self.recalled):
             lane = take_last(resting)
             if lane is not None:
@@ -454,7 +459,7 @@ class Run(Ledger):
                 return
         if self.take_slot():
             try:
-                self.backend.start_lane(self)
+                backend.start_lane(self)
             except BaseException:
                 self.free_slot()
                 raise
@@ -551,7 +556,9 @@ class Run(Ledger):
             return True
         self.idle[lane] = None
         self.passed(lane)
-        if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:
+        # A group that was seen at rest may have ended, and what is queued now is to be refused.
+        wanted = self.queue and not self.stopping() and self.goes_on()
+        if wanted and self.idle.pop(lane, lane) is None:
             return False
         self.wake_leavers()
         return True
@@ -830,19 +837,19 @@ class Run(Ledger):
             self.settle(task)
             self.tell_never_ran(task)
         self.over = True
-        if self.backend is not None:
-            self.backend.end(self)
+        backend, notice = self.backend, self.notice
+        if backend is not None:
+            backend.end(self)
         self.token._seal()
         for token in () if self.abandoned else (self.token, *self.loose):
             try:
                 token._close_callbacks()
             except BaseException as interrupt:  # a second Ctrl-C; the end comes all the same
                 _marks.held += (interrupt,)
-        if self.notice is not None:
-            self.notice.unregister()
+        if notice is not None:
+            notice.unregister()
         failures = tuple(self.failures)
-        self.failures.clear()
-        self.strays.clear()
+        self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them
         for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):
@@ -884,8 +891,9 @@ class Run(Ledger):
             self.lanes.pop(lane, None)
             self.passed(lane)
             self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
-        if self.backend is not None:
-            self.backend.abandon(self)
+        backend = self.backend
+        if backend is not None:
+            backend.abandon(self)
         return left
 
     def disown(self) -> None:

@@ -51,7 +51,7 @@ class Place(Protocol):
 
 
 class Scope:
-    """A place made by a `with` statement or a call."""
+    """A place made by a `with` statement or a call; the thread that is in it writes to it."""
 
     __slots__ = ("_group", "_thread", "_token", "before", "maker")
 

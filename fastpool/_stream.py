@@ -34,6 +34,7 @@ class Source(Generic[T, R]):
     An input of which each item becomes a call when it is read.
 
     The calls are numbered, and kept in chunks as those of a `map` are kept as a whole.
+    All of it is the thread's that takes a value; one at a time does.
 
     Args:
         run: The group.

@@ -35,7 +35,7 @@ class Vigil:
     Watches over the end of one group: reports the tasks that go on after the cancel.
 
     The first report comes `grace` seconds after the token was set, the next ones after twice
-    the time each.
+    the time each. It is the leaving thread's.
     """
 
     __slots__ = ("_due", "_interval", "_run", "reported")

@@ -94,7 +94,8 @@ class Submitter:
         task._lane = None
         task._state = PENDING
         task._own = None
-        if run.bounded is not None and not run.bounded.take_room():
+        bounded = run.bounded
+        if bounded is not None and not bounded.take_room():
             run.submit_when_room(task, fn)
             return task
         if run.observers:

@@ -137,6 +137,7 @@ class TaskGroup(Submitter):
         self._on_stuck = on_stuck
         self._grace = math.inf if grace_seconds is None else max(0.0, grace_seconds)
         self._unused = [self._run]  # popped by the one that enters
+        # From here on written by who enters the block, and who leaves it then.
         self._failures: tuple[Failure, ...] = ()
         self._winner: Task[Any] | None = None
         self._finished = False  # at interpreter exit, its block still open
@@ -159,8 +160,10 @@ class TaskGroup(Submitter):
     @property
     def failures(self) -> tuple[Failure, ...]:
         """Everything that has failed so far, the first in time first."""
-        # Looked for again where the block's end has taken them while we looked.
-        return self._failures or tuple(self._run.failures) or self._failures
+        failures = tuple(self._run.failures)
+        # Looked at then: the end says that it is over first, and takes them away then. What comes
+        # after that is too late to be one.
+        return self._failures if self._run.over else failures
 
     @property
     def winner(self) -> Task[Any] | None:
@@ -483,8 +486,9 @@ class TaskGroup(Submitter):
         inner.pop(self._run, None)
         for run in inner:
             run.token.cancel(f"group {self.name!r} around it was left first")
-            if run.backend is not None:
-                run.backend.abandon(run)  # its threads end with what they are at
+            backend = run.backend
+            if backend is not None:
+                backend.abandon(run)  # its threads end with what they are at
             _warn_about(run, f"is still open as group {self.name!r} around it is left; cancelled")
 
     def __reduce__(self) -> NoReturn:
@@ -521,8 +525,9 @@ class TaskGroup(Submitter):
         interrupt = _guard.let_go(run)
         if interrupt is not None:
             _marks.held += (interrupt,)  # for the next wait, or the next group to end
-        if run.backend is not None:
-            run.backend.abandon(run)
+        backend = run.backend
+        if backend is not None:
+            backend.abandon(run)
         _dropped.append(run)
         _warn_about(run, "was dropped without leaving its with block; cancelled")
 
@@ -817,7 +822,8 @@ def shutdown() -> None:
 def _warn_about(run: Run, what: str) -> None:
     """Say what is wrong with a group, at the line where it was entered."""
     entry = run.entry
-    assert entry is not None
+    if entry is None:
+        return  # it has been left meanwhile
     file, _, line = entry.site.rpartition(":")
     message = f"group {run.name!r}, entered at {entry.site}, {what}"
     try:
@@ -828,7 +834,7 @@ def _warn_about(run: Run, what: str) -> None:
 
 def _end_dropped() -> None:
     """End the groups that were dropped, as far as their tasks have ended."""
-    for run in list(_dropped):
+    for run in _dropped.copy():
         if run.come_to_rest(None):
             try:
                 _dropped.remove(run)
@@ -873,7 +879,8 @@ def _is_left_behind(run: Run) -> bool:
     while isinstance(around, Run):
         if around.abandoned is not None:
             return True
-        around = None if around.entry is None else around.entry.place._group
+        entry = around.entry
+        around = None if entry is None else entry.place._group
     return False
 
 

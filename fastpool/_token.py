@@ -84,7 +84,8 @@ class CancelToken:
     # under a number. Whoever registers inserts first and looks at `_reason` then; whoever
     # cancels sets `_reason` first and looks at the entries then: neither can miss the other.
     # Whoever pops an entry owns it, so each is woken or run once. The cause stands among the
-    # entries too, under `_CAUSE`: `setdefault` decides which cancel was the first.
+    # entries too, under `_CAUSE`: `setdefault` decides which cancel was the first. Parents and
+    # deadline are written by who makes the token, and by who ends it then.
     __slots__ = ("__weakref__", "_deadline", "_entries", "_key", "_parents", "_reason", "_reporter")
 
     NEVER: ClassVar[CancelToken]

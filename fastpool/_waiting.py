@@ -231,12 +231,13 @@ def _pools_ahead(lane: Lane) -> set[int]:
     seen: set[int] = set()
     lanes = [lane]
     for serving in lanes:  # grows as it goes
-        if serving.leaves is not None and serving.leaves.queue:
-            pools.add(id(serving.leaves.pool))
+        leaves, room = serving.leaves, serving.room
+        if leaves is not None and leaves.queue:
+            pools.add(id(leaves.pool))
         links = list(_waited_for(serving))
-        if serving.room is not None:
-            pools.add(id(serving.room.pool))
-            links.extend(serving.room.in_hand())
+        if room is not None:
+            pools.add(id(room.pool))
+            links.extend(room.in_hand())
         for task in links:  # grows as it goes
             if id(task) in seen or task._state:
                 continue
@@ -252,8 +253,9 @@ def _pools_ahead(lane: Lane) -> set[int]:
 
 def waited_in_words(lane: Lane) -> list[str]:
     """What the task of a lane waits for."""
-    if lane.room is not None:
-        return [f"room in the queue of group {lane.room.name!r}"]
+    room = lane.room
+    if room is not None:
+        return [f"room in the queue of group {room.name!r}"]
     tasks = [task for task in _waited_for(lane) if not task._state]
     return [f"task {task.name!r} of group {task._run.name!r}" for task in tasks]
 

@@ -85,7 +85,8 @@ class GroupExecutor(Executor):
         """
         calls = self._calls
         run = self._group._run
-        away = run.backend is not None and run.backend.remote
+        backend = run.backend
+        away = backend is not None and backend.remote
         future: _Call[T] = _Call(calls, fn, args, kwargs, self._fail_fast, away)
         calls[future] = None  # and look then: `shutdown` does the reverse
         try:
@@ -179,7 +180,7 @@ class _Calls(dict["_Call[Any]", None]):
 
     def __init__(self) -> None:
         super().__init__()
-        self.closed = False  # set first; who has added a call looks at it then
+        self.closed = False  # only ever set, first; who has added a call looks at it then
         self.hearing: Registration | None = None  # of the group's token
 
     def close(self) -> None:
@@ -230,7 +231,8 @@ class _Call(Future[T]):
 
     def cancel(self) -> bool:
         """As any future; its task goes with it."""
-        if self.away and self.task is not None and self.task.running():
+        task = self.task
+        if self.away and task is not None and task.running():
             return False
         try:
             return super().cancel()

@@ -111,6 +111,15 @@ class Workers:
             self.apply_async(None)
 
 
+def pause():
+    """Let another thread go on, if its turn has come."""
+    _scheduler.current_scheduler().yield_point()
+
+
+class Gone(_scheduler._Abort):
+    """Raised where a thread of the explorer's is to end, wherever it is, without a word."""
+
+
 class Failed(AssertionError):
     """Raised when a model fails; it says in which order of its steps."""
 
@@ -121,6 +130,9 @@ class Failed(AssertionError):
 def explore(model, *, schedules=SCHEDULES, seed=SEED):
     """
     Run a model under so many orders, at each of which a thread may stop after any instruction.
+
+    A model that has an attribute `within` has them stop in those files of the library alone, by
+    the beginnings of their names: most steps are in the part then that it is about.
 
     Returns:
         How often there was each outcome.
@@ -163,7 +175,8 @@ def _run(model, *, steps=False, **options):
         _in_thread(threading.Thread(), lambda: outcomes.update([model()]))()
         fastpool.shutdown()
 
-    scheduler = functools.partial(_Scheduler, record_steps=steps)
+    within = tuple(PACKAGE + name for name in getattr(model, "within", [""]))
+    scheduler = functools.partial(_Scheduler, record_steps=steps, within=within)
     with _alone(), mock.patch.object(_scheduler, "Scheduler", scheduler):
         result = interleave_test.explore(
             modelled, include=[PACKAGE], timeout=60, raise_on_failure=False, **options
@@ -222,8 +235,9 @@ class _Scheduler(_scheduler.Scheduler):
     take it for progress that threads that are idle look around now and then.
     """
 
-    def __init__(self, strategy, *, record_steps, **options):
+    def __init__(self, strategy, *, record_steps, within, **options):
         super().__init__(strategy, record_steps=record_steps, **options)
+        self._within = within
         self._asks = record_steps
         self._certain = self._left = 0  # for so many steps in all, and from now, it is known
         self._alone = True  # since no other thread can go on
@@ -254,6 +268,8 @@ class _Scheduler(_scheduler.Scheduler):
     def _on_instruction(self, code, offset):
         if offset not in _points_of(code)[0]:
             return sys.monitoring.DISABLE
+        if not code.co_filename.startswith(self._within):
+            return None  # and not disabled, which it would stay for the next model
         if self._left and not self._abort:
             thread = self._byid.get(threading.get_ident())
             if thread is not None:
@@ -383,7 +399,8 @@ def _alone():
     hook = sys.unraisablehook
 
     def heed(broken):
-        if broken.exc_type is not _scheduler._Abort:  # ends the threads of a model that failed
+        # Ends the threads of a model that failed.
+        if not issubclass(broken.exc_type, _scheduler._Abort):
             hook(broken)
 
     gc.disable()  # finalizers run code of the library's, and must do so at the same step each time

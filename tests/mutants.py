@@ -12,14 +12,16 @@ from fastpool import (
     _bounded,
     _callbacks,
     _clock,
+    _items,
     _ledger,
     _run,
     _stream,
+    _submitter,
     _taskgroup,
     _token,
     _waiting,
 )
-from fastpool.backends import threads
+from fastpool.backends import processes, threads
 
 
 class Mutant(NamedTuple):
@@ -197,6 +199,53 @@ MUTANTS = [
         rare=True,
     ),
     Mutant(
+        "a submit looks twice at a bound that the end takes away",
+        "submit_against_exit_of_bounded",
+        _submitter,
+        "        if bounded is not None and not bounded.take_room():\n",
+        "        if run.bounded is not None and not run.bounded.take_room():\n",
+        rare=True,
+    ),
+    Mutant(
+        "a group closes while somebody waits for room",
+        "submit_against_exit_of_bounded",
+        _run,
+        "                self.call_for((task,), task)\n\n        if not self.while_open(submit):\n",
+        "                self.call_for((task,), task)\n\n        if submit():\n",
+    ),
+    Mutant(
+        "the end takes failures away while they are looked at",
+        "report_against_exit",
+        _run,
+        "        self.failures, self.strays = [], []  #",
+        "        self.failures.clear()  #",
+    ),
+    Mutant(
+        "places for calls are lost as others are abandoned",
+        "abandoning_against_map",
+        _items,
+        """
+        states.extend([PENDING] * count)
+        if self.states is not states:""",
+        """
+        self.states += [PENDING] * count
+        if False:""",
+    ),
+    Mutant(
+        "who abandons calls does not look what has come meanwhile",
+        "abandoning_against_map",
+        _items,
+        "        states.extend([PENDING] * (len(old) - len(states)))  #",
+        "        #",
+    ),
+    Mutant(
+        "a worker that has looked for something to run stands in no line for room",
+        "wait_against_leaving",
+        _run,
+        "        queue.waiting[gate] = None\n        queue.wake()\n        if helped:\n",
+        "        queue.wake()\n        if helped:\n",
+    ),
+    Mutant(
         "the token is set before the failure is recorded",
         "two_failures_at_once",
         _ledger,
@@ -207,8 +256,8 @@ MUTANTS = [
         "the last failure wins",
         "two_failures_at_once",
         _ledger,
-        "            self.failures.append(Failure(task, error))\n",
-        "            self.failures.insert(0, Failure(task, error))\n",
+        "            failures.append(Failure(task, error))\n",
+        "            failures.insert(0, Failure(task, error))\n",
     ),
     Mutant(
         "the token is set before the task is done",
@@ -221,8 +270,8 @@ MUTANTS = [
         "failures are out of sight for a moment",
         "two_failures_at_once",
         _taskgroup,
-        " or tuple(self._run.failures) or self._failures\n",
-        " or tuple(self._run.failures)\n",
+        "        return self._failures if self._run.over else failures\n",
+        "        return self._failures or tuple(self._run.failures)\n",
     ),
     Mutant(
         "a worker that waits runs nothing",
@@ -281,8 +330,8 @@ MUTANTS = [
         "a lane that parks does not look again",
         "parking_against_submit",
         _run,
-        "        if self.queue and not self.stopping() and self.idle.pop(lane, lane) is None:\n",
-        "        if self.queue and self.idle.pop(lane, None) is not None:\n",
+        "        if wanted and self.idle.pop(lane, lane) is None:\n",
+        "        if wanted and self.idle.pop(lane, None) is not None:\n",
     ),
     Mutant(
         "who waits for a task does not look again",
@@ -507,6 +556,75 @@ class""",
                 _idle_helpers.pop(self, None)
                 return
 """,
+    ),
+    Mutant(
+        "the death of a worker is looked for before its last answer",
+        "death_of_worker_against_its_answer",
+        processes,
+        """
+            if calls in ready or far.calls.poll():
+                reply""",
+        """
+            if far.sentinel in ready:
+                raise EOFError
+            if calls in ready or far.calls.poll():
+                reply""",
+    ),
+    Mutant(
+        "what a worker has not begun is lost with it",
+        "death_of_worker_against_its_answer",
+        processes,
+        "        *before, last = map(handle, self._batch[: at + 1])\n",
+        "        *before, last = map(handle, self._batch)\n",
+    ),
+    Mutant(
+        "what a dead worker was at runs again",
+        "death_of_worker_against_its_answer",
+        processes,
+        "        if at < 0:\n            return WorkerDied",
+        "        if at < 1:\n            return WorkerDied",
+    ),
+    Mutant(
+        "a task that has its value dies with its worker",
+        "death_of_worker_against_half_a_batch",
+        processes,
+        "                    self._first, self._batch = self._first + ended, self._batch[ended:]\n",
+        "                    str(ended)\n",
+    ),
+    Mutant(
+        "half a batch is dropped",
+        "death_of_worker_against_half_a_batch",
+        processes,
+        "                    self._report_each(run, far, answer[1])\n",
+        "",
+    ),
+    Mutant(
+        "half a batch is given to the wrong tasks",
+        "death_of_worker_against_half_a_batch",
+        processes,
+        "        for at, outcome in zip(self._batch, outcomes, strict=False):\n",
+        "        for at, outcome in zip(self._batch[::-1], outcomes, strict=False):\n",
+    ),
+    Mutant(
+        "a cancel is passed on for the task behind",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "enumerate(self._batch, self._first)}",
+        "enumerate(self._batch, self._first + 1)}",
+    ),
+    Mutant(
+        "a batch that has come home is sent again when its worker dies",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "        if not self._batch:\n            return None  #",
+        "        #",
+    ),
+    Mutant(
+        "a task that is killed for not stopping has failed",
+        "cancel_of_task_against_its_answer",
+        processes,
+        "            if self._killed or (overdue and own is not None and own.cancelled()):\n",
+        "            if self._killed:\n",
     ),
 ]
 

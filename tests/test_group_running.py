@@ -37,6 +37,7 @@ from fastpool import (
     GroupClosedError,
     Submitter,
     TaskGroup,
+    _submitter,
     cancellable,
     current_token,
     shield,
@@ -499,6 +500,67 @@ def test_submit_that_races_with_the_end_runs_or_is_refused(watched, workers):
     assert len(races) > 5
     assert all(ran == ([] if outcome == "refused" else [404]) for _, outcome, ran in races)
     assert {outcome for _, outcome, _ in races} == {None, "refused"}
+
+
+def test_worker_leaves_what_comes_after_its_group_has_closed(monkeypatch):
+    """
+    A worker at rest that has not looked again runs nothing for a submit that is to be refused.
+    """
+    resting, checked, closed, queued, began, left = (threading.Event() for _ in range(6))
+    rested, outcome = [], []
+    passed, rest, end, refuse_late = Run.passed, Run.rest, Run.end, Run.refuse_late
+
+    def passes(run, lane):  # 1. the worker has said that it is idle, and is about to look again
+        passed(run, lane)
+        resting.set()
+        queued.wait(timeout=60)
+
+    def rests(run, lane):
+        rested.append(rest(run, lane))
+        return rested[-1]
+
+    def checks():  # 2. another thread has seen that the group is open
+        checked.set()
+        closed.wait(timeout=60)
+        return contextvars.copy_context()
+
+    def ends(run):  # 3. the block has closed the group
+        closed.set()
+        thread.join(timeout=60)
+        return end(run)
+
+    def refuses(run, tasks, fn):  # 4. the call stands in the queue; the worker looks
+        queued.set()
+        until(lambda: began.is_set() or any(rested))
+        refuse_late(run, tasks, fn)
+
+    def runs_on():
+        began.set()
+        left.wait(timeout=60)
+
+    def submits():
+        try:
+            outcome.append(group.submit(runs_on))
+        except GroupClosedError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=submits)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "passed", passes)
+        patch.setattr(Run, "rest", rests)
+        patch.setattr(Run, "end", ends)
+        patch.setattr(Run, "refuse_late", refuses)
+        with TaskGroup(1) as group:
+            group.submit(resize, 1)
+            assert resting.wait(timeout=60)
+            patch.setattr(_submitter, "copy_context", checks)
+            thread.start()
+            assert checked.wait(timeout=60)
+    is_running = began.is_set()
+    left.set()
+
+    assert not is_running
+    assert isinstance(outcome[0], GroupClosedError)
 
 
 # --- A submit that is refused -------------------------------------------------------------------

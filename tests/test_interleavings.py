@@ -3,6 +3,7 @@ Threads that meet in the library, in every order that the explorer finds.
 """
 
 import functools
+import pickle
 import sys
 import threading
 import time
@@ -12,6 +13,7 @@ import pytest
 if sys.version_info < (3, 12):
     pytest.skip("the explorer needs sys.monitoring of Python 3.12", allow_module_level=True)
 
+from fake_processes import Machine, here
 from interleave import (
     SCHEDULES,
     SEED,
@@ -30,21 +32,28 @@ import fastpool
 from fastpool import (
     Cancelled,
     CancelToken,
+    CollectAll,
     GroupClosedError,
     TaskCancelledError,
     TaskGroup,
+    WorkerDiedError,
     cancellable,
     current_token,
 )
+from fastpool._items import Items, Stretch
+from fastpool._lane import Lane
+from fastpool._task import Options
+from fastpool.backends.processes import HELD
 
 MODELS = {}
 EXHAUSTED = {}  # the smallest, of which all orders can be tried
 
 
-def model(*outcomes, models=MODELS):
+def model(*outcomes, models=MODELS, within=("",)):
     """A model, and the outcomes that it may have; each is to be seen."""
 
     def note(fn):
+        fn.within = within
         models[fn.__name__] = (fn, set(outcomes))
         return fn
 
@@ -358,6 +367,58 @@ def submit_against_exit():
     return {0: "all refused", 4: "none refused"}.get(len(values), "some refused")
 
 
+@model("all refused", "some refused", "none refused")
+def submit_against_exit_of_bounded():
+    """So it is where the queue has a bound: what finds no room waits for it, or is refused."""
+    ran, groups = [], []
+    entered = threading.Event()
+
+    def body():
+        with TaskGroup(1, max_queued=1) as group:
+            groups.append(group)
+            entered.set()
+        return list(ran)
+
+    def submits():
+        entered.wait()
+        tasks = [attempt(groups[0].submit, notes, ran, number) for number in range(2)]
+        return [attempt(task.result) for task in tasks if not isinstance(task, GroupClosedError)]
+
+    by_then, values = together(body, submits)
+
+    assert by_then == ran == values
+    assert values == list(range(len(values)))
+    return {0: "all refused", 2: "none refused"}.get(len(values), "some refused")
+
+
+@model("recorded", "too late")
+def report_against_exit():
+    """A call that brought a group's token raises its own failure, though the group ends by then."""
+    groups = []
+    entered = threading.Event()
+    error = ValueError("late")
+
+    @cancellable
+    def brings(token):
+        raise error
+
+    def body():
+        with TaskGroup(1) as group:
+            groups.append(group)
+            entered.set()
+
+    def reports():
+        entered.wait()
+        return attempt(brings.with_token, groups[0].token)
+
+    left, reported = together(lambda: attempt(body), reports)
+
+    assert reported is error
+    assert left in (None, error)
+    assert [failure.exception for failure in groups[0].failures] == [error] * (left is error)
+    return "too late" if left is None else "recorded"
+
+
 @model("the first", "the second")
 def two_failures_at_once():
     """The first failure in time leaves the block; it is recorded and done when the token is set."""
@@ -617,6 +678,42 @@ def waiter_against_worker():
     return "the waiter ran it" if ran[0] == waiter else "the other worker ran it"
 
 
+@model("abandoned")
+def abandoning_against_map():
+    """Calls that are added as a block is left without those that run change nothing of these."""
+    with TaskGroup(1) as group:
+        items = Items(group._run, notes, Options(), notes.__code__, 0)
+        stretch = Stretch(items, notes, unpack=False)
+        stretch.add(["runs"], None)
+        items.states[0] = Lane(None)
+        together(items.abandon, lambda: stretch.add(["one", "two"], None))
+
+        assert items.task(0).cancelled()
+        assert [items.task(index).done() for index in range(1, len(items))] == [False, False]
+    return "abandoned"
+
+
+@model("done")
+def wait_against_leaving():
+    """Who follows a chain of waits meets blocks that are being left, and rooms that are found."""
+    ran = []
+
+    def waits(bounded):
+        with TaskGroup(1) as inner:
+            inner.submit(notes, ran, "inner")
+        for number in range(3):
+            bounded.submit(notes, ran, number)
+        return "first"
+
+    with TaskGroup(1, max_queued=1) as bounded, TaskGroup(2) as group:
+        first = group.submit(waits, bounded)
+        second = group.submit(first.result)
+
+    assert (first.result(), second.result()) == ("first", "first")
+    assert sorted(ran, key=str) == [0, 1, 2, "inner"]
+    return "done"
+
+
 @model("done")
 def deadline_against_end_of_idle_clock():
     """A deadline that comes just as the clock ends, which had none for long, passes in time."""
@@ -667,6 +764,127 @@ def waiting_for_group_against_end_of_tasks():
         assert batch.done()
         assert batch.results() == [0, 1, 2]
     return "waited"
+
+
+# --- Processes ------------------------------------------------------------------------------------
+
+FAR = ("backends/processes", "backends/_worker", "_ledger")
+COUNT = 5  # tasks of which the second and the third are shipped together, the others alone
+
+
+@model("nothing is lost", "one is lost", within=FAR)
+def death_of_worker_against_its_answer():
+    """A value that has come whole stays, what ran is lost, what had not begun runs elsewhere."""
+    lost = dies_at(1)
+
+    assert len(lost) < 2 or lost == [1, 2]
+    return "one is lost" if lost else "nothing is lost"
+
+
+@model("nothing is lost", "the last is lost", "both are lost", within=FAR)
+def death_of_worker_against_half_a_batch():
+    """What a batch has brought home before its end stays, wherever its worker dies then."""
+    lost = dies_at(2)
+
+    assert 1 not in lost or lost == [1, 2]
+    if len(lost) > 1:
+        return "both are lost"
+    return "the last is lost" if lost else "nothing is lost"
+
+
+def dies_at(number):
+    """The tasks that are lost if their worker dies at this one, or after it."""
+    ran = []
+    begun, ends = threading.Event(), threading.Event()
+
+    def far(at):
+        ran.append((at, here()))
+        if at == number:
+            begun.set()
+            ends.wait()
+        return at
+
+    def body():
+        with TaskGroup(pool=machine, policy=CollectAll()) as group:
+            groups.append((group, group.map(machine.task(far), range(COUNT))))
+            begun.wait()
+            pass_time(HELD)  # what is before a task that takes so long comes home
+            ends.set()
+            machine.started[0].die()
+
+    groups = []
+    with Machine(1) as machine:
+        left = attempt(body)
+
+    ((group, batch),) = groups
+    first, last = machine.started[0], machine.started[-1]
+    assert len(machine.started) < 3
+    begun_only = len(first.begun) - [process for _, process in ran].count(first)
+    lost = []
+    for at, task in enumerate(batch.tasks):
+        runs = [process for known, process in ran if known == at]
+        outcome = attempt(task.result)
+        if at in home(first):
+            assert (outcome, runs) == (at, [first])
+        elif runs == [first] or outcome != at:
+            assert isinstance(outcome, WorkerDiedError)
+            assert repr(task.name) in str(outcome)
+            assert runs == [first] or begun_only, "it had not begun"
+            lost.append(at)
+        else:
+            assert runs == [last]
+    assert len(group.failures) == len(lost)
+    assert {failure.task for failure in group.failures} == {batch.tasks[at] for at in lost}
+    assert (left is None) is not bool(lost)
+    return lost
+
+
+def home(process):
+    """The values that a process has sent whole."""
+    values = set()
+    for word, *rest in map(pickle.loads, process.sent):
+        if word == "so far":
+            values.update(pickle.loads(outcome)[1] for outcome in rest[0])
+        elif word in ("values", "stopped"):
+            values.update(rest[1])
+    return values
+
+
+@model("told as it ran", "too late", "killed", within=FAR)
+def cancel_of_task_against_its_answer():
+    """A task in a worker is told alone, and if it does not stop is killed alone."""
+    ran = []
+    begun, ends = threading.Event(), threading.Event()
+
+    def far(at):
+        ran.append(at)
+        if at == 1:
+            begun.set()
+            ends.wait()
+        here().check()
+        return at, current_token().reason
+
+    with Machine(1, kill_after=1) as machine, TaskGroup(pool=machine) as group:
+        batch = group.map(machine.task(far), range(COUNT))
+        task = batch.tasks[1]
+        begun.wait()
+        won = task.cancel("enough")
+        pass_time(1)
+        ends.set()
+
+    outcome = attempt(task.result)
+    assert won is True
+    assert task.cancel("again") is False
+    assert sorted(ran) == list(range(COUNT))
+    assert [batch.tasks[at].result() for at in range(COUNT) if at != 1] == [
+        (at, None) for at in range(COUNT) if at != 1
+    ]
+    if isinstance(outcome, TaskCancelledError):
+        assert outcome.reason == "enough"
+        assert len(machine.started) == 2
+        return "killed"
+    assert outcome in ((1, "enough"), (1, None))
+    return "told as it ran" if outcome[1] else "too late"
 
 
 def notes(ran, value):

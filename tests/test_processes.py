@@ -34,6 +34,7 @@ from fastpool import (
     WorkerDiedError,
     backends,
 )
+from fastpool.backends import processes
 from fastpool.backends.processes import Processes
 
 
@@ -686,6 +687,33 @@ def test_cancelled_task_that_does_not_stop_is_killed_alone(fn, begun, release):
     assert group.failures == ()
     assert str(where) != worker
     assert not alive(worker)
+
+
+def test_nothing_stands_behind_a_call_whose_worker_is_killed(begun, monkeypatch):
+    """
+    It is taken back before, and what stands before it comes home: neither dies with it.
+    """
+    behind = []
+    is_overdue = processes._Lane._is_overdue
+
+    def noted(lane, worker, now):
+        overdue = is_overdue(lane, worker, now)
+        if overdue:
+            behind.append(len(lane._batch) - 1)
+        return overdue
+
+    monkeypatch.setattr(processes, "HELD", 0.5)  # seconds; the time to kill would come before
+    monkeypatch.setattr(processes._Lane, "_is_overdue", noted)
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        before = group.map(abs, range(1000))  # so quick that they travel together
+        stuck = group.submit(far.stubborn, begun)
+        after = group.map(abs, range(1000))
+        seen(begun)
+        stuck.cancel()
+
+    assert stuck.cancelled()
+    assert before.results() == after.results() == [*range(1000)]
+    assert behind == [0]
 
 
 @pytest.mark.parametrize("fn", [far.stubborn, far.holds_the_lock])

@@ -90,8 +90,10 @@ class Calls:
         self.places: dict[int, Place] = {}
         self.values: list[object] = []  # what they have returned, the first ones first
         self.last: Outcome | None = None  # what the one after these came to, if that is no value
-        self.sent = 0  # how many of the values have gone home, while another call ran
-        self.over = False  # the answer has been given
+        # Written with `Worker._answering` held: how many of the values have gone home, while
+        # another call ran; and that the answer has been given.
+        self.sent = 0
+        self.over = False
         self._thread = this_thread()
 
     def task(self, index: int) -> Place:
@@ -130,7 +132,11 @@ class Calls:
 
 
 class Worker:
-    """One process: its main thread runs calls, another hears of cancels meanwhile."""
+    """
+    One process: its main thread runs calls, another hears of cancels meanwhile.
+
+    The main one alone writes, but for `_tokens` and `_cancelled`, by single atomic operations.
+    """
 
     def __init__(self, calls: Connection, control: Connection, shared: Any) -> None:
         self._calls = calls

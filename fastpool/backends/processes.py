@@ -112,6 +112,7 @@ class Processes:
         self._kill_after = _clock.seconds(kill_after, "kill_after")
         self._variables = [_place_of(variable) for variable in context_vars]
         self._crew = Crew(_serve, self._lane, _Lane.leave, _Lane.disown)
+        # Each of these is written with single atomic operations.
         self._leases: dict[Run, Leased] = {}
         self._serving: dict[_Lane, Run] = {}
         self._numbers: dict[Run, int] = {}  # what the workers know a group by
@@ -224,7 +225,7 @@ class _Ignored:
 
 
 class _Far:
-    """One worker process, as its lane sees it."""
+    """One worker process, as its lane sees it. While that serves, its thread alone writes here."""
 
     def __init__(self, context: Any, start: bytes) -> None:
         self.calls, calls = context.Pipe()
@@ -332,7 +333,11 @@ class _Died(Exception):
 
 
 class _Lane(Lane):
-    """A thread that ships tasks to one worker, and takes home what they come to."""
+    """
+    A thread that ships tasks to one worker, and takes home what they come to.
+
+    It alone writes, but for `_orders`, which others append to, and `_killed`, which they set.
+    """
 
     __slots__ = (
         "_backend",
@@ -661,12 +666,16 @@ class _Lane(Lane):
             poll.register(fd, select.POLLIN)
         kill_after = self._backend._kill_after
         deadline = held = math.inf
+        spared = -math.inf
         if not shipped:
             self._orders.clear()  # it is looked at again before the calls are
         elif len(self._batch) == 1:
             self._limit_last(kill_after)
         elif not far.shared.recalled:
             held = time.monotonic() + HELD
+            # What is behind it is taken back by then, so that the kill meets no other call; and
+            # what is before it had time to come home.
+            spared = held + HELD
         told = False
         while True:
             now = time.monotonic()
@@ -686,10 +695,10 @@ class _Lane(Lane):
                 held = math.inf
                 self._recall(run, far)
                 self._limit_last(kill_after)
-            if self._due and self._is_overdue(far, now):
+            if now >= spared and self._is_overdue(far, now):
                 self._overdue = True
                 far.kill()
-            moment = min(deadline, held, *(due for due, _ in self._due.values()))
+            moment = min(deadline, held, *(max(due, spared) for due, _ in self._due.values()))
             left = None if moment == math.inf else max(0.0, moment - time.monotonic()) * 1000
             ready = {fd for fd, _ in poll.poll(left)}
             if bell.fileno() in ready:
@@ -792,6 +801,8 @@ class _Lane(Lane):
         far.process.join(FAREWELL)
         how = far.how_it_ended()
         far.close()
+        if not self._batch:
+            return None  # all of it has come home before the answer
         if at < 0:
             return WorkerDiedError(f"{far.name} died before it began a task: {how}")
         *before, last = map(handle, self._batch[: at + 1])

@@ -153,10 +153,10 @@ class _Pool:
         self.crew = crew
         self.threads: _GrowingPool | None = None
         self.lanes: list[Lane] = []
-        self.reserve: dict[Lane, None] = {}
-        self.ended = False
+        self.reserve: dict[Lane, None] = {}  # whoever takes a lane off has it
+        self.ended = False  # only ever set
         self.foreign = False  # it is the pool of the process that this one was forked from
-        self.idle_since = 0.0
+        self.idle_since = 0.0  # written by who gives it back
         _live_pools[self] = None
         # Guards the growing of `threads` and `lanes`. Held while a thread starts; by submitters
         # only. It is re-entrant, since a finalizer that submits may run in the middle of that.
@@ -275,8 +275,8 @@ def _out_of_reach(fn: Callable[[], None]) -> None:
 # All that have not ended.
 _live_pools: dict[_Pool, None] = {}
 _crews: weakref.WeakKeyDictionary[Crew, None] = weakref.WeakKeyDictionary()
-# Counts the calls of `shutdown`: a pool leased before one is not kept when it comes back.
-_shutdowns = 0
+# Another one with each `shutdown`: a pool leased before that is not kept when it comes back.
+_era = object()
 
 
 def _park(pool: _Pool, lane: Lane) -> None:
@@ -451,7 +451,7 @@ class Leased:
         self.slots = slots
         self._crew = crew or _threads
         self._leases: dict[str, _Pool] = {}  # under one key: `setdefault` decides who leases
-        self._shutdowns = _shutdowns
+        self._era = _era
 
     def start_lane(self, run: Run) -> None:
         """Wake a parked thread, or start one."""
@@ -495,7 +495,7 @@ class Leased:
             for lane in resting:
                 lane.run = None
             pool.reserve.update(resting)
-        if self._shutdowns != _shutdowns:
+        if self._era is not _era:
             pool.end()
             return
         pool.idle_since = time.monotonic()
@@ -588,8 +588,8 @@ def _all_crews() -> list[Crew]:
 
 def shutdown() -> None:
     """End every idle pool and wait for its threads; those in use end when they come back."""
-    global _shutdowns
-    _shutdowns += 1
+    global _era
+    _era = object()
     for crew in _all_crews():
         while (pool := take_last(crew.idle)) is not None:
             pool.end()
