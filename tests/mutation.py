@@ -48,7 +48,7 @@ MODULES = (
     "backends/_wire.py",
 )
 SLOW = 15.0  # seconds; a test that takes longer is not run against mutants
-HANG = 30.0  # seconds after which one that is quicker is taken to hang
+HANG = 10.0  # seconds more than three times the longest, after which a test is taken to hang
 FEW = 400  # tests; what can be found quickly is found by these
 LOST = 3000.0  # seconds after which the tests of one mutant are given up
 MEMORY = 16 << 30  # bytes that they may take, since a mutant may ask for any amount
@@ -357,7 +357,7 @@ def tests_of(mutant, tests, seconds):
     files = [file for file, _ in Counter(map(file_of, quick)).most_common(2)]
     few = [test for test in quick[:FEW] if file_of(test) in files]
     # Some share a server, as long as they come one after the other.
-    return [sorted(some, key=file_of) for some in (few, quick, most)]
+    return [sorted(some, key=file_of) for some in (few, quick, most) if some]
 
 
 def file_of(test):
@@ -376,7 +376,7 @@ def copy_tree(folder):
     return folder
 
 
-def killer(mutant, tests, tree):
+def killer(mutant, tests, longest, tree):
     """What fails with the mutant in this copy of the tree, as one line; nothing if it survives."""
     path = tree / "fastpool" / mutant.module
     path.write_text(mutant.text)
@@ -386,7 +386,13 @@ def killer(mutant, tests, tree):
     with said.open("w") as output:
         run = start_tests(
             f"@{names}",
-            *("-p", "no:cacheprovider", "--timeout=0", "-o", f"faulthandler_timeout={HANG}"),
+            *(
+                "-p",
+                "no:cacheprovider",
+                "--timeout=0",
+                "-o",
+                f"faulthandler_timeout={HANG + 3 * longest}",
+            ),
             *("-o", "faulthandler_exit_on_timeout=true"),
             tree=tree,
             stdout=output,
@@ -418,18 +424,21 @@ def run(tests, known, modules, match, seconds, jobs, log):
         for number in range(jobs):
             trees.put(copy_tree(Path(folder, str(number))))
 
+        def judged(mutant, some, tree):
+            return killer(mutant, some, max(tests[test][0] for test in some), tree)
+
         def judge(mutant):
             rounds = tests_of(mutant, tests, seconds)
             if mutant.name in known or mutant is sound:
-                rounds.pop()  # to see that it still survives, it need not take so long
+                rounds[2:] = []  # to see that it still survives, it need not take so long
             tree, start = trees.get(), time.monotonic()
             try:
-                by = next(filter(None, (killer(mutant, some, tree) for some in rounds if some)), "")
+                by = next(filter(None, (judged(mutant, some, tree) for some in rounds)), "")
             finally:
                 trees.put(tree)
             took = time.monotonic() - start
             told.write(
-                f"{took:.0f} s\t{len(rounds[-1])} tests\t{mutant.name}\t{by or 'SURVIVED'}\n"
+                f"{took:.0f} s\t{max(map(len, rounds), default=0)} tests\t{mutant.name}\t{by or 'SURVIVED'}\n"
             )
             return by
 
