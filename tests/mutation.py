@@ -383,17 +383,10 @@ def killer(mutant, tests, longest, tree):
     shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)  # as long, and as old
     names, said = tree / "names", tree / "said"
     names.write_text("\n".join(tests))
+    settings = ["-p", "no:cacheprovider", "--timeout=0", "-o", "faulthandler_exit_on_timeout=true"]
     with said.open("w") as output:
         run = start_tests(
-            f"@{names}",
-            *(
-                "-p",
-                "no:cacheprovider",
-                "--timeout=0",
-                "-o",
-                f"faulthandler_timeout={HANG + 3 * longest}",
-            ),
-            *("-o", "faulthandler_exit_on_timeout=true"),
+            *(f"@{names}", *settings, "-o", f"faulthandler_timeout={HANG + 3 * longest}"),
             tree=tree,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -437,9 +430,8 @@ def run(tests, known, modules, match, seconds, jobs, log):
             finally:
                 trees.put(tree)
             took = time.monotonic() - start
-            told.write(
-                f"{took:.0f} s\t{max(map(len, rounds), default=0)} tests\t{mutant.name}\t{by or 'SURVIVED'}\n"
-            )
+            count = max(map(len, rounds), default=0)
+            told.write(f"{took:.0f} s\t{count} tests\t{mutant.name}\t{by or 'SURVIVED'}\n")
             return by
 
         for module in modules:
