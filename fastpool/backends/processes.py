@@ -236,6 +236,10 @@ class _Far:
         # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
         # that does not stop. Held for one short write.
         self._telling = threading.Lock()
+        # Guards the reading from it, by who reports, and its end. Held until the worker has
+        # answered. Who reports may be a signal handler, above one that holds it: none waits for
+        # ever, and it takes the other lock with this one held.
+        self._asking = threading.Lock()
         self.process = context.Process(
             target=_worker.main,
             args=(calls, control, self.shared, start),
@@ -297,13 +301,17 @@ class _Far:
             self.calls.send_bytes(word)
 
     def stack(self) -> str:
-        """The stack of what it runs, as text; empty if it does not answer."""
-        self.tell("where")
-        with contextlib.suppress(EOFError, OSError):
-            if self.control.poll(ANSWER):
-                text: str = pickle.loads(self.control.recv_bytes())
-                return text
-        return ""
+        """The stack of what it runs, as text; empty if it does not answer, or another asks."""
+        text = ""
+        if self._asking.acquire(timeout=ANSWER):
+            try:
+                self.tell("where")
+                with contextlib.suppress(EOFError, OSError):
+                    if self.control.poll(ANSWER):
+                        text = pickle.loads(self.control.recv_bytes())
+            finally:
+                self._asking.release()
+        return text
 
     def kill(self) -> None:
         self.process.kill()
@@ -316,7 +324,8 @@ class _Far:
         if self.process.exitcode is None:
             self.process.kill()
             self.process.join()
-        self.control.close()
+        with self._asking:
+            self.control.close()
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
