@@ -18,6 +18,7 @@ import threading
 import warnings
 from collections import Counter
 from contextvars import ContextVar
+from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import far
@@ -755,6 +756,36 @@ def test_worker_is_not_taken_away_from_who_asks_where_it_is(idle):
 
     assert met == [False]
     assert control.closed
+
+
+def test_how_a_worker_ended_is_known_though_another_starts_just_then(idle, monkeypatch):
+    """
+    The standard library looks at all its children then, and only the first look is told.
+    """
+    read = forkserver.read_signed
+    reading = []
+
+    def read_when_two_are_here(descriptor):
+        if descriptor == idle.process.sentinel:
+            reading.append(threading.get_ident())
+            until(lambda: len(reading) > 1 or (starter and at(starter[0]) == "start_worker"))
+        return read(descriptor)
+
+    def at(thread):
+        frame = sys._current_frames().get(thread.ident)
+        return frame and frame.f_code.co_name
+
+    starter = []
+    idle.kill()
+    multiprocessing.connection.wait([idle.process.sentinel], 100)
+    monkeypatch.setattr(forkserver, "read_signed", read_when_two_are_here)
+    asker, told = start(idle.how_it_ended)
+    until(lambda: reading)
+    starter[:] = start(lambda: Processes(1).start_worker().close())
+    for thread in (asker, starter[0]):
+        thread.join(timeout=100)
+
+    assert told == ["killed by SIGKILL"]
 
 
 def test_signal_handler_may_ask_in_the_middle_of_asking(idle, monkeypatch):

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _clock, _token
@@ -63,7 +63,8 @@ UNGUARDED = 86  # with what a worker exits whose main script starts a group as i
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 _numbers = itertools.count(1)  # of runs, for the workers
-# Guards the start of processes: one at a time, so that none inherits another's pipes.
+# Guards the start of processes: one at a time, so that none inherits another's pipes. And the
+# reading of how one has ended, which can be done once, and which each start does for all.
 _starting = threading.Lock()
 
 
@@ -265,17 +266,28 @@ class _Far:
 
     def never_came(self) -> BaseException:
         """Why it has died before it was ready."""
-        self.process.join(FAREWELL)
-        if self.process.exitcode == UNGUARDED:
+        if self.exit_code(FAREWELL) == UNGUARDED:
             return RuntimeError(
                 "a worker process imports the main script, and that starts a group of its own; put"
                 ' what the script does under: if __name__ == "__main__":'
             )
         return WorkerDiedError(f"{self.name} died as it started: {self.how_it_ended()}")
 
+    def has_ended(self) -> bool:
+        return bool(connection.wait([self.sentinel], 0))
+
+    def exit_code(self, within: float | None) -> int | None:
+        """As that of a `Process`; nothing if it has not ended within so many seconds."""
+        if not connection.wait([self.process.sentinel], within):
+            return None
+        with _starting:
+            self.process.join(FAREWELL)
+            code: int | None = self.process.exitcode
+            return code
+
     def how_it_ended(self) -> str:
         """By exit code or signal, once it has."""
-        code = self.process.exitcode
+        code = self.exit_code(FAREWELL)
         if code is None:
             return "it does not answer"
         if code >= 0:
@@ -320,10 +332,9 @@ class _Far:
         """Have it end, and wait for that."""
         self.tell("stop")
         self.calls.close()
-        self.process.join(FAREWELL)
-        if self.process.exitcode is None:
+        if self.exit_code(FAREWELL) is None:
             self.process.kill()
-            self.process.join()
+            self.exit_code(None)
         with self._asking:
             self.control.close()
         if self._pidfd is not None:
@@ -506,7 +517,7 @@ class _Lane(Lane):
 
     def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> _Far:
         far = self._far
-        if far is not None and far.process.exitcode is not None:
+        if far is not None and far.has_ended():
             far.close()
             far = self._far = None
         if far is None:
@@ -807,7 +818,6 @@ class _Lane(Lane):
         """
         at: int = far.shared.at - self._first
         self._far = None
-        far.process.join(FAREWELL)
         how = far.how_it_ended()
         far.close()
         if not self._batch:
