@@ -54,7 +54,7 @@ class Machine(processes.Processes):
         return task
 
     def start_worker(self):
-        return processes._Far(self, self._start)
+        return _Far(self, self._start)
 
     def Pipe(self):
         return [_End(end) for end in Pipe()]
@@ -66,6 +66,17 @@ class Machine(processes.Processes):
         process = Process(-len(self.started) - 1, self._tasks, *args)
         self.started.append(process)
         return process
+
+
+class _Far(processes._Far):
+    """One of these, asked for its end itself, since that is no real one's."""
+
+    def has_ended(self):
+        return self.process.dead
+
+    def exit_code(self, within):
+        self.process.join(within)
+        return self.process.exitcode
 
 
 class Process:

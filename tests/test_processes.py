@@ -6,6 +6,7 @@ What holds on every backend is in test_contract.py.
 
 import contextlib
 import gc
+import itertools
 import multiprocessing
 import operator
 import os
@@ -17,13 +18,15 @@ import threading
 import warnings
 from collections import Counter
 from contextvars import ContextVar
+from multiprocessing import forkserver
+from types import SimpleNamespace
 
 import far
 import pytest
 import storm
 from blocked import descriptors
 from far import VARIABLE, lines, note, seen
-from staging import nothing_is_left, until
+from staging import act_at, in_thread, nothing_is_left, start, until
 
 import fastpool
 from fastpool import (
@@ -687,6 +690,125 @@ def test_cancelled_task_that_does_not_stop_is_killed_alone(fn, begun, release):
     assert group.failures == ()
     assert str(where) != worker
     assert not alive(worker)
+
+
+@pytest.fixture
+def idle():
+    """A worker process of nobody's."""
+    worker = Processes(1).start_worker()
+    assert worker.calls.poll(100)
+    yield worker
+    worker.close()
+
+
+def test_all_who_ask_where_a_worker_is_at_once_are_told(idle):
+    """
+    Each gets a whole answer, and not what another one was to have.
+    """
+    asking = [start(lambda: [idle.stack() for _ in range(50)]) for _ in range(4)]
+    for thread, _ in asking:
+        thread.join(timeout=100)
+
+    told = [told for _, (outcome,) in asking for told in outcome]
+    assert len(told) == 200
+    assert all(text.startswith("  File ") for text in told)
+
+
+def test_worker_is_not_taken_away_from_who_asks_where_it_is(idle):
+    """
+    Its descriptor may be another file's as soon as it is closed.
+    """
+    asks, comes = threading.Event(), threading.Event()
+    met = []
+
+    class Lock:
+        """Says when the one that closes it is about to wait."""
+
+        acquire, release = idle._asking.acquire, idle._asking.release
+
+        def __enter__(self):
+            comes.set()
+            return self.acquire()
+
+        def __exit__(self, *_):
+            self.release()
+
+    def poll(seconds):
+        asks.set()
+        comes.wait(100)
+        met.append(control.closed)
+        return control.poll(seconds)
+
+    def close():
+        comes.set()
+        control.close()
+
+    control = idle.control
+    idle._asking = Lock()
+    idle.control = SimpleNamespace(
+        poll=poll, close=close, send_bytes=control.send_bytes, recv_bytes=control.recv_bytes
+    )
+    asker, _ = start(idle.stack)
+    asks.wait(100)
+    closer, _ = start(idle.close)
+    for thread in (asker, closer):
+        thread.join(timeout=100)
+
+    assert met == [False]
+    assert control.closed
+
+
+def test_how_a_worker_ended_is_known_though_another_starts_just_then(idle, monkeypatch):
+    """
+    The standard library looks at all its children then, and only the first look is told.
+    """
+    read = forkserver.read_signed
+    reading = []
+
+    def read_when_two_are_here(descriptor):
+        if descriptor == idle.process.sentinel:
+            reading.append(threading.get_ident())
+            until(lambda: len(reading) > 1 or (starter and at(starter[0]) == "start_worker"))
+        return read(descriptor)
+
+    def at(thread):
+        frame = sys._current_frames().get(thread.ident)
+        return frame and frame.f_code.co_name
+
+    starter = []
+    idle.kill()
+    multiprocessing.connection.wait([idle.process.sentinel], 100)
+    monkeypatch.setattr(forkserver, "read_signed", read_when_two_are_here)
+    asker, told = start(idle.how_it_ended)
+    until(lambda: reading)
+    starter[:] = start(lambda: Processes(1).start_worker().close())
+    for thread in (asker, starter[0]):
+        thread.join(timeout=100)
+
+    assert told == ["killed by SIGKILL"]
+
+
+def test_signal_handler_may_ask_in_the_middle_of_asking(idle, monkeypatch):
+    """
+    Whatever line the one below it was at, that goes on after it.
+    """
+    monkeypatch.setattr(processes, "ANSWER", 0.2)  # seconds: a handler is told nothing by then
+
+    def ask_at(step):
+        told = []
+        sys.settrace(act_at(step, lambda: told.append(idle.stack())))
+        try:
+            return idle.stack(), told
+        finally:
+            sys.settrace(None)
+
+    for step in itertools.count():
+        outer, inner = in_thread(ask_at, step)
+        if not inner:
+            break
+        assert outer.startswith("  File ")
+
+    assert step > 10
 
 
 def test_nothing_stands_behind_a_call_whose_worker_is_killed(begun, monkeypatch):

@@ -18,7 +18,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from multiprocessing import forkserver, resource_tracker
+from multiprocessing import connection, forkserver, resource_tracker
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _clock, _token
@@ -63,7 +63,8 @@ UNGUARDED = 86  # with what a worker exits whose main script starts a group as i
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 _numbers = itertools.count(1)  # of runs, for the workers
-# Guards the start of processes: one at a time, so that none inherits another's pipes.
+# Guards the start of processes: one at a time, so that none inherits another's pipes. And the
+# reading of how one has ended, which can be done once, and which each start does for all.
 _starting = threading.Lock()
 
 
@@ -236,6 +237,10 @@ class _Far:
         # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
         # that does not stop. Held for one short write.
         self._telling = threading.Lock()
+        # Guards the reading from it, by who reports, and its end. Held until the worker has
+        # answered. Who reports may be a signal handler, above one that holds it: none waits for
+        # ever, and it takes the other lock with this one held.
+        self._asking = threading.Lock()
         self.process = context.Process(
             target=_worker.main,
             args=(calls, control, self.shared, start),
@@ -261,17 +266,28 @@ class _Far:
 
     def never_came(self) -> BaseException:
         """Why it has died before it was ready."""
-        self.process.join(FAREWELL)
-        if self.process.exitcode == UNGUARDED:
+        if self.exit_code(FAREWELL) == UNGUARDED:
             return RuntimeError(
                 "a worker process imports the main script, and that starts a group of its own; put"
                 ' what the script does under: if __name__ == "__main__":'
             )
         return WorkerDiedError(f"{self.name} died as it started: {self.how_it_ended()}")
 
+    def has_ended(self) -> bool:
+        return bool(connection.wait([self.sentinel], 0))
+
+    def exit_code(self, within: float | None) -> int | None:
+        """As that of a `Process`; nothing if it has not ended within so many seconds."""
+        if not connection.wait([self.process.sentinel], within):
+            return None
+        with _starting:
+            self.process.join(FAREWELL)
+            code: int | None = self.process.exitcode
+            return code
+
     def how_it_ended(self) -> str:
         """By exit code or signal, once it has."""
-        code = self.process.exitcode
+        code = self.exit_code(FAREWELL)
         if code is None:
             return "it does not answer"
         if code >= 0:
@@ -297,13 +313,17 @@ class _Far:
             self.calls.send_bytes(word)
 
     def stack(self) -> str:
-        """The stack of what it runs, as text; empty if it does not answer."""
-        self.tell("where")
-        with contextlib.suppress(EOFError, OSError):
-            if self.control.poll(ANSWER):
-                text: str = pickle.loads(self.control.recv_bytes())
-                return text
-        return ""
+        """The stack of what it runs, as text; empty if it does not answer, or another asks."""
+        text = ""
+        if self._asking.acquire(timeout=ANSWER):
+            try:
+                self.tell("where")
+                with contextlib.suppress(EOFError, OSError):
+                    if self.control.poll(ANSWER):
+                        text = pickle.loads(self.control.recv_bytes())
+            finally:
+                self._asking.release()
+        return text
 
     def kill(self) -> None:
         self.process.kill()
@@ -312,11 +332,11 @@ class _Far:
         """Have it end, and wait for that."""
         self.tell("stop")
         self.calls.close()
-        self.process.join(FAREWELL)
-        if self.process.exitcode is None:
+        if self.exit_code(FAREWELL) is None:
             self.process.kill()
-            self.process.join()
-        self.control.close()
+            self.exit_code(None)
+        with self._asking:
+            self.control.close()
         if self._pidfd is not None:
             os.close(self._pidfd)
             self._pidfd = None
@@ -497,7 +517,7 @@ class _Lane(Lane):
 
     def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> _Far:
         far = self._far
-        if far is not None and far.process.exitcode is not None:
+        if far is not None and far.has_ended():
             far.close()
             far = self._far = None
         if far is None:
@@ -798,7 +818,6 @@ class _Lane(Lane):
         """
         at: int = far.shared.at - self._first
         self._far = None
-        far.process.join(FAREWELL)
         how = far.how_it_ended()
         far.close()
         if not self._batch:
