@@ -1,0 +1,85 @@
+"""
+What is explained of small faults that no test minds is true of the source as it is.
+"""
+
+import re
+import textwrap
+import tomllib
+
+import mutation
+import pytest
+
+EXPLAINED = tomllib.loads(mutation.SURVIVORS.read_text())
+NAMES = [name for reason in EXPLAINED.values() for name in reason["survivors"]]
+NAME = re.compile(r"(?P<module>\S+) (?P<place>[\w.]+): (?P<before>.+?)  ->  .*")
+
+
+def plain(text):
+    """The code of a text, on one line."""
+    return " ".join(line.partition("  # ")[0].strip() for line in text.splitlines())
+
+
+def test_each_is_explained_once():
+    """
+    With the reason why.
+    """
+    assert len(set(NAMES)) == len(NAMES)
+    assert all(reason["why"] for reason in EXPLAINED.values())
+
+
+@pytest.mark.parametrize("module", mutation.MODULES)
+def test_what_they_change_is_there(module):
+    """
+    In the function that they name; another one may need another reason.
+    """
+    source = mutation.source(module)
+    lines = source.splitlines()
+    places = {}
+    for line, (place, _) in mutation.places_of(source).items():
+        places.setdefault(place, []).append(line)
+
+    for name in NAMES:
+        found = NAME.fullmatch(name)
+        assert found, name
+        if found["module"] == module:
+            place = places.get(found["place"])
+            assert place, name
+            text = plain("\n".join(lines[line - 1] for line in sorted(place)))
+            assert found["before"] in text, name
+
+
+def test_mutant_is_judged_by_the_tests_that_run_its_statement():
+    """
+    The quickest first, and none that is too slow; or by those of the function, if none runs it.
+    """
+    source = textwrap.dedent("""
+        def f(x):
+            if x:
+                return (
+                    1
+                )
+            return 2
+    """)
+    place, lines = mutation.places_of(source)[5]
+    mutant = mutation.Mutant("m f: 1  ->  2", "m.py", lines, source)
+    tests = {
+        "test_a.py::slow": (2.0, {"m.py": {4}}),
+        "test_a.py::quick": (0.1, {"m.py": {3, 4}}),
+        "test_b.py::other": (0.2, {"m.py": {3, 7}}),
+        "test_b.py::endless": (mutation.SLOW + 1, {"m.py": {4}}),
+    }
+    without = {name: (took, {"m.py": {3}}) for name, (took, _) in tests.items()}
+
+    assert place == "f"
+    assert mutation.tests_of(mutant, tests, 1)[0] == ["test_a.py::quick"]
+    assert mutation.tests_of(mutant, tests, 1)[-1] == ["test_a.py::quick", "test_a.py::slow"]
+    assert len(mutation.tests_of(mutant, without, 1)[-1]) == 3
+
+
+def test_program_is_the_same_however_it_is_written():
+    """
+    So what changes nothing is no mutant.
+    """
+    assert mutation.program("x = 1 + y  # so") == mutation.program("\nx = (1 + y)")
+    assert mutation.program("x = 1 + y") != mutation.program("x = 1 - y")
+    assert mutation.program("x = ") is None
