@@ -2,7 +2,7 @@
 Small faults in the heart of the library, made by rule: each must fail a test, or be explained.
 
     python tests/mutation.py record RECORD [TEST...]
-    python tests/mutation.py run RECORD [--only _token.py] [--match text] [--seconds 60] [--jobs 4]
+    python tests/mutation.py run RECORD [--only _token.py] [--match TEXT] [--seconds 60] [--log LOG]
 
 The first runs the suite, or some tests again, and notes which test runs which line. The second
 makes the mutants, by operators of `cosmic-ray` and two of our own. Against each the tests are run
@@ -404,39 +404,43 @@ def killer(mutant, tests, longest, tree):
         run.wait()
         shutil.copy(ROOT / "fastpool" / mutant.module, path)
     lines = [line for line in said.read_text(errors="replace").splitlines() if line]
-    return next((line for line in lines if line.startswith("killed by")), lines[-1])
+    return next((line for line in lines if line.startswith("killed by")), lines[-1].strip())
 
 
 def run(tests, known, modules, match, seconds, jobs, log):
-    """The mutants that survive, in their order; what was done to each is written to a log."""
+    """The mutants that survive, in their order; what came of each is written to a log."""
     from fastpool import TaskGroup
 
-    survivors, told = [], open(log, "a", 1)  # noqa: SIM115 - until the end
+    log.touch()
+    judged = dict(line.split("\t")[2:] for line in log.read_text().splitlines())
+    survivors, told = [], log.open("a", 1)
     with tempfile.TemporaryDirectory() as folder, TaskGroup(jobs, max_queued=jobs) as group:
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(jobs):
             trees.put(copy_tree(Path(folder, str(number))))
 
-        def judged(mutant, some, tree):
+        def killed(mutant, some, tree):
             return killer(mutant, some, max(tests[test][0] for test in some), tree)
 
         def judge(mutant):
+            if mutant.name in judged:
+                return judged[mutant.name]
             rounds = tests_of(mutant, tests, seconds)
             if mutant.name in known or mutant is sound:
                 rounds[2:] = []  # to see that it still survives, it need not take so long
             tree, start = trees.get(), time.monotonic()
             try:
-                by = next(filter(None, (judged(mutant, some, tree) for some in rounds)), "")
+                by = next(filter(None, (killed(mutant, some, tree) for some in rounds)), "")
             finally:
                 trees.put(tree)
             took = time.monotonic() - start
             count = max(map(len, rounds), default=0)
-            told.write(f"{took:.0f} s\t{count} tests\t{mutant.name}\t{by or 'SURVIVED'}\n")
+            told.write(f"{took:.0f} s\t{count} tests\t{mutant.name}\t{by}\n")
             return by
 
         for module in modules:
             text = source(module)
-            sound = Mutant("as it is", module, (range(1, len(text)),), text)
+            sound = Mutant(f"{module} as it is", module, (range(1, len(text)),), text)
             passes = group.submit(judge, sound)
             tasks = [
                 (mutant, group.submit(judge, mutant))
@@ -462,7 +466,9 @@ def main():
     parser.add_argument("--match", default="", help="a text in the names of the mutants")
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
-    parser.add_argument("--log", default=os.devnull)
+    parser.add_argument(
+        "--log", type=Path, help="a file of what came of each; a run that was broken off goes on"
+    )
     options = parser.parse_args()
     if options.command == "record":
         record(options.record, options.tests)
@@ -476,7 +482,8 @@ def main():
     }
     survivors = run(
         read_record(options.record),
-        *(known, modules, options.match, options.seconds, options.jobs, options.log),
+        *(known, modules, options.match, options.seconds, options.jobs),
+        options.log or Path(os.devnull),
     )
     new = [name for name in survivors if name not in known]
     gone = sorted(known.difference(survivors))
