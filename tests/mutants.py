@@ -160,7 +160,7 @@ MUTANTS = [
         "a cancel does not go past a child that is just being set",
         "cancel_of_parent_against_child",
         _token,
-        "                    if child._claim(reason) or child._cause is not None:\n",
+        "                    child._claim(reason)\n                    if child._cause is not None:\n",
         "                    if child._claim(reason):\n",
     ),
     Mutant(
