@@ -333,6 +333,47 @@ def test_failed_group_is_freed_without_the_collector(policy):
     assert alive == []
 
 
+@pytest.mark.parametrize("read", [fastpool.Task.result, fastpool.Task.exception])
+@pytest.mark.parametrize("ends", ["failed", "cancelled"])
+def test_what_reading_a_task_raises_is_freed_without_the_collector(read, ends):
+    """
+    It holds the frames that it passed through, and they do not hold it.
+    """
+
+    class Failed(Exception):
+        pass
+
+    def fails():
+        raise Failed
+
+    def run():
+        with contextlib.suppress(Failed), TaskGroup(1) as group:
+            if ends == "failed":
+                task = group.submit(fails)
+            else:
+                task = group.submit(fastpool.sleep, 60)
+                group.cancel()
+            del group
+        try:
+            error = read(task)
+        except BaseException as raised:
+            error = raised
+        seen.append(weakref.ref(error))
+        del task, error
+
+    seen = []
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        fastpool.shutdown()
+        alive = [error() for error in seen]
+    finally:
+        gc.enable()
+
+    assert alive == [None]
+
+
 @pytest.mark.parametrize("ends", ["with a value", "with a failure"])
 @pytest.mark.parametrize("call", ["submit", "map"])
 def test_idle_thread_keeps_nothing_of_its_last_task(ends, call):
