@@ -601,9 +601,11 @@ def test_what_an_abandoned_task_comes_to_is_for_observers_alone(ends):
         task = group.submit(stubborn)
         until(task.running)
         group.cancel()
+    at_once = task.cancelled()
     release.set()
     until(lambda: any(event.name == ends for event in events))
 
+    assert at_once
     assert judged == []
     assert group.failures == ()
     assert task.cancelled()
