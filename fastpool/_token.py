@@ -215,7 +215,8 @@ class CancelToken:
             for child in token._children():
                 if child._key not in seen:
                     seen.add(child._key)
-                    if child._claim(reason) or child._cause is not None:
+                    child._claim(reason)
+                    if child._cause is not None:
                         reached.append(child)  # else it has ended, and hears nobody any more
         pending: list[tuple[Callback, CancelToken]] = []
         for token in reached:
@@ -416,9 +417,9 @@ class CancelToken:
         self._entries[key] = gate
         return key
 
-    def _remove(self, key: int) -> bool:
-        """Take back what stands under a number; False if it was taken already."""
-        return self._entries.pop(key, None) is not None
+    def _remove(self, key: int) -> None:
+        """Take back what stands under a number, if nobody has."""
+        self._entries.pop(key, None)
 
     # --- Callbacks ------------------------------------------------------------------------
 

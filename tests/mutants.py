@@ -160,8 +160,13 @@ MUTANTS = [
         "a cancel does not go past a child that is just being set",
         "cancel_of_parent_against_child",
         _token,
-        "                    if child._claim(reason) or child._cause is not None:\n",
-        "                    if child._claim(reason):\n",
+        """
+                    child._claim(reason)
+                    if child._cause is not None:
+""",
+        """
+                    if child._claim(reason):
+""",
     ),
     Mutant(
         "a cancel stumbles over a child that goes",

@@ -333,6 +333,47 @@ def test_failed_group_is_freed_without_the_collector(policy):
     assert alive == []
 
 
+@pytest.mark.parametrize("read", [fastpool.Task.result, fastpool.Task.exception])
+@pytest.mark.parametrize("ends", ["failed", "cancelled"])
+def test_what_reading_a_task_raises_is_freed_without_the_collector(read, ends):
+    """
+    It holds the frames that it passed through, and they do not hold it.
+    """
+
+    class Failed(Exception):
+        pass
+
+    def fails():
+        raise Failed
+
+    def run():
+        with contextlib.suppress(Failed), TaskGroup(1) as group:
+            if ends == "failed":
+                task = group.submit(fails)
+            else:
+                task = group.submit(fastpool.sleep, 60)
+                group.cancel()
+            del group
+        try:
+            error = read(task)
+        except BaseException as raised:
+            error = raised
+        seen.append(weakref.ref(error))
+        del task, error
+
+    seen = []
+    gc.collect()
+    gc.disable()
+    try:
+        run()
+        fastpool.shutdown()
+        alive = [error() for error in seen]
+    finally:
+        gc.enable()
+
+    assert alive == [None]
+
+
 @pytest.mark.parametrize("ends", ["with a value", "with a failure"])
 @pytest.mark.parametrize("call", ["submit", "map"])
 def test_idle_thread_keeps_nothing_of_its_last_task(ends, call):
@@ -433,10 +474,12 @@ def test_hundred_thousand_queued_tasks_are_cancelled():
     assert all(task.cancelled() for task in tasks)
 
 
-@pytest.mark.parametrize("what", ["unregister", "close", "child", "scope", "shield", "group"])
+@pytest.mark.parametrize(
+    "what", ["unregister", "close", "wait", "child", "scope", "shield", "group"]
+)
 def test_what_was_taken_back_leaves_nothing_on_its_token(what):
     """
-    Thousands of registrations, children, scopes and groups come and go on one token.
+    Thousands of registrations, waits, children, scopes and groups come and go on one token.
     """
     token = CancelToken()
 
@@ -446,6 +489,8 @@ def test_what_was_taken_back_leaves_nothing_on_its_token(what):
         elif what == "close":
             with token.on_cancel(Witness):
                 pass
+        elif what == "wait":
+            token.wait(1e-6)
         elif what == "child":
             token.child(timeout=3600).on_cancel(Witness)
         elif what == "scope":
@@ -463,6 +508,32 @@ def test_what_was_taken_back_leaves_nothing_on_its_token(what):
             once()
 
     assert len(token._entries) == 0
+
+
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_open_group_keeps_no_token_of_a_task_that_has_ended(call):
+    """
+    Not even with callbacks that the task has left on it, since nothing sets it any more.
+    """
+    tokens = []
+
+    @fastpool.cancellable
+    def leaves(token, _):
+        token.on_cancel(Witness)
+        tokens.append(weakref.ref(token))
+
+    with TaskGroup(1) as group:
+        if call == "submit":
+            group.submit(leaves, 1)
+        else:
+            batch = group.map(leaves, [1, 2])
+        group.wait()
+        group.submit(abs, 1).result()  # the worker has let go of what it ran before
+        gc.collect()  # a callback has the context of its registration, in which its token is
+        alive = [token() for token in tokens]
+
+        assert len(alive) == (1 if call == "submit" else len(batch))
+        assert not any(alive)
 
 
 def test_values_and_arguments_are_handed_over_and_not_copied():

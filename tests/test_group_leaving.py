@@ -803,7 +803,7 @@ def test_callback_that_is_running_is_waited_for():
     assert order == ["callback", "left"]
 
 
-def test_callback_of_a_task_token_does_not_outlive_the_block():
+def test_callback_of_a_task_token_does_not_outlive_the_block(watched):
     """
     The same for a callback that a task left behind on its own token.
     """
@@ -821,16 +821,23 @@ def test_callback_of_a_task_token_does_not_outlive_the_block():
         ready.set()
         token.sleep(60)
 
+    def releases(leaving):
+        until(lambda: order or is_asleep(leaving))
+        release.set()
+
     with TaskGroup() as group:
         ready = threading.Event()
-        group.submit(registers, ready)
+        task = group.submit(registers, ready)
         ready.wait(timeout=60)
         canceller = threading.Thread(target=group.cancel)
         canceller.start()
         entered.wait(timeout=60)
-        threading.Thread(target=release.set).start()
+        until(task.done)
+        releaser = threading.Thread(target=releases, args=[threading.current_thread()])
+        releaser.start()
     order.append("left")
     canceller.join(timeout=60)
+    releaser.join(timeout=60)
 
     assert order == ["callback", "left"]
 

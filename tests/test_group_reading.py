@@ -1748,3 +1748,52 @@ def test_handles_outlive_their_group(workers):
     assert task.result(timeout=0) == 404
     assert batch.results(timeout=0) == [0, 1, 2]
     assert "resize" in repr(task)
+
+
+def test_handle_says_how_its_task_stands():
+    """
+    With its name and its group's; and it has no room for more.
+    """
+    begun, release = threading.Event(), threading.Event()
+
+    def waits():
+        begun.set()
+        release.wait(timeout=60)
+
+    with suppress(ValueError), TaskGroup(1, name="headers") as group:
+        running, queued, gone = (
+            group.submit(fn, *args) for fn, *args in ((waits,), (resize, 404), (resize, 405))
+        )
+        gone.cancel()
+        begun.wait(timeout=60)
+        seen = [repr(task) for task in (running, queued, gone)]
+        release.set()
+        group.wait()
+        failed = group.submit(fails)
+    seen += [repr(task) for task in (queued, failed)]
+
+    assert seen == [
+        f"<Task {what}>"
+        for what in (
+            "'waits' of group 'headers', running",
+            "'resize' of group 'headers', queued",
+            "'resize' of group 'headers', cancelled",
+            "'resize' of group 'headers', succeeded",
+            "'fails' of group 'headers', failed",
+        )
+    ]
+    assert not any(hasattr(task, "__dict__") for task in (queued, failed))
+
+
+def test_site_is_the_line_on_which_a_call_begins():
+    """
+    However many it goes on for.
+    """
+    with TaskGroup(1) as group:
+        line = sys._getframe().f_lineno + 1
+        task = group.submit(
+            resize,
+            404,
+        )
+
+    assert task.site == f"{__file__}:{line}"

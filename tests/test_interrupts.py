@@ -567,6 +567,50 @@ def test_task_that_has_just_ended_keeps_its_value():
     assert (task.result(), batch.results()) == (1, [2])
 
 
+@pytest.mark.parametrize("ends", ["task_succeeded", "task_failed"])
+def test_what_an_abandoned_task_comes_to_is_for_observers_alone(ends):
+    """
+    The policy has judged already, and the record of failures is closed.
+    """
+    release = threading.Event()
+    events, judged = [], []
+
+    class Judging:
+        def start(self):
+            return self
+
+        def outcome(self, task, error):
+            judged.append(error)
+            return False
+
+        def end(self, failures):
+            return None
+
+    def stubborn():
+        release.wait(60)
+        if ends == "task_failed":
+            raise ValueError("too late")
+
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(StuckTaskError),
+        TaskGroup(
+            1, policy=Judging(), grace=0.01, on_stuck="abandon", observers=[events.append]
+        ) as group,
+    ):
+        task = group.submit(stubborn)
+        until(task.running)
+        group.cancel()
+    at_once = task.cancelled()
+    release.set()
+    until(lambda: any(event.name == ends for event in events))
+
+    assert at_once
+    assert judged == []
+    assert group.failures == ()
+    assert task.cancelled()
+
+
 def test_pool_of_an_abandoned_task_is_not_used_again(monkeypatch):
     """
     The next group has threads of its own, and the old one ends with its task.

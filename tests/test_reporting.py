@@ -8,7 +8,15 @@ from multiprocessing.pool import ThreadPool
 
 import pytest
 
-from fastpool import Cancelled, CancelToken, cancellable, timeout, use_token
+from fastpool import (
+    Cancelled,
+    CancelToken,
+    TaskGroup,
+    cancellable,
+    current_token,
+    timeout,
+    use_token,
+)
 
 
 class Stop(BaseException):
@@ -451,6 +459,23 @@ def test_failure_is_recorded_before_the_token_is_set():
             assert outcome(token.check).__cause__ is error
             assert echoes == [error, error]
             echoes.clear()
+
+
+def test_token_of_the_task_is_not_reported_to():
+    """
+    It is current because this thread made it so: its function may handle what a call raises.
+    """
+
+    def handles():
+        token = current_token()
+        with pytest.raises(ValueError, match="bad header"):
+            fails.with_token(token, ValueError("bad header"))
+        return token.cancelled()
+
+    with TaskGroup(1) as group:
+        calls = [group.submit(handles), *group.starmap(handles, [()]).tasks]
+
+    assert [task.result() for task in calls] == [False, False]
 
 
 def test_context_of_a_scope_that_was_left_brings_its_token():

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import weakref
 from decimal import Decimal
 
@@ -23,7 +24,7 @@ from blocked import is_blocked
 from staging import act_at, until
 
 import fastpool
-from fastpool import Cancelled, CancelToken, TaskCancelledError, _wakers
+from fastpool import Cancelled, CancelToken, TaskCancelledError, TaskGroup, _token, _wakers
 
 
 def in_thread(fn):
@@ -117,6 +118,35 @@ def test_failure_that_was_reported_is_the_cause():
 
     assert token.reason is failure
     assert raised.value.__cause__ is failure
+
+
+def test_timeout_is_given_by_its_name():
+    """
+    What stands in its place could be anything: a reason, a parent.
+    """
+    for make in (CancelToken, CancelToken().child):
+        with pytest.raises(TypeError):
+            make(60)
+
+
+@pytest.mark.parametrize(
+    ("reason", "shown"),
+    [
+        (None, "cancelled: 'cancelled'"),
+        ("enough", "cancelled: 'enough'"),
+        (ValueError("secret"), "cancelled: ValueError"),
+    ],
+)
+def test_token_shows_why_it_was_set(reason, shown):
+    """
+    Words as they are, anything else by its class, since its text may be a secret.
+    """
+    token = CancelToken()
+    before = repr(token)
+    token.cancel(reason)
+
+    assert before == f"<CancelToken {id(token):#x}>"
+    assert repr(token) == f"<CancelToken {id(token):#x}, {shown}>"
 
 
 def test_token_stands_where_an_event_stood():
@@ -235,16 +265,29 @@ def test_what_is_no_number_of_seconds_is_refused(timeout, error):
     """
     Everywhere, and the message shows it.
     """
-    for use in (
+    uses = (
         lambda: CancelToken(timeout=timeout),
         lambda: CancelToken().child(timeout=timeout),
         lambda: CancelToken().wait(timeout),
         lambda: CancelToken().sleep(timeout),
         lambda: fastpool.timeout(timeout),
         lambda: fastpool.shield(timeout),
-    ):
+    )
+    for use in uses:
         with pytest.raises(error, match="seconds"):
             use()
+
+
+def test_sleep_without_end_is_refused():
+    """
+    It is asked for with infinity; `None` is a number that was forgotten.
+    """
+    token = CancelToken()
+    token.cancel()  # or it would never end
+
+    for sleep in (token.sleep, fastpool.sleep):
+        with pytest.raises(TypeError, match="seconds must be a number of seconds, not None"):
+            sleep(None)
 
 
 # --- Deadlines ------------------------------------------------------------------------------------
@@ -347,6 +390,7 @@ def test_nearest_deadline_of_all_ancestors_counts():
 
     assert token.deadline == near.deadline
     assert 0 < token.remaining() <= 50
+    assert CancelToken.any(near, CancelToken.NEVER).deadline == near.deadline
 
 
 def test_earlier_deadline_wakes_the_clock():
@@ -391,6 +435,41 @@ def test_child_hears_every_ancestor_and_tells_none():
     assert (left.reason, right.reason, bottom.reason) == ("root",) * 3
     assert ran == [1]
     assert root.child().reason == "root"
+
+
+def test_diamonds_below_diamonds_are_gone_through_once():
+    """
+    There are a million million ways down, and as many up to the deadline.
+    """
+    root = bottom = CancelToken(timeout=3600)
+    for _ in range(40):
+        bottom = CancelToken.any(bottom.child(), bottom.child())
+
+    assert bottom.deadline == root.deadline
+    root.cancel("root")
+    assert bottom.reason == "root"
+
+
+def test_child_of_an_ended_token_and_it_hold_nothing_of_each_other():
+    """
+    Nothing comes from there any more.
+    """
+    group = TaskGroup(1)
+    with group:
+        pass
+    ended = weakref.ref(group.token)
+    with fastpool.use_token(group.token), fastpool.timeout(60) as limited:
+        kept = [group.token.child(), CancelToken.any(group.token), limited]
+    children = [weakref.ref(token) for token in kept]
+    token = group.token
+    del kept[0], limited, group
+    kept.clear()
+
+    assert [child() for child in children] == [None] * 3
+    kept = [token.child(), CancelToken.any(token)]
+    del token
+    assert ended() is None
+    assert not any(token.cancelled() for token in kept)
 
 
 def test_any_of_nothing_never_turns_and_of_something_else_is_refused():
@@ -525,6 +604,17 @@ def test_registering_on_a_set_token_runs_at_once():
 
     assert ran == [threading.current_thread()]
     assert registration.unregister() is False
+
+
+def test_what_is_no_function_cannot_be_registered():
+    """
+    Nor is it kept until the token is set.
+    """
+    token = CancelToken()
+
+    with pytest.raises(TypeError, match=r"on_cancel\(\) wants a function, not 404"):
+        token.on_cancel(404)
+    assert token.cancel() is True
 
 
 def test_callback_runs_in_the_context_of_its_registration():
@@ -782,6 +872,7 @@ def test_error_of_the_interrupted_call_is_the_context():
         raise broken
 
     assert raised.value.__context__ is broken
+    assert "shut down" in "".join(traceback.format_exception(raised.value))
 
 
 @pytest.mark.parametrize("kind", [Cancelled, KeyboardInterrupt, SystemExit, GeneratorExit])
@@ -979,6 +1070,18 @@ def test_token_refuses_to_be_copied(act):
     """
     with pytest.raises(TypeError, match="current_token"):
         act(CancelToken())
+
+
+def test_message_that_is_read_elsewhere_has_no_token(monkeypatch):
+    """
+    A group's message to its workers is for them alone.
+    """
+    token = CancelToken()
+    monkeypatch.setattr(_token.messages, "writing", (token, 1))
+    message = pickle.dumps(token)
+
+    with pytest.raises(TypeError, match="by the worker process alone that it was sent to"):
+        pickle.loads(message)
 
 
 @pytest.mark.parametrize("kind", [Cancelled, TaskCancelledError])
