@@ -343,7 +343,6 @@ class Task(Generic[R_co]):
             # The base class's method: the exception's own may be anything.
             BaseException.with_traceback(error, traceback)
             return error  # type: ignore[no-any-return]
-        self._run.catch_up()
         _scope.checkpoint()
         return self._cancelled()
 

@@ -301,9 +301,11 @@ def places_of(source):
                 end = body[0].lineno if body else child.end_lineno + 1
                 lines = range(child.lineno, max(end, child.lineno + 1))
                 if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                    inner, around = [*path, child.name], range(child.lineno, child.end_lineno + 1)
+                    inner, around = [*path, child.name], range(end, child.end_lineno + 1)
+                # What a function takes is run as the module is imported, and tried by its calls.
+                by = around if isinstance(child, ast.FunctionDef) else lines
                 for line in lines:
-                    places[line] = (".".join(path), (lines, function))
+                    places[line] = (".".join(path), (by, function))
             visit(child, inner, around)
 
     visit(ast.parse(source), [], range(0))
