@@ -435,6 +435,7 @@ def test_failure_has_the_traceback_of_its_process(one):
     (traceback,) = [note for note in raised.value.__notes__ if "Traceback" in note]
     assert re.search(r"worker process \d+", traceback)
     assert "in fails_with_notes" in traceback
+    assert f"fastpool{os.sep}backends" not in traceback
     assert "KeyError: 'where it began'" in traceback
 
 
