@@ -120,6 +120,14 @@ def both_ways(data):
     return len(data), data
 
 
+@cancellable
+def notes_reason(token: CancelToken, begun, ended):
+    """Note why it was cancelled."""
+    note(begun, os.getpid())
+    token.wait(300)
+    note(ended, token.reason)
+
+
 # --- Tasks that wait ------------------------------------------------------------------------------
 
 
@@ -337,6 +345,30 @@ class HoldsLock(Exception):
         self.lock = threading.Lock()
 
 
+class ReadThereOnly(Exception):
+    """Can be read from its pickle in the process that it comes from, and in no other."""
+
+    def __reduce__(self):
+        return _read_there_only, (os.getpid(),)
+
+
+def _read_there_only(process):
+    if process != os.getpid():
+        raise LookupError("not here")
+    return ReadThereOnly("where it was")
+
+
+class SaysNothing(SyntaxError):
+    """Neither its text nor its traceback can be had."""
+
+    @property
+    def filename(self):
+        raise LookupError("no file")
+
+    def __str__(self):
+        raise LookupError("no text")
+
+
 class Chained(Exception):
     """Can be compared."""
 
@@ -348,6 +380,14 @@ class Chained(Exception):
 
 def fails_in_two_arguments():
     raise TwoArguments(7, "seven")
+
+
+def fails_to_be_read():
+    raise ReadThereOnly("where it was")
+
+
+def fails_to_say_anything():
+    raise SaysNothing
 
 
 def fails_with_lock():

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import weakref
+from multiprocessing.pool import Pool
 
 import pytest
 from staging import in_thread, is_asleep, until
@@ -365,32 +366,56 @@ def test_helper_that_comes_as_the_group_ends_begins_nothing(make_pool, monkeypat
     assert queued.cancelled()
 
 
-# --- Forks ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-def test_pool_that_is_closed_as_the_interpreter_terminates_it_ends():
+def test_pool_that_is_closed_as_the_interpreter_terminates_it_ends(monkeypatch):
     """
     Although a thread of it goes on, which was left behind.
     """
-    release = threading.Event()
+    release, closing, terminating = (threading.Event() for _ in range(3))
+    looked = threading.Semaphore(0)
     pool = _GrowingPool()
     pool.apply_async(release.wait, (20,))
     put = pool._change_notifier.put
+    wait_for_updates = Pool._wait_for_updates
+
+    def note_and_wait(*arguments, **options):
+        looked.release()
+        wait_for_updates(*arguments, **options)
+
+    def wake_handler(item):
+        """It is woken, looks at what it has been told, and goes to sleep again if that says so."""
+        put(item)
+        looked.acquire(timeout=1)
 
     def close_first(item):
+        # 1: It is told to terminate, and before it is woken, told to close.
+        pool._change_notifier.put = terminate_first
+        closer.start()
+        closing.wait(timeout=60)
+        wake_handler(item)
         pool._change_notifier.put = put
-        pool.close()
-        put(item)
+        terminating.set()
 
+    def terminate_first(item):
+        # 2: So it is told to close as it wakes, for either of them.
+        closing.set()
+        terminating.wait(timeout=60)
+        wake_handler(item)
+
+    monkeypatch.setattr(Pool, "_wait_for_updates", staticmethod(note_and_wait))
     pool._change_notifier.put = close_first
+    closer = threading.Thread(target=pool.close)
     outcome = in_thread(pool._terminate)
+    closer.join(timeout=60)
     release.set()
 
     assert outcome is None
 
 
+# --- Forks ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_child_of_a_fork_has_a_working_fastpool():
     """
     The parent's open group is closed there and waited for by nobody; new ones work, deadlines too.

@@ -1360,22 +1360,28 @@ def test_arguments_and_results_are_freed_with_the_handle():
     """
     A task that is done keeps its value; once the handle is gone, so is everything.
     """
-    given, returned = Witness(), Witness()
-    watched = [weakref.ref(given), weakref.ref(returned)]
+    given, named, returned = Witness(), Witness(), Witness()
+    watched = [weakref.ref(given), weakref.ref(named), weakref.ref(returned)]
+    release = threading.Event()
 
-    with TaskGroup() as group:
-        task = group.submit(lambda argument, value: value, given, returned)
+    def work(argument, value, *, option):
+        return value
+
+    with TaskGroup(1) as group:
+        task = group.submit(work, given, returned, option=named)
         task.wait(timeout=60)
-        del given, returned
+        del given, named, returned
         kept = [witness() is not None for witness in watched]
         del task
-        # A free-threaded build leaves some objects to the thread that made them, once it runs.
-        group.submit(abs, 404).wait(timeout=60)
+        # Its thread is at something else, which may take long.
+        running = group.submit(release.wait, 60)
+        until(running.running)
         until(lambda: not any(witness() for witness in watched), within=30)
         gone = [witness() is None for witness in watched]
+        release.set()
 
-    assert kept == [False, True]
-    assert gone == [True, True]
+    assert kept == [False, False, True]
+    assert gone == [True, True, True]
 
 
 def test_group_refuses_clearly_after_it_failed():

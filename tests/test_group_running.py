@@ -14,6 +14,7 @@ import tracemalloc
 import unittest.mock
 from collections import deque
 from contextlib import suppress
+from multiprocessing.dummy import DummyProcess
 from multiprocessing.pool import Pool, ThreadPool
 
 import pytest
@@ -3088,6 +3089,31 @@ def test_queue_of_tasks_survives_threads_that_cannot_be_started(monkeypatch):
             values = batch.results(timeout=60)
 
     assert values == list(range(100))
+
+
+def test_no_thread_is_started_for_one_that_was_refused_before(monkeypatch):
+    """
+    Once the system has threads again, each that starts serves the group.
+    """
+    fastpool.shutdown()
+    release = threading.Event()
+
+    def all_serve():
+        workers = [one.name for one in threading.enumerate() if isinstance(one, DummyProcess)]
+        return len(workers) > 1 and "fastpool-idle" not in workers
+
+    with TaskGroup(8) as group:
+        first = group.submit(release.wait, 60)
+        until(first.running)
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, 0, RuntimeError("can't start new thread"))
+            group.submit(resize, 404)
+        second = group.submit(release.wait, 60)
+        try:
+            until(second.running)
+            until(all_serve)
+        finally:
+            release.set()
 
 
 def test_task_whose_deadline_cannot_be_watched_fails(monkeypatch, workers):

@@ -10,10 +10,12 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+from multiprocessing.dummy import DummyProcess
 
 import points
 import pytest
-from staging import have_idle_threads_wait, in_thread, is_asleep, sleeping, start, until
+from staging import have_idle_threads_wait, in_thread, is_asleep, look, sleeping, start, until
 
 import fastpool
 from fastpool import (
@@ -1053,6 +1055,44 @@ def test_foreign_handler_that_raises_between_our_lines_is_not_lost(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
     assert len(group.failures) == 1
+
+
+def test_what_a_handler_raises_as_a_thread_is_started_leaves_the_group(monkeypatch):
+    """
+    It is held back until the thread has started, and the main thread sleeps meanwhile.
+    """
+
+    class Stop(Exception):
+        pass
+
+    def stop(signum, frame):
+        told.set()
+        raise Stop
+
+    def main_sleeps():
+        seen = look(threading.main_thread().native_id)
+        time.sleep(0.002)
+        return seen is not None and look(threading.main_thread().native_id) == seen
+
+    def interrupted(thread):
+        start(thread)
+        if isinstance(thread, DummyProcess):
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
+            told.wait(timeout=60)
+            until(main_sleeps)
+
+    fastpool.shutdown()
+    told, start = threading.Event(), threading.Thread.start
+    before = signal.signal(signal.SIGTERM, stop)
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    try:
+        with pytest.raises(Stop), TaskGroup(1) as group:
+            submitted = group.submit(abs, -404)
+            group.wait(timeout=60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert submitted.done()
 
 
 def test_wait_of_another_thread_ends_with_an_abandoned_group():

@@ -39,12 +39,13 @@ def limit_descriptors(more):
 def limit_threads(most):
     # Each takes a stack of 64 MiB out of what may still be mapped.
     threading.stack_size(64 << 20)
-    pages = int(open("/proc/self/statm").read().split()[0])
+    with open("/proc/self/statm") as file:
+        pages = int(file.read().split()[0])
     limit = pages * resource.getpagesize() + (most * 64 << 20) + (24 << 20)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 """
     ended = subprocess.run(
-        [sys.executable, "-P", "-c", prelude + source],
+        [sys.executable, "-P", "-W", "always", "-c", prelude + source],
         capture_output=True,
         text=True,
         timeout=200,

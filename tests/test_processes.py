@@ -65,6 +65,17 @@ def no_cloudpickle(monkeypatch):
     monkeypatch.setitem(sys.modules, "cloudpickle", None)
 
 
+class Unsent:
+    """Cannot be pickled."""
+
+    def __init__(self, text):
+        self.text = text
+        self.lock = threading.Lock()
+
+    def __repr__(self):
+        return self.text
+
+
 def alive(process):
     """Whether a process runs, and is not only waiting to be reaped."""
     try:
@@ -409,6 +420,7 @@ def test_lambdas_and_closures_cross_by_value(one):
     [
         (far.fails_in_two_arguments, r"raised far\.TwoArguments: 7: seven.*missing 1 required"),
         (far.fails_with_lock, r"raised far\.HoldsLock: the disk is full.*cannot pickle .*lock"),
+        (far.fails_to_be_read, r"raised far\.ReadThereOnly: where it was.*LookupError: not here"),
     ],
 )
 def test_exception_that_cannot_cross_is_told_by_class_and_text(one, fn, says):
@@ -425,6 +437,42 @@ def test_exception_that_cannot_cross_is_told_by_class_and_text(one, fn, says):
     assert after.result() == 9
 
 
+def test_exception_that_says_nothing_comes_home_all_the_same(one):
+    """
+    Its own code raises where its text and its traceback are asked for.
+    """
+    with pytest.raises(far.SaysNothing), TaskGroup(pool=one) as group:
+        group.submit(far.fails_to_say_anything)
+    with TaskGroup(pool=one) as group:
+        after = group.submit(far.square, 3)
+
+    assert after.result() == 9
+
+
+@pytest.mark.parametrize(
+    ("reason", "heard"),
+    [
+        ("rain", "rain"),
+        (far.TwoArguments(7, "seven"), "far.TwoArguments: 7: seven"),
+        (far.HoldsLock("the disk is full"), "far.HoldsLock: the disk is full"),
+        (Unsent("a lock"), "Unsent: a lock"),
+        ("rain " * 4000, re.compile(r"str: '?(rain ){9,}")),
+    ],
+)
+def test_reason_that_cannot_cross_is_told_by_class_and_text(one, reason, heard, begun, ended):
+    """
+    As it is, if it can be sent and is short; else in words.
+    """
+    with TaskGroup(pool=one) as group:
+        group.submit(far.notes_reason, begun, ended)
+        seen(begun)
+        group.cancel(reason)
+
+    (said,) = seen(ended)
+    assert heard.match(said) if isinstance(heard, re.Pattern) else said == heard
+    assert len(said) < 16_384
+
+
 def test_failure_has_the_traceback_of_its_process(one):
     """
     As a note, with the exceptions that led to it.
@@ -435,6 +483,7 @@ def test_failure_has_the_traceback_of_its_process(one):
     (traceback,) = [note for note in raised.value.__notes__ if "Traceback" in note]
     assert re.search(r"worker process \d+", traceback)
     assert "in fails_with_notes" in traceback
+    assert f"fastpool{os.sep}backends" not in traceback
     assert "KeyError: 'where it began'" in traceback
 
 
