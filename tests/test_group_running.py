@@ -3117,7 +3117,8 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
     If the system has no thread for a group's timeout, entering says so, and leaves nothing open.
     """
     fastpool.shutdown()
-    group = TaskGroup(1, timeout=60)
+    outer = CancelToken()
+    group = TaskGroup(1, timeout=60, token=outer)
     ran = []
 
     with monkeypatch.context() as patch:
@@ -3125,7 +3126,11 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
         with pytest.raises(RuntimeError, match="can't start new thread"), group:
             ran.append("the body")
 
+    outer.cancel()
+
     assert ran == []
+    assert fastpool.dump() == ()
+    assert not group.token.cancelled()
     assert current_token() is CancelToken.NEVER
     with pytest.raises(GroupClosedError):
         group.submit(resize, 404)
