@@ -369,24 +369,24 @@ def test_queue_is_not_freed_before_the_failure_has_left():
 
 def test_group_that_has_ended_keeps_nothing_of_where_it_was_entered():
     """
-    Nor the task that entered it, nor its argument.
+    Nor the task that entered it, nor its value.
     """
 
-    class Argument:
+    class Value:
         pass
 
-    def nests(argument):
+    def nests():
         with TaskGroup(1) as inner:
             kept.append(inner)
-        return weakref.ref(argument)
+        return Value()
 
     kept = []
     with TaskGroup(1) as outer:
-        argument = outer.submit(nests, Argument()).result(timeout=60)
+        value = weakref.ref(outer.submit(nests).result(timeout=60))
     del outer
     fastpool.shutdown()
 
-    assert argument() is None
+    assert value() is None
 
 
 def test_failures_are_there_at_any_moment():

@@ -533,7 +533,7 @@ def test_held_interrupt_is_recorded_before_what_the_body_raises_then():
     assert [failure.exception for failure in group.failures] == [caught.value, error]
 
 
-def test_interrupt_that_meets_the_end_of_the_wait_is_known_to_all():
+def test_interrupt_that_meets_the_end_of_the_wait_is_known_to_all(monkeypatch):
     """
     To the judge, and to who observes the end.
     """
@@ -543,14 +543,21 @@ def test_interrupt_that_meets_the_end_of_the_wait_is_known_to_all():
         def end(self, failures):
             judged.extend(failures)
 
+    def interrupted(run):
+        monkeypatch.undo()
+        interrupt()
+        return run.close()
+
     judged = []
+    monkeypatch.setattr("fastpool._run.Run.close", interrupted)
     with (
         pytest.raises(KeyboardInterrupt) as caught,
         TaskGroup(1, policy=Policy(), observers=[events.append]) as group,
     ):
-        group.submit(signal.pthread_kill, threading.main_thread().ident, signal.SIGINT)
+        group.submit(abs, 1)
 
     assert [failure.exception for failure in judged] == [caught.value]
+    assert [failure.exception for failure in group.failures] == [caught.value]
     assert [event.error for event in events if event.name == "group_closed"] == [caught.value]
 
 
@@ -1095,9 +1102,12 @@ def test_interrupt_in_a_generator_that_is_dropped_reaches_the_group_around():
     What leaves a generator as it is dropped is lost, so the group around raises it.
     """
 
+    gone_on = []
+
     def pages():
         with TaskGroup(1, observers=[observer]):
             yield 1
+        gone_on.append("after its block")
 
     def observer(event):
         if event.name == "group_closed":
@@ -1107,6 +1117,7 @@ def test_interrupt_in_a_generator_that_is_dropped_reaches_the_group_around():
         for _ in pages():
             break
 
+    assert gone_on == []
     assert [type(failure.exception) for failure in outer.failures] == [KeyboardInterrupt]
 
 
