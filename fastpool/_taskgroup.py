@@ -143,7 +143,6 @@ class TaskGroup(Submitter):
         self._finished = False  # at interpreter exit, its block still open
         self._concluding = False  # everything has come to rest, and who ends it is settled
         self._left_behind: list[str] = []  # tasks that were abandoned, a line each
-        self._left_over: object = None  # the queue's rest, which the run must not keep
 
     # --- Asking ---------------------------------------------------------------------------
 
@@ -459,6 +458,8 @@ class TaskGroup(Submitter):
         assert self._entered is not None
         around, scope = self._entered
         if self._concluding:
+            if error is not None:
+                run._report(error)  # it met our last lines
             return self._conclude(around, error)
         if _scope.current.get() is not scope:
             self._end_inner(scope)
@@ -537,7 +538,8 @@ class TaskGroup(Submitter):
         run.tell_cancelled()
         opened = run.entered_at()
         self._winner, broken = run.winner, run.judge_error
-        # Not emptied: to free a million tasks takes longer than the way to the `except`.
+        # The rest of the queue, which the run must not keep. Not emptied: to free a million tasks
+        # takes longer than the way to the `except`.
         self._left_over = run.queue
         self._failures = tuple(run.failures)  # others may look at any moment
         self._failures = run.end()

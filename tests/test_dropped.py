@@ -15,7 +15,7 @@ import pytest
 from staging import act_at, in_thread, until
 
 import fastpool
-from fastpool import CancelToken, TaskGroup, cancellable, current_token
+from fastpool import CancelToken, TaskGroup, _scope, cancellable, current_token
 from fastpool._taskgroup import _open_runs
 
 
@@ -81,12 +81,16 @@ def test_code_that_goes_on_is_in_the_body_no_more():
     outer = CancelToken()
 
     with fastpool.use_token(outer):
+        before = _scope.current.get()
         group = TaskGroup(1)
         group.__enter__()
+        context = contextvars.copy_context()
         with pytest.warns(ResourceWarning):
             del group
 
+        assert _scope.current.get() is before  # or one after the other would be kept
         assert current_token() is outer
+        assert context.run(current_token) is outer
         with TaskGroup(1) as group:
             assert group.submit(pow, 2, 3).result() == 8
         assert current_token() is outer
@@ -106,11 +110,12 @@ def test_dropped_group_leaves_nothing_behind():
     group.submit(pow, 2, 3).wait()
     with pytest.warns(ResourceWarning):
         del group
+    after = len(outer._entries)
 
     with TaskGroup(1):
         pass
 
-    assert len(outer._entries) == before - 1
+    assert after == len(outer._entries) == before - 1
     assert run() not in _open_runs
 
 

@@ -394,6 +394,28 @@ def test_group_that_is_entered_cancelled_says_so():
     assert [event.name for event in seen] == ["group_opened", "group_cancelled", "group_closed"]
 
 
+def test_cancel_of_an_abandoned_group_is_told_though_no_helper_has_come_to_it(monkeypatch):
+    """
+    The thread that leaves does it then, and once.
+    """
+    seen, late, release = [], [], threading.Event()
+    with (
+        pytest.warns(RuntimeWarning),
+        pytest.raises(TimeoutError),
+        TaskGroup(1, timeout=600, grace=0.01, on_stuck="abandon", observers=[seen.append]) as group,
+    ):
+        until(group.submit(release.wait, 60).running)
+        monkeypatch.setattr("fastpool._clock.run_in_helper", late.append)
+        group.token._expire()
+    monkeypatch.undo()
+    for job in late:
+        job()
+    release.set()
+
+    assert late
+    assert names(seen) == ["group_opened", "group_cancelled", "group_closed"]
+
+
 @pytest.mark.parametrize("first", ["task_cancelled", "group_cancelled"])
 def test_leaving_waits_for_observers_in_other_threads(first, watched):
     """

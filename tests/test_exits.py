@@ -2,6 +2,7 @@
 A program that ends while a group is open.
 """
 
+import os
 import subprocess
 import sys
 
@@ -81,6 +82,133 @@ group.submit(parent)
     )
 
     assert (ended.stdout, ended.stderr) == ("child", "")
+
+
+def test_group_that_is_open_takes_nothing_from_others_while_the_program_ends():
+    """
+    Or it might never end.
+    """
+    ended = run_script(
+        """
+import atexit, os, threading
+from fastpool import GroupClosedError, TaskGroup
+
+over, refused = threading.Event(), threading.Event()
+atexit.register(over.set)  # called before fastpool's own, since registered after it
+
+def produce():
+    over.wait(60)
+    while not refused.is_set():
+        try:
+            group.submit(abs, 1).wait()
+        except GroupClosedError as error:
+            os.write(1, str(error).encode())
+            refused.set()
+
+group = TaskGroup(2, name="feed")
+group.__enter__()
+group.submit(refused.wait, 60)
+threading.Thread(target=produce, daemon=True).start()
+"""
+    )
+
+    assert ended.stderr == ""
+    assert ended.stdout == "cannot submit abs() to group 'feed': the interpreter is exiting"
+
+
+def test_error_of_a_block_that_is_left_after_the_programs_end_is_not_swallowed():
+    """
+    The group has been finished by then, but the body's own error is its thread's.
+    """
+    ended = run_script(
+        """
+import atexit, os, threading
+
+@atexit.register  # called after fastpool's own, since registered before it
+def late():
+    over.set()
+    thread.join(60)
+
+from fastpool import TaskGroup
+
+begun, over = threading.Event(), threading.Event()
+
+def leave():
+    try:
+        with TaskGroup(1):
+            begun.set()
+            over.wait(60)
+            raise ValueError("mine")
+    except ValueError as error:
+        os.write(1, str(error).encode())
+
+thread = threading.Thread(target=leave, daemon=True)
+thread.start()
+begun.wait(60)
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("mine", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_leaves_a_group_that_was_dropped_to_its_parent():
+    """
+    It is the parent that tells of its end.
+    """
+    ended = run_script(
+        """
+import os, warnings
+import fastpool
+from fastpool import TaskGroup
+
+warnings.simplefilter("ignore")
+parent = os.getpid()
+
+def tell(event):
+    where = "parent" if os.getpid() == parent else "child"
+    os.write(1, f"{event.name} in the {where}, ".encode())
+
+group = TaskGroup(1, observers=[tell])
+group.__enter__()
+del group
+child = os.fork()
+if not child:
+    fastpool.map(abs, [-1])
+    fastpool.shutdown()
+    os._exit(0)
+os.waitpid(child, 0)
+fastpool.shutdown()
+"""
+    )
+
+    assert ended.stderr == ""
+    assert ended.stdout == (
+        "group_opened in the parent, group_cancelled in the parent, group_closed in the parent, "
+    )
+
+
+def test_interrupt_that_is_held_back_while_the_program_ends_is_told():
+    """
+    Nothing can be given it any more.
+    """
+    ended = run_script(
+        """
+import signal
+from fastpool import TaskGroup
+
+def tell(event):
+    if event.name == "group_closed":
+        signal.raise_signal(signal.SIGINT)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+group = TaskGroup(observers=[tell])
+group.__enter__()
+"""
+    )
+
+    assert "the interpreter's exit" in ended.stderr
+    assert ended.stderr.endswith("KeyboardInterrupt: \n")
 
 
 def test_group_that_is_open_at_the_end_is_closed_like_any_other():

@@ -307,15 +307,24 @@ def test_inner_group_that_fails_and_is_handled_leaves_the_outer_alone():
 
 
 @pytest.mark.parametrize("policy", [None, CollectAll()], ids=repr)
-def test_failed_group_is_freed_without_the_collector(policy):
+@pytest.mark.parametrize("source", ["task", "input"])
+def test_failed_group_is_freed_without_the_collector(policy, source):
     """
     It holds its failures, and they hold nothing that leads back to it.
     """
 
+    def items():
+        raise ValueError("root")
+        yield
+
     def run():
         with TaskGroup(2, policy=policy) as group:
             seen.append(weakref.ref(group))
-            group.submit(fail, ValueError("root"))
+            if source == "task":
+                group.submit(fail, ValueError("root"))
+            else:
+                with contextlib.suppress(ValueError):
+                    group.map(abs, items())
             del group  # or this frame, which the failure passes through, would lead to it
 
     seen = []
@@ -372,6 +381,74 @@ def test_what_reading_a_task_raises_is_freed_without_the_collector(read, ends):
         gc.enable()
 
     assert alive == [None]
+
+
+def test_queue_is_not_freed_before_the_failure_has_left():
+    """
+    That may take longer than everything else; it goes with the group.
+    """
+
+    class Large:
+        pass
+
+    def submits(group):
+        large = Large()
+        seen.append(weakref.ref(large))
+        group.submit(id, large)
+
+    seen = []
+    with pytest.raises(ValueError, match="root"), TaskGroup(1) as group:
+        started_sleeper(group)
+        for _ in range(10):
+            submits(group)
+        raise ValueError("root")
+
+    assert seen[-1]() is not None
+    del group
+    until(lambda: seen[-1]() is None)
+
+
+def test_group_that_has_ended_keeps_nothing_of_where_it_was_entered():
+    """
+    Nor the task that entered it, nor its value.
+    """
+
+    class Value:
+        pass
+
+    def nests():
+        with TaskGroup(1) as inner:
+            kept.append(inner)
+        return Value()
+
+    kept = []
+    with TaskGroup(1) as outer:
+        value = weakref.ref(outer.submit(nests).result(timeout=60))
+    del outer
+    fastpool.shutdown()
+
+    assert value() is None
+
+
+def test_failures_are_there_at_any_moment():
+    """
+    Also for a callback that goes on while the group ends.
+    """
+    begun, seen = threading.Event(), []
+
+    def looks():
+        begun.set()
+        until(lambda: group._run.over)
+        seen.append(group.failures)
+
+    with pytest.raises(ValueError, match="root"), TaskGroup(1) as group:
+        group.token.on_cancel(looks)
+        start(group.cancel)
+        assert begun.wait(timeout=60)
+        raise ValueError("root")
+
+    assert seen == [group.failures]
+    assert len(group.failures) == 1
 
 
 @pytest.mark.parametrize("ends", ["with a value", "with a failure"])

@@ -671,6 +671,37 @@ def test_block_cancelled_by_the_token_around_it_raises_cancelled():
     assert outer.failures == ()
 
 
+def test_cancelled_of_the_body_is_the_one_that_leaves():
+    """
+    It says where the body was.
+    """
+    outer, error = CancelToken(), None
+    with pytest.raises(Cancelled) as raised, TaskGroup(token=outer):
+        outer.cancel()
+        try:
+            fastpool.checkpoint()
+        except Cancelled as cancelled:
+            error = cancelled
+            raise
+
+    assert raised.value is error
+
+
+def test_note_says_where_a_failure_was_that_no_task_had():
+    """
+    It stands beside the first one.
+    """
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup(name="pages") as group:
+        task = group.submit(fail, ValueError("root"))
+        with shield():
+            task.wait(timeout=60)
+        raise KeyError("body")
+
+    assert raised.value.__notes__[-1] == (
+        "also in group 'pages': KeyError in the body, an input or a call from outside"
+    )
+
+
 def test_block_ended_by_its_token_fails_the_task_around_it():
     """
     Its `Cancelled` leaves a task whose own token is not set, and is a failure there.
@@ -708,10 +739,11 @@ def test_group_without_time_is_cancelled_from_the_start():
     """
     A timeout of zero refuses the first submit and raises `TimeoutError`.
     """
-    with pytest.raises(TimeoutError), TaskGroup(timeout=0) as group:
+    with pytest.raises(TimeoutError) as raised, TaskGroup(timeout=0) as group:
         group.submit(pow, 2, 3)
 
     assert group.failures == ()
+    assert isinstance(raised.value.__cause__, Cancelled)
 
 
 def test_scope_around_a_group_turns_its_end_into_a_timeout():

@@ -1036,6 +1036,8 @@ def hold():
 
 def in_child(group, task, queued):
     signal.alarm(60)
+    if fastpool.dump() != ():
+        os._exit(6)
     try:
         with group_left(group):
             try:
@@ -1044,8 +1046,13 @@ def in_child(group, task, queued):
                 assert "abs" in str(error) and "parent" in str(error), error
             else:
                 os._exit(3)
+            raise KeyError("of the body")
+    except KeyError:
+        pass
     except BaseException:
         os._exit(4)
+    else:
+        os._exit(7)
     if fastpool.map(abs, [-1, -2]) != [1, 2]:
         os._exit(5)
     os._exit(0)
@@ -3143,7 +3150,8 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
     If the system has no thread for a group's timeout, entering says so, and leaves nothing open.
     """
     fastpool.shutdown()
-    group = TaskGroup(1, timeout=60)
+    outer = CancelToken()
+    group = TaskGroup(1, timeout=60, token=outer)
     ran = []
 
     with monkeypatch.context() as patch:
@@ -3151,10 +3159,30 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
         with pytest.raises(RuntimeError, match="can't start new thread"), group:
             ran.append("the body")
 
+    outer.cancel()
+
     assert ran == []
+    assert fastpool.dump() == ()
+    assert not group.token.cancelled()
     assert current_token() is CancelToken.NEVER
     with pytest.raises(GroupClosedError):
         group.submit(resize, 404)
+
+
+def test_group_whose_entry_fails_midway_is_not_open(monkeypatch):
+    """
+    Wherever that is; nothing of it is left.
+    """
+
+    def fails(*arguments):
+        monkeypatch.undo()
+        raise MemoryError
+
+    monkeypatch.setattr("fastpool._scope.enter", fails)
+    with pytest.raises(MemoryError), TaskGroup(1):
+        pass
+
+    assert fastpool.dump() == ()
 
 
 def test_claim_that_is_laid_as_the_group_ends_is_taken_back(monkeypatch):

@@ -463,6 +463,136 @@ def test_entry_that_fails_gives_the_signal_back(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_interrupt_that_meets_an_entry_that_fails_is_what_leaves(monkeypatch):
+    """
+    The error of the entry is its cause.
+    """
+
+    def refuse(*arguments):
+        interrupt()
+        raise RuntimeError("can't start new thread")
+
+    fastpool.shutdown()
+    with monkeypatch.context() as patch:
+        patch.setattr("threading.Thread.start", refuse)
+        with pytest.raises(KeyboardInterrupt) as caught, TaskGroup(1, timeout=60):
+            pass
+
+    assert str(caught.value.__cause__) == "can't start new thread"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_interrupt_that_is_held_back_on_entry_is_raised_before_the_body():
+    """
+    Nothing of the body begins.
+    """
+    begun = []
+
+    def observer(event):
+        if event.name == "group_opened":
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1, observers=[observer]):
+        begun.append("the body")
+
+    assert begun == []
+    assert fastpool.dump() == ()
+
+
+def test_interrupt_of_a_group_that_is_dropped_is_not_lost():
+    """
+    Held back in it, it is raised as the next group is entered.
+    """
+
+    def observer(event):
+        if event.name == "task_submitted":
+            interrupt()
+
+    group = TaskGroup(1, observers=[observer])
+    group.__enter__()
+    group.submit(abs, 1)
+    with pytest.warns(ResourceWarning, match="was dropped"):
+        del group
+
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1):
+        pass
+
+
+def test_held_interrupt_is_recorded_before_what_the_body_raises_then():
+    """
+    The failures are in the order of time.
+    """
+    error = ValueError("bad header")
+
+    def observer(event):
+        if event.name == "task_submitted":
+            interrupt()
+
+    with pytest.raises(KeyboardInterrupt) as caught, TaskGroup(1, observers=[observer]) as group:
+        group.submit(abs, 1)
+        raise error
+
+    assert [failure.exception for failure in group.failures] == [caught.value, error]
+
+
+def test_interrupt_that_meets_the_end_of_the_wait_is_known_to_all(monkeypatch):
+    """
+    To the judge, and to who observes the end.
+    """
+    events = []
+
+    class Policy(Collecting):
+        def end(self, failures):
+            judged.extend(failures)
+
+    def interrupted(run):
+        monkeypatch.undo()
+        interrupt()
+        return run.close()
+
+    judged = []
+    monkeypatch.setattr("fastpool._run.Run.close", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        TaskGroup(1, policy=Policy(), observers=[events.append]) as group,
+    ):
+        group.submit(abs, 1)
+
+    assert [failure.exception for failure in judged] == [caught.value]
+    assert [failure.exception for failure in group.failures] == [caught.value]
+    assert [event.error for event in events if event.name == "group_closed"] == [caught.value]
+
+
+@pytest.mark.parametrize("where", ["wait", "before", "judge"])
+def test_traceback_of_an_interrupt_shows_nothing_of_how_the_block_is_left(where):
+    """
+    Of the group's own code it shows the line at which it leaves, and no other.
+    """
+
+    class Policy(Collecting):
+        def end(self, failures):
+            if where == "judge":
+                interrupt()
+
+    def observer(event):
+        if event.name == "task_submitted" and where == "before":
+            interrupt()
+
+    def task():
+        if where == "wait":
+            until(lambda: group._run.leavers)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    with (
+        pytest.raises(KeyboardInterrupt) as caught,
+        TaskGroup(1, policy=Policy(), observers=[observer]) as group,
+    ):
+        group.submit(task)
+
+    frames = [frame for frame in caught.traceback if "_taskgroup" in str(frame.path)]
+    assert [frame.name for frame in frames] == ["__exit__"]
+
+
 # --- A second time --------------------------------------------------------------------------------
 
 
@@ -1018,9 +1148,12 @@ def test_interrupt_in_a_generator_that_is_dropped_reaches_the_group_around():
     What leaves a generator as it is dropped is lost, so the group around raises it.
     """
 
+    gone_on = []
+
     def pages():
         with TaskGroup(1, observers=[observer]):
             yield 1
+        gone_on.append("after its block")
 
     def observer(event):
         if event.name == "group_closed":
@@ -1030,14 +1163,15 @@ def test_interrupt_in_a_generator_that_is_dropped_reaches_the_group_around():
         for _ in pages():
             break
 
+    assert gone_on == []
     assert [type(failure.exception) for failure in outer.failures] == [KeyboardInterrupt]
 
 
-def test_foreign_handler_that_raises_between_our_lines_is_not_lost(monkeypatch):
+@pytest.mark.parametrize("where", ["fastpool._taskgroup.Vigil", "fastpool._run.Run.tell_cancelled"])
+def test_foreign_handler_that_raises_between_our_lines_is_not_lost(where, monkeypatch):
     """
     It counts as the body's: the group is left, and it leaves.
     """
-    from fastpool import _taskgroup
 
     def stop(signum, frame):
         sys.exit("told to stop")
@@ -1047,7 +1181,7 @@ def test_foreign_handler_that_raises_between_our_lines_is_not_lost(monkeypatch):
         signal.raise_signal(signal.SIGTERM)
 
     before = signal.signal(signal.SIGTERM, stop)
-    monkeypatch.setattr(_taskgroup, "Vigil", interrupted)
+    monkeypatch.setattr(where, interrupted)
     try:
         with pytest.raises(SystemExit, match="told to stop"), TaskGroup(1) as group:
             group.submit(abs, 1)
@@ -1055,6 +1189,32 @@ def test_foreign_handler_that_raises_between_our_lines_is_not_lost(monkeypatch):
         signal.signal(signal.SIGTERM, before)
 
     assert len(group.failures) == 1
+    assert fastpool.dump() == ()
+
+
+def test_failure_is_not_lost_where_a_handler_raises_between_our_lines(monkeypatch):
+    """
+    What the group knew before stays: it comes first.
+    """
+    error = ValueError("bad header")
+
+    def stop(signum, frame):
+        raise OSError("told to stop")
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        signal.raise_signal(signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    monkeypatch.setattr("fastpool._run.Run.tell_cancelled", interrupted)
+    try:
+        with pytest.raises(ValueError, match="bad header") as caught, TaskGroup(1) as group:
+            raise error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+    assert caught.value is error
+    assert [type(failure.exception) for failure in group.failures] == [ValueError, OSError]
 
 
 def test_what_a_handler_raises_as_a_thread_is_started_leaves_the_group(monkeypatch):

@@ -637,7 +637,7 @@ def test_group_without_tasks_has_no_winner_and_leaves_quietly():
     There is nothing to raise.
     """
     with TaskGroup(policy=FirstSuccess()) as group:
-        pass
+        assert group.winner is None
 
     assert group.winner is None
 
