@@ -156,7 +156,7 @@ class _Pool:
         self.reserve: dict[Lane, None] = {}  # whoever takes a lane off has it
         self.ended = False  # only ever set
         self.foreign = False  # it is the pool of the process that this one was forked from
-        self.idle_since: float  # set by who gives it back
+        self.idle_since = 0.0  # written by who gives it back
         _live_pools[self] = None
         # Guards the growing of `threads` and `lanes`. Held while a thread starts; by submitters
         # only. It is re-entrant, since a finalizer that submits may run in the middle of that.
