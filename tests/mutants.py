@@ -623,6 +623,7 @@ class""",
         processes,
         "        if not self._batch:\n            return None  #",
         "        #",
+        rare=True,
     ),
     Mutant(
         "a task that is killed for not stopping has failed",
