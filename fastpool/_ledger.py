@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import threading
 import time
@@ -593,6 +594,6 @@ class Ledger:
         if self.token.cancelled() and self.shall_tell_cancelled():
             self.emit("group_cancelled", context=self.context)
 
+    @abc.abstractmethod
     def while_open(self, fn: Callable[[], object]) -> bool:
         """Call something, and keep the group from ending meanwhile; False if it has. See `Run`."""
-        raise NotImplementedError

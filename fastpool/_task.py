@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 from collections.abc import Callable
 from contextvars import Context
@@ -329,9 +330,9 @@ class Task(Generic[R_co]):
         """Why it was cancelled, if it was."""
         return self._value
 
+    @abc.abstractmethod
     def _abandon(self) -> None:
         """Make it cancelled for good while it runs: what it comes to later is not written here."""
-        raise NotImplementedError
 
     def _is_abandoned(self) -> bool:
         return False

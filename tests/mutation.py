@@ -415,8 +415,12 @@ def run(tests, known, modules, match, seconds, jobs, log):
 
     log.touch()
     judged = dict(line.split("\t")[2:] for line in log.read_text().splitlines())
-    survivors, told = [], log.open("a", 1)
-    with tempfile.TemporaryDirectory() as folder, TaskGroup(jobs, max_queued=jobs) as group:
+    survivors = []
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        log.open("a", 1) as told,
+        TaskGroup(jobs, max_queued=jobs) as group,
+    ):
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
         for number in range(jobs):
             trees.put(copy_tree(Path(folder, str(number))))
@@ -469,7 +473,11 @@ def main():
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     parser.add_argument(
-        "--log", type=Path, help="a file of what came of each; a run that was broken off goes on"
+        "--log",
+        type=Path,
+        default=os.devnull,
+        help="a file of what came of each; what stands there is not run again, so take a new one"
+        " once the library or its tests have changed",
     )
     options = parser.parse_args()
     if options.command == "record":
@@ -485,7 +493,7 @@ def main():
     survivors = run(
         read_record(options.record),
         *(known, modules, options.match, options.seconds, options.jobs),
-        options.log or Path(os.devnull),
+        options.log,
     )
     new = [name for name in survivors if name not in known]
     gone = sorted(known.difference(survivors))

@@ -346,49 +346,35 @@ def deadline_against_last_task():
 @model("all refused", "some refused", "none refused")
 def submit_against_exit():
     """What is submitted as the block is left runs before it has been left, or is refused."""
-    ran, groups = [], []
-    entered = threading.Event()
-
-    def body():
-        with TaskGroup(1) as group:
-            groups.append(group)
-            entered.set()
-        return list(ran)
-
-    def submits():
-        entered.wait()
-        tasks = [attempt(groups[0].submit, notes, ran, number) for number in range(4)]
-        return [attempt(task.result) for task in tasks if not isinstance(task, GroupClosedError)]
-
-    by_then, values = together(body, submits)
-
-    assert by_then == ran == values
-    assert values == list(range(len(values)))
-    return {0: "all refused", 4: "none refused"}.get(len(values), "some refused")
+    return submits_against_exit(4)
 
 
 @model("all refused", "some refused", "none refused")
 def submit_against_exit_of_bounded():
     """So it is where the queue has a bound: what finds no room waits for it, or is refused."""
+    return submits_against_exit(2, max_queued=1)
+
+
+def submits_against_exit(count, **settings):
     ran, groups = [], []
     entered = threading.Event()
 
     def body():
-        with TaskGroup(1, max_queued=1) as group:
+        with TaskGroup(1, **settings) as group:
             groups.append(group)
             entered.set()
         return list(ran)
 
     def submits():
         entered.wait()
-        tasks = [attempt(groups[0].submit, notes, ran, number) for number in range(2)]
+        tasks = [attempt(groups[0].submit, notes, ran, number) for number in range(count)]
         return [attempt(task.result) for task in tasks if not isinstance(task, GroupClosedError)]
 
     by_then, values = together(body, submits)
 
     assert by_then == ran == values
     assert values == list(range(len(values)))
-    return {0: "all refused", 2: "none refused"}.get(len(values), "some refused")
+    return {0: "all refused", count: "none refused"}.get(len(values), "some refused")
 
 
 @model("recorded", "too late")
