@@ -15,6 +15,7 @@ from fastpool._closing import Closing
 from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
+from fastpool._whole import once, whole
 from fastpool.exceptions import Cancelled
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class Callback:
     """
 
     __slots__ = (
+        "_begun",
         "_claims",
         "_context",
         "_pause",
@@ -51,6 +53,7 @@ class Callback:
         self.slow = slow
         self.registration: weakref.ref[Registration] | None = None
         self.finished = False
+        self._begun = False
         self._context: contextvars.Context | None = contextvars.copy_context()
         self._claims: dict[None, object] = {}  # `setdefault` is atomic: one alone gets it
         self._waiters: list[Gate] = []  # only ever added to
@@ -63,17 +66,29 @@ class Callback:
     def run_in(self, token: CancelToken) -> None:
         """Run it, if nobody has, and take it off its token."""
         mine = object()
-        if not self.slow:
-            self._run(token, mine)
-        elif self.claim(mine):
-            _clock.run_in_helper(lambda: self._run(token, mine))
+        job = once(lambda: self._run(token, mine))
+        try:
+            if not self.slow:
+                self._run(token, mine)
+            elif self.claim(mine):
+                _clock.run_in_helper(job)
+        except BaseException:  # what a signal handler raised: somebody may be waiting
+            if self.claim(mine):
+                if self.slow:
+                    whole(_clock.run_in_helper, job)
+                elif self._begun:
+                    whole(self.finish, token)
+                else:
+                    whole(self._run, token, mine)
+            raise
 
     def _run(self, token: CancelToken, mine: object) -> None:
         again = False
         try:
             again = self.claim(mine) and self._call()
         finally:
-            if self._claims.get(None) is mine:
+            # One that is not slow, and was not begun, `run_in` tries again.
+            if self._claims.get(None) is mine and (self._begun or self.slow):
                 if not again:
                     self.finish(token)
                 elif self.slow:
@@ -87,6 +102,7 @@ class Callback:
         context, function = self._context, self.function
         assert context is not None
         assert function is not None
+        self._begun = True  # and no handler can run before it is called
         try:
             return context.run(function) is _wakers.AGAIN
         except BaseException as error:  # even an exit: it must not pass for the canceller's
@@ -174,11 +190,16 @@ class Registration(Closing):
         Threads:
             Any; takes no lock, so signal handlers and finalizers may call it.
         """
-        if not self._entry.claim(object()):
-            return False
-        token = self._token
-        if token is not None:
-            self._entry.finish(token)
+        entry, token, mine = self._entry, self._token, object()
+        try:
+            if not entry.claim(mine):
+                return False
+            if token is not None:
+                entry.finish(token)
+        except BaseException:  # what a signal handler raised: somebody may be waiting
+            if token is not None and entry.claim(mine):
+                whole(entry.finish, token)
+            raise
         return True
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from fastpool import _marks
 from fastpool._errors import strip
 from fastpool._scope import current_token, enter, is_own, leave
 from fastpool._token import CancelToken
+from fastpool._whole import whole
 
 __all__ = ["UNRUNNABLE", "Cancellable", "Injecting", "cancellable", "refuse", "rewrap"]
 
@@ -116,7 +117,11 @@ class Injecting:
             token._report(error)
             raise
         finally:
-            leave(scope)
+            try:
+                leave(scope)
+            except BaseException:  # what a signal handler raised
+                whole(leave, scope)
+                raise
             del self, token, args, kwargs, scope  # the token has the error as its reason now
 
     def _self_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -16,8 +16,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
+from fastpool import _marks
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
+from fastpool._whole import whole
 
 __all__ = [
     "IDLE",
@@ -92,11 +94,27 @@ _daemon_threads_allowed: Callable[[], bool] = getattr(
 
 
 def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
-    """Start a daemon thread in an empty context, so that it keeps nothing of its starter's."""
+    """
+    Start a daemon thread in an empty context, so that it keeps nothing of its starter's.
+
+    If it raises, the thread never runs. What a signal handler raises when it runs already is held
+    back.
+    """
     check_threads()
-    thread = threading.Thread(target=target, name=name, daemon=True)
-    # Free-threaded builds hand the starter's context to the new thread: give them an empty one.
-    contextvars.Context().run(thread.start)
+    claims: dict[None, bool] = {}  # whether it runs; `setdefault` decides
+
+    def run() -> None:
+        if claims.setdefault(None, True):
+            target()
+
+    thread = threading.Thread(target=run, name=name, daemon=True)
+    try:
+        # Free-threaded builds hand on the starter's context: give them an empty one.
+        contextvars.Context().run(thread.start)
+    except BaseException as error:
+        if not claims.setdefault(None, False):
+            raise
+        _marks.held += (error,)
     return thread
 
 
@@ -227,7 +245,8 @@ def _arrive(entry: Deadline) -> None:
         # the last time, so either it saw this one or we see that it is gone. Arriving twice
         # does no harm.
         if _clocks.get("clock") is clock:
-            return
+            break
+    _marks.raise_held()
 
 
 class _Helper:
@@ -275,20 +294,30 @@ def run_in_helper(job: Callable[[], object]) -> None:
     Threads:
         Any. Takes no lock of ours; may start a thread. If none can be started, `job` runs here.
     """
-    try:
-        helper, _ = _idle_helpers.popitem()
-    except KeyError:
-        helper = _Helper()
-        helper.job = job
-        _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
+    for helper in list(_idle_helpers):
+        # Taken off and given its job without a call, after which a signal handler could raise.
         try:
-            helper.thread = start_thread(helper.run, "fastpool-helper")
-        except (RuntimeError, MemoryError):
-            _helpers.pop(helper, None)
-            job()  # late is better than never
+            del _idle_helpers[helper]
+        except KeyError:
+            continue
+        helper.job = job
+        try:
+            helper.gate.open()
+        except BaseException:
+            whole(helper.gate.open)
+            raise
         return
+    helper = _Helper()
     helper.job = job
-    helper.gate.open()
+    _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
+    try:
+        helper.thread = start_thread(helper.run, "fastpool-helper")
+    except (RuntimeError, MemoryError):
+        _helpers.pop(helper, None)
+        job()  # late is better than never
+    except BaseException:  # what a signal handler raised
+        _helpers.pop(helper, None)
+        raise
 
 
 def run_from_handler(job: Callable[[], object]) -> None:

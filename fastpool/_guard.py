@@ -110,8 +110,10 @@ def hold(guarded: Guarded) -> None:
             _guard.before[SIGINT] = handler
             _signal.signal(SIGINT, _handler)
     except BaseException as error:
-        # An interrupt before ours was in place; or this is a subinterpreter, which has none.
+        # What a handler raised, Python's own perhaps; or this is a subinterpreter, which has none.
         _guard.wards[SIGINT].pop(guarded, None)
+        if not _guard.wards[SIGINT]:
+            _restore(SIGINT)
         if not isinstance(error, ValueError):
             raise
 
@@ -121,8 +123,16 @@ def let_go(guarded: Guarded) -> BaseException | None:
     A group has ended: restore the handlers after the last one, unless somebody replaced ours.
 
     Returns:
-        An interrupt that was held back, and is to be raised now.
+        An interrupt that was held back, or came just now, and is to be raised.
     """
+    try:
+        return _let_go(guarded)
+    except BaseException as error:
+        # Python's own handler, as soon as it was back, or that of another signal.
+        return _let_go(guarded) or error
+
+
+def _let_go(guarded: Guarded) -> BaseException | None:
     main = _in_main_thread()
     if len(_guard.wards) > 1:
         for signum, wards in list(_guard.wards.items()):
@@ -133,21 +143,17 @@ def let_go(guarded: Guarded) -> BaseException | None:
     wards = _guard.wards[SIGINT]
     # In a callback, say, it would be lost; one of the groups around raises it then.
     takes = main and (len(wards) < 2 or not _marks.is_swallowed())
-    try:
-        if main and guarded in wards and len(wards) == 1:
-            # As soon as it is back, Python's own handler may raise after any call of ours; so
-            # there is none until the group is off the list.
-            _restore(SIGINT)
-    finally:
-        held: tuple[BaseException, ...] = ()
-        if takes:
-            held, _marks.held = _marks.held, ()
-        if guarded in wards:
-            del wards[guarded]
-        if guarded in _guard.heard:
-            del _guard.heard[guarded]
+    if main and guarded in wards and len(wards) == 1:
+        _restore(SIGINT)
+    if guarded in wards:
+        del wards[guarded]
+    if guarded in _guard.heard:
+        del _guard.heard[guarded]
     if main and not wards:
         _restore(SIGINT)  # a finalizer has opened a group in the middle of this
+    held: tuple[BaseException, ...] = ()
+    if takes:
+        held, _marks.held = _marks.held, ()
     return held[0] if held else None
 
 

@@ -500,12 +500,16 @@ class Ledger:
         """
         if self.over:
             return
+        self.note_stray(error)
+        self.halt(error)
+        self.cancel_rest()
+
+    def note_stray(self, error: BaseException) -> None:
+        """Record a failure that no task had."""
         self.disturbed = True
         if not any(failure.exception is error for failure in self.failures):
             self.strays.append(error)
             self.record(None, error)
-        self.halt(error)
-        self.cancel_rest()
 
     # --- Telling ------------------------------------------------------------------------------
 

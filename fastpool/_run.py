@@ -830,6 +830,8 @@ class Run(Ledger):
         """
         Let go of everything. Tasks refer to this object, so it must not refer to tasks.
 
+        Interrupted by what a signal handler raises, it may be called again.
+
         Returns:
             The failures, by time.
         """
@@ -848,16 +850,17 @@ class Run(Ledger):
                 _marks.held += (interrupt,)
         if notice is not None:
             notice.unregister()
-        failures = tuple(self.failures)
-        self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them
         for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):
             lanes.clear()
         self.loose.clear()
+        failures, queue = tuple(self.failures), deque[Any]()
+        # No call from here on, after which a handler could run: these have to come home.
+        self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them
         self.winner = self.backend = self.pool = self.judge_error = self.halted_by = None
         self.entry = self.context = self.notice = None
-        self.queue, self.bounded = deque(), None
+        self.queue, self.bounded = queue, None
         return failures
 
     def abandon(self, why: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from contextvars import ContextVar
 from types import TracebackType
@@ -10,6 +11,7 @@ from typing import Protocol
 from fastpool import _clock
 from fastpool._errors import is_a
 from fastpool._token import CancelToken
+from fastpool._whole import whole
 from fastpool.exceptions import Cancelled
 
 __all__ = [
@@ -150,7 +152,11 @@ def enter(token: CancelToken, group: object = None, maker: object = None) -> Sco
     """Make a token current; `leave` takes the scope back."""
     before = current_place()
     scope = Scope(token, before._group if group is None else group, this_thread(), before, maker)
-    current.set(scope)
+    try:
+        current.set(scope)
+    except BaseException:  # what a signal handler raised, as soon as it was set
+        whole(current.set, before)
+        raise
     return scope
 
 
@@ -182,19 +188,44 @@ class _Scopes:
         self._entered: list[Scope] = []
 
     def _enter(self, token: CancelToken) -> CancelToken:
-        self._entered.append(enter(token, maker=self))
+        scope = enter(token, maker=self)
+        try:
+            self._entered.append(scope)
+        except BaseException:  # what a signal handler raised
+            whole(self._take_off, scope)
+            raise
         return token
 
-    def _leave(self) -> CancelToken:
-        # The innermost of this context's, since other threads may have entered it as well. A
-        # generator that is closed in another context than it began in finds none of its own.
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        scope: Scope | None = None
+        try:
+            scope = self._innermost()
+            self._take_off(scope)
+        except BaseException:  # what a signal handler raised
+            whole(self._take_off, whole(self._innermost) if scope is None else scope)
+            raise
+        self._ends(scope._token, error)
+
+    def _innermost(self) -> Scope:
+        """This context's; other threads may have entered it as well."""
         place: Place | None = current_place()
         while isinstance(place, Scope) and place.maker is not self:
             place = place.before
-        scope = place if isinstance(place, Scope) else self._entered[-1]
-        self._entered.remove(scope)
+        # A generator that is closed in another context than it began in finds none of its own.
+        return place if isinstance(place, Scope) else self._entered[-1]
+
+    def _take_off(self, scope: Scope) -> None:
         leave(scope)
-        return scope._token
+        with contextlib.suppress(ValueError):  # it was interrupted, and is called again
+            self._entered.remove(scope)
+
+    def _ends(self, token: CancelToken, error: BaseException | None) -> None:
+        """Look at what leaves the block."""
 
 
 class use_token(_Scopes):
@@ -222,14 +253,6 @@ class use_token(_Scopes):
     def __enter__(self) -> CancelToken:
         return self._enter(self._token)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._leave()
-
 
 class _Limited(_Scopes):
     """A scope with a token of its own, whose expiry leaves as a `TimeoutError`."""
@@ -240,14 +263,11 @@ class _Limited(_Scopes):
         super().__init__()
         self._seconds = _clock.seconds(seconds, what)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        token = self._leave()
-        token._unlink()
+    def _take_off(self, scope: Scope) -> None:
+        super()._take_off(scope)
+        scope._token._unlink()
+
+    def _ends(self, token: CancelToken, error: BaseException | None) -> None:
         # A descendant that heard this token has its very reason.
         if is_a(error, Cancelled) and token._set_itself() and error.reason is token.reason:
             raise TimeoutError(f"timed out after {self._seconds:g} s") from error
@@ -280,13 +300,13 @@ class timeout(_Limited):
 
     def __enter__(self) -> CancelToken:
         token = CancelToken()
-        token._link(current_token(), strongly=True)
         try:
+            token._link(current_token(), strongly=True)
             token._limit(self._seconds)
+            return self._enter(token)
         except BaseException:  # no thread for the deadline, say
-            token._unlink()
+            whole(token._unlink)
             raise
-        return self._enter(token)
 
 
 class shield(_Limited):
@@ -315,5 +335,9 @@ class shield(_Limited):
 
     def __enter__(self) -> CancelToken:
         token = CancelToken()
-        token._limit(self._seconds)
-        return self._enter(token)
+        try:
+            token._limit(self._seconds)
+            return self._enter(token)
+        except BaseException:
+            whole(token._unlink)
+            raise

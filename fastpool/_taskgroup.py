@@ -374,6 +374,7 @@ class TaskGroup(Submitter):
         failure: Failure | None = None
         refusal: BaseException | None = None
         body = error
+        left = False
         tries = stretched = 0
         asked = self._finished
         try:
@@ -383,23 +384,25 @@ class TaskGroup(Submitter):
                         refusal = self._refusal()
                         asked = True
                     if refusal is None:
-                        leaving = self._leave(error)
+                        if not left:
+                            leaving = self._leave(error)
+                            left = True
+                        leaving = self._let_go(leaving, body)
                     break
                 except BaseException as interrupt:
                     # A signal handler's, from between our lines: it counts as the body's, and the
                     # group is left all the same. Or the stack is at its end.
                     tries += 1
-                    at_end = type(interrupt) is RecursionError and not stretched
-                    if tries > TRIES or self._entered is None or (self._run.over and not at_end):
-                        leaving = interrupt
-                        break
+                    if tries > TRIES:
+                        raise
+                    if self._entered is None or tries == TRIES:
+                        leaving, left = interrupt, True
                     error = interrupt
-                    if at_end:
+                    if type(interrupt) is RecursionError and not stretched:
                         with contextlib.suppress(RecursionError):
                             stretched = _stretch(ROOM)
             if refusal is not None:
                 raise refusal
-            leaving = self._let_go(leaving, body)
             for failure in self._failures:
                 release(failure.exception)
             if leaving is None:
@@ -458,8 +461,10 @@ class TaskGroup(Submitter):
         assert self._entered is not None
         around, scope = self._entered
         if self._concluding:
+            _open_runs.pop(run, None)
             if error is not None:
-                run._report(error)  # it met our last lines
+                note = run.note_stray if run.over else run._report
+                note(error)  # it met our last lines
             return self._conclude(around, error)
         if _scope.current.get() is not scope:
             self._end_inner(scope)
@@ -469,9 +474,11 @@ class TaskGroup(Submitter):
             run.token._report(error)
         self._rest()
         self._take_held()
-        if _open_runs.pop(run, run) is run:
-            return error  # the interpreter is exiting, and has finished it
+        # What a handler raises from here on comes back to it. That is in the main thread; in
+        # others the interpreter's exit may have finished the group.
         self._concluding = True
+        if _open_runs.pop(run, run) is run:
+            return error
         return self._conclude(around, error)
 
     def _end_inner(self, scope: _scope.Scope) -> None:

@@ -14,6 +14,7 @@ from fastpool._callbacks import Callback, Interrupts, Registration, keys, run_ca
 from fastpool._descriptor import Descriptor
 from fastpool._errors import is_a
 from fastpool._gate import Gate
+from fastpool._whole import whole
 from fastpool.exceptions import Cancelled
 
 __all__ = ["CancelToken", "Cause", "Reporter"]
@@ -183,14 +184,24 @@ class CancelToken:
         self, cause: Cause, run: Callable[[Callable[[], object]], object] | None = None
     ) -> bool:
         """`cancel` with everything there is to say; `run` has the callbacks run elsewhere."""
-        if not self._claim(cause):
-            return False
+        try:
+            if not self._claim(cause):
+                return False
+            self._announce(cause, run)
+        except BaseException:  # what a signal handler raised: those that sleep still have to hear
+            if self._cause is cause:
+                whole(self._claim, cause)
+                whole(self._announce, cause, run)
+            raise
+        return True
+
+    def _announce(self, cause: Cause, run: Callable[[Callable[[], object]], object] | None) -> None:
+        """Once it is set: wake who sleeps on it or a descendant, and have the callbacks run."""
         pending = self._spread(cause)
         if run is not None and pending:
             run(lambda: run_callbacks(pending))
         else:
             run_callbacks(pending)
-        return True
 
     def _claim(self, cause: Cause) -> bool:
         held = self._entries.setdefault(_CAUSE, cause)
@@ -566,9 +577,9 @@ class CancelToken:
 
     def _unlink(self) -> None:
         """Hear no ancestor any more, and have no deadline."""
-        parents, self._parents = self._parents, ()
-        for parent in parents:
+        for parent in self._parents:
             parent._entries.pop(self._key, None)
+        self._parents = ()
         self._deadline = None
 
     def _seal(self) -> bool:

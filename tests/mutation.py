@@ -18,6 +18,8 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import faulthandler
+import functools
 import itertools
 import json
 import os
@@ -48,7 +50,7 @@ MODULES = (
     "backends/_wire.py",
 )
 SLOW = 15.0  # seconds; a test that takes longer is not run against mutants
-HANG = 10.0  # seconds more than three times the longest, after which a test is taken to hang
+HANG = 10.0  # seconds more than three times what it took, after which a test is taken to hang
 FEW = 400  # tests; what can be found quickly is found by these
 LOST = 3000.0  # seconds after which the tests of one mutant are given up
 MEMORY = 16 << 30  # bytes that they may take, since a mutant may ask for any amount
@@ -85,6 +87,8 @@ OPERATORS = (
 # --- In the processes of a test run ---------------------------------------------------------------
 
 RECORDING = os.environ.get("FASTPOOL_LINES")  # a folder
+LIMITS = os.environ.get("FASTPOOL_LIMITS")  # a file: the seconds that each test may take
+ERRORS = os.dup(2) if LIMITS else 2  # before the test run takes what is written there
 
 
 def runner():
@@ -122,10 +126,18 @@ def note_lines():
 
 
 def pytest_runtest_logstart(nodeid):
-    """From here on lines are run by this test."""
+    """From here on lines are run by this test; or it has so long until it is taken to hang."""
     if RECORDING and runner():
         Path(RECORDING, f"{runner()}.now").write_text(nodeid)
         sys.monitoring.restart_events()
+    elif LIMITS:
+        faulthandler.dump_traceback_later(limits()[nodeid], exit=True, file=ERRORS)
+
+
+@functools.cache
+def limits():
+    """The seconds that each test may take against a mutant."""
+    return json.loads(Path(LIMITS).read_text())
 
 
 def pytest_runtest_logreport(report):
@@ -378,18 +390,21 @@ def copy_tree(folder):
     return folder
 
 
-def killer(mutant, tests, longest, tree):
+def killer(mutant, limits, tree):
     """What fails with the mutant in this copy of the tree, as one line; nothing if it survives."""
     path = tree / "fastpool" / mutant.module
     path.write_text(mutant.text)
     shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)  # as long, and as old
-    names, said = tree / "names", tree / "said"
-    names.write_text("\n".join(tests))
-    settings = ["-p", "no:cacheprovider", "--timeout=0", "-o", "faulthandler_exit_on_timeout=true"]
+    names, said, times = tree / "names", tree / "said", tree / "limits"
+    names.write_text("\n".join(limits))
+    times.write_text(json.dumps(limits))
+    # The plug-in of hypothesis takes as long to import as the rest, and is not needed to run it.
+    without = [f"-pno:{name}" for name in ("cacheprovider", "hypothesispytest")]
     with said.open("w") as output:
         run = start_tests(
-            *(f"@{names}", *settings, "-o", f"faulthandler_timeout={HANG + 3 * longest}"),
+            *(f"@{names}", *without, "--timeout=0", "-ofaulthandler_timeout=0"),
             tree=tree,
+            env={"FASTPOOL_LIMITS": str(times)},
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -426,7 +441,7 @@ def run(tests, known, modules, match, seconds, jobs, log):
             trees.put(copy_tree(Path(folder, str(number))))
 
         def killed(mutant, some, tree):
-            return killer(mutant, some, max(tests[test][0] for test in some), tree)
+            return killer(mutant, {test: HANG + 3 * tests[test][0] for test in some}, tree)
 
         def judge(mutant):
             if mutant.name in judged:

@@ -198,11 +198,21 @@ class Points:
     """Counts points, and does something at one of them."""
 
     def __init__(
-        self, at: int | None, act, targets, *, everywhere: bool, again: int | None = None
+        self,
+        at: int | None,
+        act,
+        targets,
+        *,
+        everywhere: bool,
+        again: int | None = None,
+        beyond: tuple[str, ...] = (),
     ) -> None:
         self.at = at
         self.again = again  # so many points later it happens once more
         self.act = act
+        # The functions out of which Python lets nothing pass. Nor do we get to do anything if it
+        # is the very entry of an `__exit__` that is torn.
+        self.beyond = beyond
         self.targets = targets
         self.everywhere = everywhere  # in all threads, or in the main one
         self.count = 0
@@ -224,6 +234,8 @@ class Points:
         sys.monitoring.set_events(self.tool, 0)
 
     def on_start(self, code, offset):
+        if self.beyond and code.co_name == "__exit__":
+            return sys.monitoring.DISABLE
         return self.point(code, offset)
 
     def on_call(self, code, offset, called, first):
@@ -239,7 +251,7 @@ class Points:
         return None
 
     def point(self, code, offset):
-        if not code.co_filename.startswith(self.targets):
+        if not code.co_filename.startswith(self.targets) or code.co_name in self.beyond:
             return sys.monitoring.DISABLE
         if self.acting or not (
             self.everywhere or threading.get_ident() == threading.main_thread().ident
@@ -255,6 +267,10 @@ class Points:
             finally:
                 self.acting = False
         return None
+
+
+class Told(Exception):
+    """What a signal handler of somebody else's raises."""
 
 
 # --- One try --------------------------------------------------------------------------------------
@@ -284,13 +300,17 @@ class Try:
         self.points = Points(
             at,
             act,
-            OURS if what in ("submit-del", "block-del") else TARGETS,
+            OURS if what in ("submit-del", "block-del", "told") else TARGETS,
             everywhere=what.endswith("-del"),
             again=int(again) if again else None,
+            beyond=("_forget", "__del__") if what == "told" else (),
         )
 
     def sigint(self) -> None:
         signal.raise_signal(signal.SIGINT)
+
+    def told(self) -> None:
+        raise Told
 
     def token_cancel(self) -> None:
         self.token.cancel()
@@ -328,11 +348,12 @@ class Try:
     def judge(self, raised: BaseException | None, escaped: int) -> str:
         if escaped and not self.twice:  # the second time, nobody waits
             return f"escaped: {escaped} still running"
-        if self.what == "sigint":
+        asked = {"sigint": KeyboardInterrupt, "told": Told}.get(self.what)
+        if asked is not None:
             reached = self.points.at is None or self.points.count >= self.points.at
             if reached and self.points.at is not None and raised is None:
                 return "lost"
-            if raised is not None and type(raised) is not KeyboardInterrupt:
+            if raised is not None and type(raised) is not asked:
                 return "replaced: " + "".join(traceback.format_exception(raised))
         elif raised is not None and not isinstance(
             raised, (fastpool.Cancelled, fastpool.TaskCancelledError, fastpool.GroupClosedError)
@@ -512,7 +533,8 @@ def main() -> int:
     parser.add_argument(
         "--what",
         default="sigint",
-        help="sigint; sigint+5: again five points later; token-cancel, group-cancel or unregister,"
+        help="sigint; sigint+5: again five points later; told: an exception that somebody else's"
+        " signal handler raises, in our own code only; token-cancel, group-cancel or unregister,"
         " from a signal handler, with -del from a finalizer; submit-del and block-del in our own"
         " code only, since threading has locks that no finalizer may meet",
     )

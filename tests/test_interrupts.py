@@ -20,6 +20,7 @@ from staging import have_idle_threads_wait, in_thread, is_asleep, look, sleeping
 import fastpool
 from fastpool import (
     CancelToken,
+    CollectAll,
     StuckTaskError,
     TaskGroup,
     cancellable,
@@ -373,11 +374,19 @@ class Stop(Exception):
 
 
 def raising_at(point):
-    """A profiler that raises at so many points from here at which a signal handler can run."""
+    """
+    A profiler that raises at so many points from here at which a signal handler can run.
+
+    But where nothing can be done about it: in what lets nothing pass, and at the very entry of an
+    `__exit__`.
+    """
     points = itertools.count()
 
     def profile(frame, event, argument):
         is_ours = frame.f_globals.get("__name__", "").startswith("fastpool")
+        name = frame.f_code.co_name
+        if name in ("_forget", "__del__") or (name == "__exit__" and event == "call"):
+            return
         if is_ours and event in ("call", "c_return") and next(points) == point:
             raise Stop
 
@@ -410,6 +419,60 @@ def test_submit_that_a_foreign_handler_ends_anywhere_keeps_no_worker_from_the_ne
             break
 
     assert point > 5
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pool": "processes"},
+        {"timeout": 60, "observers": [lambda event: None]},
+        {"policy": CollectAll()},
+    ],
+)
+def test_foreign_handler_that_raises_anywhere_tears_no_group(options, fails):
+    """
+    Nothing of the group is left behind, what was raised leaves, or is in the record; and the
+    worker goes on to one next group, not to two.
+    """
+    warm = TaskGroup(1, pool=options.get("pool"))
+    with warm:
+        warm.submit(abs, 1)
+
+    def leave(group, profile):
+        with group:
+            task = group.submit(abs, -1)
+            task.wait()
+            sys.setprofile(profile)
+            if fails:
+                raise LookupError
+
+    for point in itertools.count():
+        group = TaskGroup(1, **options)
+        left = None
+        try:
+            leave(group, raising_at(point))
+        except BaseException as error:
+            left = error
+        finally:
+            sys.setprofile(None)
+        errors = [failure.exception for failure in group.failures]
+        stopped = any(isinstance(error, Stop) for error in (left, *errors))
+
+        assert group._run.over
+        assert group._run not in fastpool._taskgroup._open_runs
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert not any(fastpool._guard._guard.wards.values())
+        assert current_token() is CancelToken.NEVER
+        with TaskGroup(1) as one, TaskGroup(1) as other:
+            lanes = [of.submit(threading.get_ident).result(timeout=60) for of in (one, other)]
+        assert len(set(lanes)) == 2
+        if not stopped:
+            break
+
+    assert (left is not None) == fails
+    assert point > 40
 
 
 def test_handler_that_the_user_puts_in_place_meanwhile_stays():
@@ -1014,6 +1077,15 @@ def test_interrupt_at_any_point_tears_nothing(scenario):
     It is raised; nothing hangs, escapes or leaks. Here at some of the points.
     """
     tried(scenario, "--every", "17")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")
+@pytest.mark.parametrize("scenario", points.SCENARIOS)
+def test_what_a_foreign_handler_raises_at_any_point_tears_nothing(scenario):
+    """
+    It leaves, and the same holds.
+    """
+    tried(scenario, "--what", "told", "--every", "37")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")

@@ -144,12 +144,13 @@ class Processes:
     def end(self, run: Run) -> None:
         """The workers are for the next group."""
         self._numbers.pop(run, None)
-        lease = self._leases.pop(run, None)
+        lease = self._leases.get(run)
         if lease is not None:
             for lane in (*run.idle, *run.recalled):
                 if isinstance(lane, _Lane):
                     lane.forget()
             lease.end(run)
+            self._leases.pop(run, None)
 
     def abandon(self, run: Run) -> None:
         """What still runs is killed."""

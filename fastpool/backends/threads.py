@@ -487,18 +487,21 @@ class Leased:
         return False
 
     def end(self, run: Run) -> None:
-        """Give the pool back."""
-        pool = self._leases.pop("pool", None)
+        """Give the pool back. Interrupted by what a handler raises, it may be called again."""
+        pool = self._leases.get("pool")
         if pool is None:
             return
         for resting in (run.recalled, run.idle):  # what goes in last is used first
             for lane in resting:
                 lane.run = None
             pool.reserve.update(resting)
+        pool.idle_since = time.monotonic()
         if self._era is not _era:
             pool.end()
+            del self._leases["pool"]
             return
-        pool.idle_since = time.monotonic()
+        # Without a call in between, after which a handler could run: it is given back once.
+        del self._leases["pool"]
         self._crew.idle[pool] = None
 
     def abandon(self, run: Run) -> None:
