@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Protocol
 
-from fastpool import _marks
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
 from fastpool._whole import whole
@@ -93,12 +92,18 @@ _daemon_threads_allowed: Callable[[], bool] = getattr(
 )
 
 
-def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
+def start_thread(
+    target: Callable[[], object], name: str
+) -> tuple[threading.Thread, BaseException | None]:
     """
     Start a daemon thread in an empty context, so that it keeps nothing of its starter's.
 
-    If it raises, the thread never runs. What a signal handler raises when it runs already is held
-    back.
+    Returns:
+        The thread, and what a signal handler has raised when it ran already: to be raised, once
+        the thread is noted.
+
+    Raises:
+        BaseException: Then it never runs.
     """
     check_threads()
     claims: dict[None, bool] = {}  # whether it runs; `setdefault` decides
@@ -114,8 +119,8 @@ def start_thread(target: Callable[[], object], name: str) -> threading.Thread:
     except BaseException as error:
         if not claims.setdefault(None, False):
             raise
-        _marks.held += (error,)
-    return thread
+        return thread, error
+    return thread, None
 
 
 Deadline = tuple[float, int, "weakref.ref[Expiring]"]  # when, a tie-breaker, whose
@@ -229,6 +234,7 @@ def add_deadline(when: float, target: Expiring) -> None:
 
 
 def _arrive(entry: Deadline) -> None:
+    torn: BaseException | None = None
     while True:
         clock = _clocks.get("clock")
         if clock is None:
@@ -236,7 +242,7 @@ def _arrive(entry: Deadline) -> None:
             clock = _clocks.setdefault("clock", fresh)
             if clock is fresh:
                 try:
-                    clock.thread = start_thread(clock.run, "fastpool-clock")
+                    clock.thread, torn = start_thread(clock.run, "fastpool-clock")
                 except BaseException:
                     _clocks.pop("clock", None)
                     raise
@@ -246,7 +252,11 @@ def _arrive(entry: Deadline) -> None:
         # does no harm.
         if _clocks.get("clock") is clock:
             break
-    _marks.raise_held()
+    try:
+        if torn is not None:
+            raise torn
+    finally:
+        del torn  # its traceback holds this frame
 
 
 class _Helper:
@@ -311,13 +321,19 @@ def run_in_helper(job: Callable[[], object]) -> None:
     helper.job = job
     _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
     try:
-        helper.thread = start_thread(helper.run, "fastpool-helper")
+        helper.thread, torn = start_thread(helper.run, "fastpool-helper")
     except (RuntimeError, MemoryError):
         _helpers.pop(helper, None)
         job()  # late is better than never
+        return
     except BaseException:  # what a signal handler raised
         _helpers.pop(helper, None)
         raise
+    try:
+        if torn is not None:
+            raise torn
+    finally:
+        del torn  # its traceback holds this frame
 
 
 def run_from_handler(job: Callable[[], object]) -> None:

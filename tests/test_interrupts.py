@@ -1085,7 +1085,7 @@ def test_what_a_foreign_handler_raises_at_any_point_tears_nothing(scenario):
     """
     It leaves, and the same holds.
     """
-    tried(scenario, "--what", "told", "--every", "37")
+    tried(scenario, "--what", "told", "--every", "23")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")
