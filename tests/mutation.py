@@ -421,7 +421,8 @@ def killer(mutant, limits, tree):
         run.wait()
         shutil.copy(ROOT / "fastpool" / mutant.module, path)
     lines = [line for line in said.read_text(errors="replace").splitlines() if line]
-    return next((line for line in lines if line.startswith("killed by")), lines[-1].strip())
+    last = lines[-1].strip() if lines else f"exit code {run.returncode}"
+    return next((line for line in lines if line.startswith("killed by")), last)
 
 
 def run(tests, known, modules, match, seconds, jobs, log):
