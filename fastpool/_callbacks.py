@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import itertools
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from types import FrameType, TracebackType
@@ -15,7 +16,7 @@ from fastpool._closing import Closing
 from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._unraisable import unraisable
-from fastpool._whole import once, whole
+from fastpool._whole import whole
 from fastpool.exceptions import Cancelled
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ __all__ = ["Callback", "Interrupts", "Registration", "keys", "run_callbacks"]
 
 keys = itertools.count(1)  # orders tokens and callbacks by age; `next` of it is atomic
 
+_HELPER = "helper"
 FIRST_PAUSE = 0.001  # seconds until an interruption that could not be made is tried again
 LONGEST_PAUSE = 0.05  # seconds; mostly the second try is the last
 
@@ -35,6 +37,7 @@ class Callback:
     """
 
     __slots__ = (
+        "_again",
         "_begun",
         "_claims",
         "_context",
@@ -54,8 +57,9 @@ class Callback:
         self.registration: weakref.ref[Registration] | None = None
         self.finished = False
         self._begun = False
+        self._again = False
         self._context: contextvars.Context | None = contextvars.copy_context()
-        self._claims: dict[None, object] = {}  # `setdefault` is atomic: one alone gets it
+        self._claims: dict[str | None, object] = {}  # `setdefault` is atomic: one alone gets it
         self._waiters: list[Gate] = []  # only ever added to
         self._pause: Gate | None = None
 
@@ -66,35 +70,28 @@ class Callback:
     def run_in(self, token: CancelToken) -> None:
         """Run it, if nobody has, and take it off its token."""
         mine = object()
-        job = once(lambda: self._run(token, mine))
         try:
-            if not self.slow:
-                self._run(token, mine)
-            elif self.claim(mine):
-                _clock.run_in_helper(job)
+            self._run(token, mine)
         except BaseException:  # what a signal handler raised: somebody may be waiting
-            if self.claim(mine):
-                if self.slow:
-                    whole(_clock.run_in_helper, job)
-                elif self._begun:
-                    whole(self.finish, token)
-                else:
+            if self._claims.get(None) is mine:
+                try:
                     whole(self._run, token, mine)
+                except BaseException:  # it has an error of its own
+                    if self._claims.setdefault(_HELPER, mine) is mine:
+                        whole(self.finish, token)
+                    raise
             raise
 
     def _run(self, token: CancelToken, mine: object) -> None:
-        again = False
-        try:
-            again = self.claim(mine) and self._call()
-        finally:
-            # One that is not slow, and was not begun, `run_in` tries again.
-            if self._claims.get(None) is mine and (self._begun or self.slow):
-                if not again:
-                    self.finish(token)
-                elif self.slow:
-                    self._call_again(token)
-                else:
-                    _clock.run_in_helper(lambda: self._call_again(token))
+        """May be called again, wherever it was interrupted."""
+        if not self.claim(mine):
+            return
+        if not self.slow and not self._begun:
+            self._again = self._call()
+        if self.slow or self._again:
+            _clock.run_in_helper(lambda: self._go_on(token))
+        else:
+            self.finish(token)
 
     @_marks.swallows
     def _call(self) -> bool:
@@ -109,9 +106,14 @@ class Callback:
             unraisable(error, function)
             return False
 
-    def _call_again(self, token: CancelToken) -> None:
-        """Go on calling, with growing pauses, until somebody waits for the end of it."""
+    def _go_on(self, token: CancelToken) -> None:
+        """In a helper: call it, with growing pauses, until somebody waits for the end of it."""
+        me = object()
+        if self._claims.setdefault(_HELPER, me) is not me:
+            return
         try:
+            if self.slow and not self._call():
+                return
             self._pause = gate = Gate()  # and look then: `join` says that it waits, opens then
             pause = FIRST_PAUSE
             while not self._waiters and not gate.wait(pause) and self._call():
@@ -156,7 +158,7 @@ class Callback:
 # What is on a thread's stack while it decides on a callback, or runs it. Asked of the stack and
 # not noted in a variable, which an interrupt between two lines would leave wrong.
 _RUNNING = frozenset(
-    fn.__code__ for fn in (Callback._run, Callback._call_again, Callback.run_in, Callback.finish)
+    fn.__code__ for fn in (Callback._run, Callback._go_on, Callback.run_in, Callback.finish)
 )
 
 
@@ -226,17 +228,22 @@ class Interrupts:
         self._token = token
         self.interrupt = interrupt
         self._slow = slow
-        self._registrations: list[Registration] = []  # one for each block that is in it
+        # One for each block that is in it, with its thread.
+        self._registrations: list[tuple[int, Registration]] = []
 
     def __enter__(self) -> None:
         token = self._token
         token.check()
         registration = token._register(Callback(self.interrupt, slow=self._slow))
-        if token.cancelled():
-            # Set since the check: the interruption has come too early to wake anything.
-            registration.close()
-            token.check()
-        self._registrations.append(registration)
+        try:
+            if token.cancelled():
+                # Set since the check: the interruption has come too early to wake anything.
+                registration.close()
+                token.check()
+            self._registrations.append((threading.get_ident(), registration))
+        except BaseException:  # a signal handler's, too
+            whole(registration.unregister)
+            raise
 
     def __exit__(
         self,
@@ -244,9 +251,23 @@ class Interrupts:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._registrations.pop().close()
+        entry: tuple[int, Registration] | None = None
+        try:
+            entry = self._innermost()
+            entry[1].close()
+            self._registrations.remove(entry)
+        except BaseException:  # what a signal handler raised: it must not come after the block
+            if entry is None:
+                entry = whole(self._innermost)
+            whole(entry[1].unregister)
+            raise
         if not is_a(error, Cancelled, GeneratorExit) and not _follows_exit(error):
             self._token.check()
+
+    def _innermost(self) -> tuple[int, Registration]:
+        """That of this thread; a generator may be closed in another one."""
+        entries, me = self._registrations, threading.get_ident()
+        return next((entry for entry in reversed(entries) if entry[0] == me), entries[-1])
 
 
 def _follows_exit(error: BaseException | None) -> bool:

@@ -122,7 +122,8 @@ class Injecting:
             except BaseException:  # what a signal handler raised
                 whole(leave, scope)
                 raise
-            del self, token, args, kwargs, scope  # the token has the error as its reason now
+            finally:
+                del self, token, args, kwargs, scope  # the token has the error as its reason now
 
     def _self_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         param, index = self._self_place

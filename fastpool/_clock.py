@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import contextlib
 import contextvars
+import functools
 import heapq
 import itertools
 import math
@@ -93,17 +94,20 @@ _daemon_threads_allowed: Callable[[], bool] = getattr(
 
 
 def start_thread(
-    target: Callable[[], object], name: str
-) -> tuple[threading.Thread, BaseException | None]:
+    target: Callable[[], object],
+    name: str,
+    note: Callable[[threading.Thread], object] = lambda thread: None,
+) -> None:
     """
     Start a daemon thread in an empty context, so that it keeps nothing of its starter's.
 
-    Returns:
-        The thread, and what a signal handler has raised when it ran already: to be raised, once
-        the thread is noted.
+    Args:
+        target: What it runs.
+        name: Its name.
+        note: Called with the thread once it is sure that it runs.
 
     Raises:
-        BaseException: Then it never runs.
+        BaseException: Why it never runs; or what a signal handler has raised when it ran already.
     """
     check_threads()
     claims: dict[None, bool] = {}  # whether it runs; `setdefault` decides
@@ -116,11 +120,11 @@ def start_thread(
     try:
         # Free-threaded builds hand on the starter's context: give them an empty one.
         contextvars.Context().run(thread.start)
-    except BaseException as error:
-        if not claims.setdefault(None, False):
-            raise
-        return thread, error
-    return thread, None
+    except BaseException:
+        if claims.setdefault(None, False):
+            note(thread)
+        raise
+    note(thread)
 
 
 Deadline = tuple[float, int, "weakref.ref[Expiring]"]  # when, a tie-breaker, whose
@@ -234,7 +238,6 @@ def add_deadline(when: float, target: Expiring) -> None:
 
 
 def _arrive(entry: Deadline) -> None:
-    torn: BaseException | None = None
     while True:
         clock = _clocks.get("clock")
         if clock is None:
@@ -242,21 +245,31 @@ def _arrive(entry: Deadline) -> None:
             clock = _clocks.setdefault("clock", fresh)
             if clock is fresh:
                 try:
-                    clock.thread, torn = start_thread(clock.run, "fastpool-clock")
+                    note = functools.partial(setattr, clock, "thread")
+                    start_thread(clock.run, "fastpool-clock", note)
                 except BaseException:
-                    _clocks.pop("clock", None)
+                    if clock.thread is None:
+                        _clocks.pop("clock", None)
+                    else:
+                        clock.arrive(entry)
                     raise
         clock.arrive(entry)
         # A clock that ended in between has left its post before it looked at its arrivals for
         # the last time, so either it saw this one or we see that it is gone. Arriving twice
         # does no harm.
         if _clocks.get("clock") is clock:
-            break
-    try:
-        if torn is not None:
-            raise torn
-    finally:
-        del torn  # its traceback holds this frame
+            return
+
+
+def _end() -> None:
+    """Stands where a helper's job stands, and ends it."""
+
+
+def _says_no_thread(error: BaseException) -> bool:
+    """Whether it is the system's, or `check_threads`'s: a signal handler may raise anything."""
+    return isinstance(error, MemoryError) or (
+        type(error) is RuntimeError and str(error).startswith("can't start")
+    )
 
 
 class _Helper:
@@ -275,13 +288,13 @@ class _Helper:
 
     def _serve(self) -> None:
         while True:
-            job = self.job
-            if job is None:
+            job, self.job = self.job, None
+            if job is _end:
                 return
-            self.job = None
-            job()
+            if job is not None:  # else the gate was opened twice, by who was interrupted there
+                job()
+                _idle_helpers[self] = None
             del job
-            _idle_helpers[self] = None
             # Looked at after it can be found idle: `shutdown` does the reverse.
             if not self.gate.wait(0.0 if self.ends else IDLE):
                 # Whoever takes it off the list decides: we end, or a job is on its way.
@@ -304,7 +317,7 @@ def run_in_helper(job: Callable[[], object]) -> None:
     Threads:
         Any. Takes no lock of ours; may start a thread. If none can be started, `job` runs here.
     """
-    for helper in list(_idle_helpers):
+    for helper in reversed(list(_idle_helpers)):
         # Taken off and given its job without a call, after which a signal handler could raise.
         try:
             del _idle_helpers[helper]
@@ -320,20 +333,16 @@ def run_in_helper(job: Callable[[], object]) -> None:
     helper = _Helper()
     helper.job = job
     _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
+    note = functools.partial(setattr, helper, "thread")
     try:
-        helper.thread, torn = start_thread(helper.run, "fastpool-helper")
-    except (RuntimeError, MemoryError):
+        start_thread(helper.run, "fastpool-helper", note)
+    except BaseException as error:
+        if helper.thread is not None:
+            raise  # a signal handler's, and it is at it
         _helpers.pop(helper, None)
+        if not _says_no_thread(error):
+            raise
         job()  # late is better than never
-        return
-    except BaseException:  # what a signal handler raised
-        _helpers.pop(helper, None)
-        raise
-    try:
-        if torn is not None:
-            raise torn
-    finally:
-        del torn  # its traceback holds this frame
 
 
 def run_from_handler(job: Callable[[], object]) -> None:
@@ -375,7 +384,7 @@ def shutdown() -> None:
             helper, _ = _idle_helpers.popitem()
         except KeyError:
             break
-        helper.job = None
+        helper.job = _end
         helper.gate.open()
         if helper.thread is not None:
             helper.thread.join()

@@ -34,7 +34,9 @@ class Gate:
         """Let the waiter through, or the next one to come."""
         try:
             self._lock.release()
-        except RuntimeError:
+        except RuntimeError as error:
+            if type(error) is not RuntimeError:
+                raise  # a signal handler's
             return  # it is open: somebody else woke the waiter first
 
     def notify(self, task: object) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from fastpool import _marks
 from fastpool._closing import Closing
 from fastpool._token import CancelToken
+from fastpool._whole import is_handlers
 
 if TYPE_CHECKING:
     from fastpool._run import Entry
@@ -114,7 +115,7 @@ def hold(guarded: Guarded) -> None:
         _guard.wards[SIGINT].pop(guarded, None)
         if not _guard.wards[SIGINT]:
             _restore(SIGINT)
-        if not isinstance(error, ValueError):
+        if not isinstance(error, ValueError) or is_handlers(error):
             raise
 
 
@@ -277,6 +278,8 @@ class cancel_on_signals(Closing):
                 _guard.before[number] = handler
                 _signal.signal(number, _handler)
         except (TypeError, ValueError, OSError) as error:
+            if is_handlers(error):
+                raise
             raise ValueError(
                 f"cancel_on_signals() cannot handle signal {signum!r}: {error}"
             ) from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from fastpool._gate import Gate
 from fastpool._scope import this_thread
+from fastpool._whole import is_handlers
 
 if TYPE_CHECKING:
     from fastpool._items import Stretch
@@ -143,7 +144,9 @@ def take_last(entries: dict[T, None]) -> T | None:
         try:
             last = next(reversed(entries))
             del entries[last]
-        except (KeyError, RuntimeError, StopIteration):
+        except (KeyError, RuntimeError, StopIteration) as error:
+            if is_handlers(error):
+                raise
             continue  # others have changed it meanwhile
         return last
     return None

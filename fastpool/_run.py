@@ -34,7 +34,7 @@ from fastpool._text import some
 from fastpool._waiting import (
     InHand,
     help_along,
-    refuse_own_group,
+    own_group_error,
     tell_helpers,
     tell_waiting,
     wait_for,
@@ -378,6 +378,8 @@ class Run(Ledger):
         """Have a lane come for what was just queued, under that entry for each of the tasks."""
         try:
             self.call()
+        except TimeoutError:  # no system says so, but a handler of SIGALRM
+            raise
         except NO_LANE as error:
             if self.lanes:
                 return  # it goes on with those that it has
@@ -718,7 +720,9 @@ class Run(Ledger):
 
     def wait(self, timeout: float | None) -> bool:
         """Wait for what was submitted before; False if the time ran out first."""
-        refuse_own_group(self, here())
+        refusal = own_group_error(self, here())
+        if refusal is not None:
+            raise refusal
         deadline = None if timeout is None else time.monotonic() + timeout
         gate = Gate()
         # Before the queue and after it: a far lane takes many, and gives some of them back.
@@ -802,6 +806,8 @@ class Run(Ledger):
         if self.want_lane():
             try:
                 self.call()
+            except TimeoutError:  # as in `call_for`
+                raise
             except NO_LANE as error:
                 if not self.lanes:
                     self._report(error)  # no thread at all: nothing of the queue can run

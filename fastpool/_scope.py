@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from contextvars import ContextVar
 from types import TracebackType
@@ -207,7 +206,10 @@ class _Scopes:
             scope = self._innermost()
             self._take_off(scope)
         except BaseException:  # what a signal handler raised
-            whole(self._take_off, whole(self._innermost) if scope is None else scope)
+            if scope is None and self._entered:
+                scope = whole(self._innermost)
+            if scope is not None:
+                whole(self._take_off, scope)
             raise
         self._ends(scope._token, error)
 
@@ -221,7 +223,7 @@ class _Scopes:
 
     def _take_off(self, scope: Scope) -> None:
         leave(scope)
-        with contextlib.suppress(ValueError):  # it was interrupted, and is called again
+        if scope in self._entered:  # else it was interrupted, and is called again
             self._entered.remove(scope)
 
     def _ends(self, token: CancelToken, error: BaseException | None) -> None:

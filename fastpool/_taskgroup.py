@@ -31,7 +31,7 @@ from fastpool._submitter import Submitter, at_least_one
 from fastpool._task import PLAIN, Failure, Options, Task
 from fastpool._token import CancelToken, Cause
 from fastpool._unraisable import unraisable
-from fastpool._waiting import circle_error, find_circle, help_along, refuse_own_group, tell_waiting
+from fastpool._waiting import circle_error, find_circle, help_along, own_group_error, tell_waiting
 from fastpool.backends import Backend, threads
 from fastpool.backends.threads import Leased, Shared
 from fastpool.events import Observer
@@ -373,7 +373,7 @@ class TaskGroup(Submitter):
         leaving: BaseException | None = None
         failure: Failure | None = None
         refusal: BaseException | None = None
-        body = error
+        interrupts: list[BaseException] = []
         left = False
         tries = stretched = 0
         asked = self._finished
@@ -385,9 +385,9 @@ class TaskGroup(Submitter):
                         asked = True
                     if refusal is None:
                         if not left:
-                            leaving = self._leave(error)
+                            leaving = self._leave(error, interrupts)
                             left = True
-                        leaving = self._let_go(leaving, body)
+                        leaving = self._let_go(leaving, error)
                     break
                 except BaseException as interrupt:
                     # A signal handler's, from between our lines: it counts as the body's, and the
@@ -396,8 +396,9 @@ class TaskGroup(Submitter):
                     if tries > TRIES:
                         raise
                     if self._entered is None or tries == TRIES:
-                        leaving, left = interrupt, True
-                    error = interrupt
+                        self._failures += (Failure(None, interrupt),)
+                        leaving, left = self._exit() or interrupt, True
+                    interrupts.append(interrupt)
                     if type(interrupt) is RecursionError and not stretched:
                         with contextlib.suppress(RecursionError):
                             stretched = _stretch(ROOM)
@@ -408,13 +409,13 @@ class TaskGroup(Submitter):
             if leaving is None:
                 return True
             release(leaving)
-            if leaving is body:
+            if leaving is error:
                 return None
             raise_as_it_is(leaving)
         finally:
             if stretched:
                 _stretch(-stretched)
-            del self, error, traceback, leaving, failure, refusal, body
+            del self, error, interrupts, traceback, leaving, failure, refusal
 
     def _let_go(
         self, leaving: BaseException | None, body: BaseException | None
@@ -439,11 +440,7 @@ class TaskGroup(Submitter):
         run = self._run
         if self._entered is None or run.over:
             return RuntimeError(f"group {run.name!r} cannot be left: it is not open")
-        try:
-            refuse_own_group(run, here())
-        except RuntimeError as error:
-            return error
-        return None
+        return own_group_error(run, here())
 
     def _take_held(self) -> None:
         """Record an interrupt that was held back as the body's failure that it is."""
@@ -453,8 +450,16 @@ class TaskGroup(Submitter):
             strip(interrupt)
             self._run._report(interrupt)
 
-    def _leave(self, error: BaseException | None) -> BaseException | None:
-        """Wait for everything, and say what leaves the block."""
+    def _leave(
+        self, error: BaseException | None, interrupts: Iterable[BaseException]
+    ) -> BaseException | None:
+        """
+        Wait for everything, and say what leaves the block.
+
+        Args:
+            error: What left the body.
+            interrupts: What signal handlers have raised since.
+        """
         run = self._run
         if self._finished:
             return error
@@ -462,9 +467,9 @@ class TaskGroup(Submitter):
         around, scope = self._entered
         if self._concluding:
             _open_runs.pop(run, None)
-            if error is not None:
+            for interrupt in interrupts:  # they met our last lines
                 note = run.note_stray if run.over else run._report
-                note(error)  # it met our last lines
+                note(interrupt)
             return self._conclude(around, error)
         if _scope.current.get() is not scope:
             self._end_inner(scope)
@@ -472,6 +477,8 @@ class TaskGroup(Submitter):
         self._take_held()  # it came before
         if error is not None:
             run.token._report(error)
+        for interrupt in interrupts:
+            run.token._report(interrupt)
         self._rest()
         self._take_held()
         # What a handler raises from here on comes back to it. That is in the main thread; in
@@ -636,10 +643,14 @@ class TaskGroup(Submitter):
             verdict = error
             if is_a(error, KeyboardInterrupt):  # no fault of the judge's
                 self._failures += (Failure(None, error),)
+        return self._exit() or (verdict if broken is None else broken)
+
+    def _exit(self) -> BaseException | None:
+        """The first failure that is an interrupt or an exit, which leaves before all others."""
         for failure in self._failures:
             if is_a(failure.exception, KeyboardInterrupt, SystemExit):
                 return failure.exception
-        return verdict if broken is None else broken
+        return None
 
     def _ended_by(self, outer: CancelToken, error: BaseException | None) -> BaseException | None:
         """What leaves because the token was set, where no failure does: what turned it first."""
@@ -809,9 +820,25 @@ def map(
 
 def _stretch(room: int) -> int:
     """Let the stack grow by so many calls, or no more; returns what it was given."""
-    with _locks.setdefault("stretch", threading.Lock()):
-        sys.setrecursionlimit(sys.getrecursionlimit() + room)
+    try:
+        _limit_by(room)
+    except RecursionError:
+        if room > 0:
+            raise
+        # Where the stack is at that very limit it cannot be lowered; in another thread it can.
+        done = Gate()
+        _clock.run_in_helper(lambda: _limit_by(room, done))
+        done.sit_out()
     return room
+
+
+def _limit_by(room: int, done: Gate | None = None) -> None:
+    try:
+        with _locks.setdefault("stretch", threading.Lock()):
+            sys.setrecursionlimit(sys.getrecursionlimit() + room)
+    finally:
+        if done is not None:
+            done.open()
 
 
 def shutdown() -> None:

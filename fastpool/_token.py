@@ -235,11 +235,8 @@ class CancelToken:
             ours = token._cause is cause
             for key in list(token._entries):
                 entry = token._entries.get(key)
-                if type(entry) is Gate:
-                    if token._entries.pop(key, None) is not None:
-                        entry.open()
-                elif type(entry) is Descriptor:
-                    entry.open()  # and leave it: who watches the number needs it open
+                if isinstance(entry, Gate | Descriptor):
+                    entry.open()  # and leave it: who sleeps takes it off, who watches needs it open
                 elif ours and type(entry) is Callback:
                     pending.append((entry, token))
         pending.sort(key=lambda pair: pair[0].key, reverse=True)
@@ -468,7 +465,11 @@ class CancelToken:
         entry.registration = weakref.ref(registration)
         self._entries[entry.key] = entry
         if self._reason is not None:
-            entry.run_in(self)
+            try:
+                entry.run_in(self)
+            except BaseException:  # what a signal handler raised
+                whole(entry.run_in, self)
+                raise
         return registration
 
     def interrupts(self, what: object) -> Interrupts:

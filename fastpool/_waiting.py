@@ -23,8 +23,8 @@ __all__ = [
     "circle_error",
     "find_circle",
     "help_along",
+    "own_group_error",
     "refuse_circle_of_all",
-    "refuse_own_group",
     "tell_helpers",
     "tell_waiting",
     "wait_for",
@@ -356,12 +356,15 @@ def refuse_circle_of_all(lane: Lane, tasks: Sequence[Task[Any]]) -> None:
         raise circle_error(*circle)
 
 
-def refuse_own_group(run: Ledger, lane: Lane | None) -> None:
-    """Raise if the calling thread is a worker's, and runs a task of the group it would wait for."""
+def own_group_error(run: Ledger, lane: Lane | None) -> RuntimeError | None:
+    """Why a thread cannot wait for a group: it is a worker's, and runs a task of that."""
     if lane is None or lane.task is None:
-        return
+        return None
     for below in lane.stack():
         if below.run is run and below.task is not None:
             why = "" if below is lane else f", whose task {below.task.name!r} waits for it"
             which = "its own group" if below is lane else "group"
-            raise RuntimeError(f"task {lane.task.name!r} cannot wait for {which} {run.name!r}{why}")
+            return RuntimeError(
+                f"task {lane.task.name!r} cannot wait for {which} {run.name!r}{why}"
+            )
+    return None

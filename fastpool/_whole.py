@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar, TypeVarTuple
 
-__all__ = ["once", "whole"]
+__all__ = ["is_handlers", "whole"]
 
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-TRIES = 20  # more than signals can be in the way of
+TRIES = 20  # more than signals are in the way of
 
 
 def whole(step: Callable[[*Args], T], *args: *Args, tries: int = TRIES) -> T:
     """
-    Call something until it has come to its end.
+    Call something until it has come to its end, though a signal handler raises in the middle.
 
     Args:
         step: May be called again, wherever it was interrupted.
@@ -23,7 +23,7 @@ def whole(step: Callable[[*Args], T], *args: *Args, tries: int = TRIES) -> T:
         tries: How often at the most; it may have an error of its own.
 
     Raises:
-        BaseException: What it was interrupted by, but only then.
+        BaseException: What it was interrupted by first; the last, if it never came to its end.
     """
     try:
         return step(*args)
@@ -33,13 +33,12 @@ def whole(step: Callable[[*Args], T], *args: *Args, tries: int = TRIES) -> T:
         raise
 
 
-def once(fn: Callable[[], object]) -> Callable[[], None]:
-    """A function that calls another the first time that it is called, and does nothing then."""
-    claims: dict[None, object] = {}  # `setdefault` decides
+def is_handlers(error: BaseException) -> bool:
+    """
+    Whether an exception is a signal handler's.
 
-    def call() -> None:
-        mine = object()
-        if claims.setdefault(None, mine) is mine:
-            fn()
-
-    return call
+    To be asked in the very function that called nothing but C, in which it was met: what C raises
+    has no frame further in.
+    """
+    traceback = error.__traceback__
+    return traceback is not None and traceback.tb_next is not None

@@ -110,8 +110,16 @@ MUTANTS = [
         "a callback that was taken back runs",
         "cancel_against_unregister",
         _callbacks,
-        "            again = self.claim(mine) and self._call()\n",
-        "            again = self.function is not None and self._call() and self.claim(mine)\n",
+        """        if not self.claim(mine):
+            return
+        if not self.slow and not self._begun:
+            self._again = self._call()
+""",
+        """        if not self.slow and not self._begun and self.function is not None:
+            self._again = self._call()
+        if not self.claim(mine):
+            return
+""",
     ),
     Mutant(
         "closing does not wait for the callback",

@@ -49,6 +49,8 @@ MODULES = (
     "backends/_worker.py",
     "backends/_wire.py",
 )
+# They run in worker processes, which go from test to test, and do not hear of the next one.
+FAR = ("_worker.py", "_wire.py")
 SLOW = 15.0  # seconds; a test that takes longer is not run against mutants
 HANG = 10.0  # seconds more than three times what it took, after which a test is taken to hang
 FEW = 400  # tests; what can be found quickly is found by these
@@ -100,19 +102,28 @@ def note_lines():
     """Write down each line of fastpool that this process runs, once for each test."""
     package = f"{ROOT / 'fastpool'}{os.sep}"
     monitoring = sys.monitoring
+    now = Path(RECORDING, f"{runner()}.now")
     file = None  # a descriptor, which nobody is warned of where it stays open
+    seen = set()
 
     def note(code, line):
         nonlocal file
-        if code.co_filename.startswith(package):
-            with suppress(OSError):  # before the first test, or in one that leaves no descriptor
-                test = Path(RECORDING, f"{runner()}.now").read_text()
-                if file is None:
-                    path = Path(RECORDING, f"{os.getpid()}.lines")
-                    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                said = f"{test}\t{code.co_filename.removeprefix(package)}\t{line}\n"
-                os.write(file, said.encode())
-        return monitoring.DISABLE
+        name = code.co_filename
+        if not name.startswith(package):
+            return monitoring.DISABLE
+        far = name.endswith(FAR)
+        with suppress(OSError):  # before the first test, or in one that leaves no descriptor
+            if far:
+                this = os.stat(now).st_mtime_ns, name, line
+                if this in seen:
+                    return None
+                seen.add(this)
+            test = now.read_text()
+            if file is None:
+                path = Path(RECORDING, f"{os.getpid()}.lines")
+                file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.write(file, f"{test}\t{name.removeprefix(package)}\t{line}\n".encode())
+        return None if far else monitoring.DISABLE
 
     def forked():
         nonlocal file

@@ -26,12 +26,13 @@ from multiprocessing import pool as stdlib_pool
 
 import fastpool
 from fastpool import CancelToken, TaskGroup, cancellable, current_token
+from fastpool._gate import Gate
 
 HANG = 60.0  # seconds after which a child is taken to hang
 OURS = (os.path.dirname(fastpool.__file__),)
 TARGETS = (*OURS, threading.__file__, stdlib_pool.__file__)
 
-running: list[object] = []
+running: list[int] = []  # by thread
 pools: list[stdlib_pool.ThreadPool] = []  # one of a user's own, in the scenario that has one
 ready = threading.Event()
 
@@ -41,7 +42,7 @@ ready = threading.Event()
 
 @cancellable
 def sleeps(token: CancelToken, seconds: float = 0.02) -> None:
-    running.append(1)
+    running.append(threading.get_ident())
     try:
         ready.set()
         token.sleep(seconds)
@@ -52,11 +53,17 @@ def sleeps(token: CancelToken, seconds: float = 0.02) -> None:
 def quick(item: int = 0) -> int:
     if threading.get_ident() == threading.main_thread().ident:
         return item  # there it may be torn
-    running.append(1)
+    running.append(threading.get_ident())
     try:
         return item
     finally:
         running.pop()
+
+
+def asleep() -> bool:
+    """Whether a task sleeps in one of our waits."""
+    frames = sys._current_frames()
+    return any(frames[one].f_code is Gate.wait.__code__ for one in list(running) if one in frames)
 
 
 def inputs():
@@ -145,6 +152,8 @@ def deadline(group: TaskGroup) -> None:
 
 def cancelling(group: TaskGroup) -> None:
     group.submit(sleeps, 60)
+    while not (group.token.cancelled() or asleep()):
+        time.sleep(0.001)
     with fastpool.shield():
         group.cancel("enough")
         group.wait()
@@ -269,8 +278,8 @@ class Points:
         return None
 
 
-class Told(Exception):
-    """What a signal handler of somebody else's raises."""
+class Told(TimeoutError):
+    """What a signal handler of somebody else's raises; that of SIGALRM, say."""
 
 
 # --- One try --------------------------------------------------------------------------------------

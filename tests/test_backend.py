@@ -459,12 +459,12 @@ def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):
     start_thread = fastpool._clock.start_thread
     done = []
 
-    def slowly(target, name):
+    def slowly(target, name, note):
         def run():
             begins.wait(60)
             target()
 
-        return start_thread(run, name)
+        start_thread(run, name, note)
 
     fastpool.shutdown()
     monkeypatch.setattr(fastpool._clock, "start_thread", slowly)

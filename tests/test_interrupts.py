@@ -2,6 +2,7 @@
 Ctrl-C: who hears it, where it is raised, and what is left behind.
 """
 
+import contextlib
 import io
 import itertools
 import os
@@ -19,10 +20,14 @@ from staging import have_idle_threads_wait, in_thread, is_asleep, look, sleeping
 
 import fastpool
 from fastpool import (
+    Cancelled,
     CancelToken,
     CollectAll,
     StuckTaskError,
     TaskGroup,
+    _clock,
+    _wakers,
+    blocking,
     cancellable,
     current_token,
 )
@@ -369,7 +374,7 @@ def test_foreign_handler_is_left_alone():
     assert sleeper.cancelled()
 
 
-class Stop(Exception):
+class Stop(TimeoutError):
     """What a handler of the user's raises."""
 
 
@@ -421,7 +426,7 @@ def test_submit_that_a_foreign_handler_ends_anywhere_keeps_no_worker_from_the_ne
     assert point > 5
 
 
-@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("error", [None, LookupError, SystemExit])
 @pytest.mark.parametrize(
     "options",
     [
@@ -431,10 +436,10 @@ def test_submit_that_a_foreign_handler_ends_anywhere_keeps_no_worker_from_the_ne
         {"policy": CollectAll()},
     ],
 )
-def test_foreign_handler_that_raises_anywhere_tears_no_group(options, fails):
+def test_foreign_handler_that_raises_anywhere_tears_no_group(options, error):
     """
-    Nothing of the group is left behind, what was raised leaves, or is in the record; and the
-    worker goes on to one next group, not to two.
+    Nothing of the group is left behind, what was raised leaves, or is in the record; an exit
+    leaves before it. And the worker goes on to one next group, not to two.
     """
     warm = TaskGroup(1, pool=options.get("pool"))
     with warm:
@@ -445,20 +450,20 @@ def test_foreign_handler_that_raises_anywhere_tears_no_group(options, fails):
             task = group.submit(abs, -1)
             task.wait()
             sys.setprofile(profile)
-            if fails:
-                raise LookupError
+            if error is not None:
+                raise error
 
     for point in itertools.count():
         group = TaskGroup(1, **options)
         left = None
         try:
             leave(group, raising_at(point))
-        except BaseException as error:
-            left = error
+        except BaseException as raised:
+            left = raised
         finally:
             sys.setprofile(None)
-        errors = [failure.exception for failure in group.failures]
-        stopped = any(isinstance(error, Stop) for error in (left, *errors))
+        failures = [failure.exception for failure in group.failures]
+        stopped = any(isinstance(one, Stop) for one in (left, *failures))
 
         assert group._run.over
         assert group._run not in fastpool._taskgroup._open_runs
@@ -468,11 +473,184 @@ def test_foreign_handler_that_raises_anywhere_tears_no_group(options, fails):
         with TaskGroup(1) as one, TaskGroup(1) as other:
             lanes = [of.submit(threading.get_ident).result(timeout=60) for of in (one, other)]
         assert len(set(lanes)) == 2
+        assert error is not SystemExit or isinstance(left, SystemExit)
         if not stopped:
             break
 
-    assert (left is not None) == fails
-    assert point > 40
+    assert (left is not None) == (error is not None)
+    assert point > 30
+
+
+def tear(point, step):
+    """Take a step, torn at a point; whether it was."""
+    sys.setprofile(raising_at(point))
+    try:
+        step()
+    except Stop:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_helper_that_a_foreign_handler_has_torn_the_call_of_does_the_next_job(idle):
+    """
+    Also one that was woken twice. The torn job is done once, or never.
+    """
+    for point in itertools.count():
+        fastpool.shutdown()
+        done = []
+        if idle:
+            _clock.run_in_helper(lambda: None)
+            until(lambda: _clock._idle_helpers)
+        torn = tear(point, lambda done=done: _clock.run_in_helper(lambda: done.append(1)))
+        until(lambda: len(_clock._idle_helpers) == len(_clock._helpers))
+        again = threading.Event()
+        _clock.run_in_helper(again.set)
+
+        assert again.wait(60)
+        assert len(done) <= 1
+        if not torn:
+            break
+
+    assert done
+    assert point > 2
+
+
+def test_one_helper_does_what_is_asked_for_one_by_one():
+    """
+    So that those which were needed once, for much at a time, come to their end.
+    """
+    barrier = threading.Barrier(4)
+    for _ in range(3):
+        _clock.run_in_helper(barrier.wait)
+    barrier.wait(60)
+    until(lambda: len(_clock._idle_helpers) >= 3)
+    threads = []
+    for count in range(1, 9):
+        _clock.run_in_helper(lambda: threads.append(threading.get_ident()))
+        until(lambda count=count: len(threads) == count)
+        until(lambda: len(_clock._idle_helpers) == len(_clock._helpers))
+
+    assert len(set(threads)) == 1
+
+
+def test_late_callback_whose_call_a_foreign_handler_has_torn_is_over(unraised):
+    """
+    No group waits for it for ever. What came as it was called is told of as its own.
+    """
+    token = CancelToken()
+    token.cancel()
+    called = []
+    for point in itertools.count():
+        torn = tear(point, lambda: token.on_cancel(lambda: called.append(1)))
+        in_thread(token._close_callbacks)
+        if not torn:
+            break
+
+    assert 5 < len(called) <= point + 1
+    assert len(unraised) <= 1
+
+
+class Asked:
+    """What is to be interrupted again and again, since nobody knows whether it was met."""
+
+    def __init__(self):
+        self.by = []  # the threads that are at it
+        self.times = 0
+
+    def interrupt(self):
+        self.by.append(threading.get_ident())
+        self.times += 1
+        time.sleep(0.002)  # long enough to be met
+        self.by.remove(threading.get_ident())
+        return _wakers.AGAIN
+
+
+blocking.register(Asked, Asked.interrupt)
+
+
+def test_interruption_that_a_foreign_handler_has_torn_is_over_with_its_block(unraised):
+    """
+    Nothing of it goes on in a helper.
+    """
+    for point in itertools.count():
+        token, asked, left = CancelToken(), Asked(), []
+        inside, goes = threading.Event(), threading.Event()
+
+        def blocks(token=token, asked=asked, left=left, inside=inside, goes=goes):
+            with contextlib.suppress(Cancelled), token.interrupts(asked):
+                inside.set()
+                goes.wait(60)
+            left.append((list(asked.by), asked.times))
+
+        thread, _ = start(blocks)
+        assert inside.wait(60)
+        torn = tear(point, token.cancel)
+        goes.set()
+        thread.join(60)
+        [(by, times)] = left
+        if torn:
+            time.sleep(0.005)  # what must not come would come now
+
+        assert by == []
+        assert asked.times == times
+        if not torn:
+            break
+
+    assert point > 30
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_interruption_never_comes_after_a_block_that_a_foreign_handler_has_torn(leaves):
+    """
+    Whether it is the entry that was torn, or the end.
+    """
+    for point in itertools.count():
+        token, interrupted = CancelToken(), []
+        interrupts = token.interrupts(lambda interrupted=interrupted: interrupted.append(1))
+        if leaves:
+            interrupts.__enter__()
+        torn = tear(
+            point, lambda i=interrupts: i.__exit__(*[None] * 3) if leaves else i.__enter__()
+        )
+        if not torn:
+            break
+        token.cancel()
+
+        assert interrupted == []
+
+    assert point > 3
+
+
+def test_handler_that_tears_the_start_of_a_call_is_heard():
+    """
+    What it raises leaves `abandon`, whether the call's thread runs by then or not.
+    """
+    for point in itertools.count():
+        reached = []
+        profile = raising_at(point)
+
+        def noting(frame, event, argument, profile=profile, reached=reached):
+            try:
+                profile(frame, event, argument)
+            except Stop:
+                reached.append(1)
+                raise
+
+        sys.setprofile(noting)
+        try:
+            blocking.abandon(abs, -5)
+        except Stop:
+            reached.pop()
+        else:
+            break
+        finally:
+            sys.setprofile(None)
+
+    assert reached == []
+    assert point > 10
 
 
 def test_handler_that_the_user_puts_in_place_meanwhile_stays():

@@ -381,7 +381,7 @@ def test_block_whose_deadline_gets_no_thread_leaves_nothing_behind(monkeypatch):
     """
     fastpool.shutdown()
 
-    def refuse(target, name):
+    def refuse(target, name, note):
         raise RuntimeError("can't start new thread")
 
     root = CancelToken()

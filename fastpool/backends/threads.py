@@ -501,7 +501,10 @@ class Leased:
             del self._leases["pool"]
             return
         # Without a call in between, after which a handler could run: it is given back once.
-        del self._leases["pool"]
+        try:
+            del self._leases["pool"]
+        except KeyError:
+            return  # it was abandoned meanwhile
         self._crew.idle[pool] = None
 
     def abandon(self, run: Run) -> None:
