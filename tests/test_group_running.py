@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 import unittest.mock
+import weakref
 from collections import deque
 from contextlib import suppress
 from multiprocessing.dummy import DummyProcess
@@ -47,6 +48,7 @@ from fastpool import (
 from fastpool._ledger import Ledger
 from fastpool._run import Run
 
+GIL = not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()
 variable = contextvars.ContextVar("variable", default="nothing")
 
 
@@ -3096,6 +3098,45 @@ def test_queue_of_tasks_survives_threads_that_cannot_be_started(monkeypatch):
             values = batch.results(timeout=60)
 
     assert values == list(range(100))
+
+
+def test_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch):
+    """
+    A group that makes do with those it has forgets at once what the system said.
+    """
+
+    class Refused(RuntimeError):
+        pass
+
+    def refuse(thread):
+        error = Refused("can't start new thread")
+        seen.append(weakref.ref(error))
+        try:
+            raise error
+        finally:
+            del error
+
+    seen = []
+    fastpool.shutdown()
+    release = threading.Event()
+    with TaskGroup(8) as group:
+        first = group.submit(release.wait, 60)
+        until(first.running)
+        gc.collect()
+        gc.disable()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                group.submit(resize, 404)
+            if not GIL:
+                fastpool.shutdown()  # what a thread made is freed there, when it wakes
+            alive = [error() for error in seen]
+        finally:
+            gc.enable()
+            release.set()
+
+    assert len(seen) > 0
+    assert not any(alive)
 
 
 def test_no_thread_is_started_for_one_that_was_refused_before(monkeypatch):
