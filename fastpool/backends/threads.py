@@ -382,9 +382,8 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     arrive, asleep = (None, None) if listener is None else (listener.ended.append, listener.asleep)
     handles, taken, states, values = items.handles, items.taken, items.states, items.values
     copy, contexts = stretch.copy, stretch.contexts
-    become, own = current.set, None
+    become, own, place = current.set, None, None
     entry: Task[Any] | Stretch | None = stretch
-    place = (0, stretch)
     while entry is stretch:
         index = following()
         taken[index] = True
@@ -540,8 +539,7 @@ class Shared:
         try:
             until = time.monotonic() + SLICE
             while tasks := run.take(lane):
-                run.perform(tasks[0], lane)
-                del tasks
+                run.perform(tasks.pop(), lane)
                 if run.queue and time.monotonic() > until and self._make_way(run, lane):
                     return
             run.dismiss(lane)
