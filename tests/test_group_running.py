@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import unittest.mock
 import weakref
 from collections import deque
@@ -1931,7 +1932,7 @@ def test_place_that_was_taken_as_its_pool_refused_is_not_used_twice(make_pool, m
     """
     pool = make_pool(2)
     apply_async = pool.apply_async
-    queued, taken, back = threading.Event(), threading.Event(), threading.Event()
+    queued, taken = threading.Event(), threading.Event()
     crowd = Crowd()
 
     def refuse_once(fn, args=()):
@@ -2134,6 +2135,45 @@ def test_task_is_run_once_by_its_worker_or_its_waiter(watched, workers):
 
     assert len(races) > 5
     assert all(ran == [1] for _, ran in races)
+
+
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_cancel_meets_a_worker_that_takes_its_task_at_every_line(workers, call):
+    """
+    What was cancelled before it has begun does not run, or finds its token set.
+    """
+
+    def race(step):
+        armed = threading.Event()
+        tasks, won, ran = [], [], []
+
+        def trace():
+            assert armed.wait(timeout=60)
+            trace_this_thread(act_at(step, lambda: won.append(tasks[0].cancel("enough"))))
+
+        def run(argument):
+            ran.append((list(won), current_token().reason))
+
+        with TaskGroup(**arguments) as group:
+            group.submit(trace)
+            if call == "submit":
+                tasks.append(group.submit(run, 404))
+            else:
+                tasks.extend(group.map(run, [404]).tasks)
+            armed.set()
+            tasks[0].wait(timeout=60)
+            group.submit(sys.settrace, None)
+        return won, ran, tasks[0].cancelled()
+
+    arguments = workers(1)
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    assert len(races) > 10
+    assert all(len(ran) == (not cancelled) for _, ran, cancelled in races)
+    begun = [ran[0] for _, ran, _ in races if ran]
+    assert 0 < len(begun) < len(races)
+    assert ([True], "enough") in begun
+    assert all(reason == "enough" for won, reason in begun if True in won)
 
 
 def test_task_run_by_a_waiter_is_on_its_own(workers):
@@ -2934,6 +2974,28 @@ def test_idle_threads_end_by_themselves(short_idle_time):
         again = group.submit(resize, 404)
 
     assert again.result() == 404
+
+
+def test_pool_ends_when_no_group_has_used_it_for_so_long(monkeypatch):
+    """
+    It does not, as long as that is not so, where a thread of it has slept for long enough.
+    """
+    looks, now = [], 1000.0
+
+    def monotonic():
+        looks.append(now)
+        return now
+
+    have_idle_threads_wait(1 / 16, monkeypatch)
+    monkeypatch.setattr(threads, "time", types.SimpleNamespace(monotonic=monotonic))
+    with TaskGroup(1) as group:
+        thread = group.submit(threading.current_thread).result()
+    until(lambda: len(looks) > 3)
+    stays = thread.is_alive()
+    now += 1 / 16
+    until(lambda: not thread.is_alive())
+
+    assert stays
 
 
 def test_threads_of_an_open_group_do_not_end(short_idle_time):
