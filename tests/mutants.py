@@ -326,16 +326,16 @@ MUTANTS = [
         """
             del self.crew.idle[self]  # whoever takes it off owns it
         except KeyError:
-            return self.ended
+            return
         self.end()
 """,
         """
             if self not in self.crew.idle:
-                return self.ended
+                return
             self.end()
             del self.crew.idle[self]
         except KeyError:
-            return True
+            return
 """,
         rare=True,
     ),

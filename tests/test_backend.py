@@ -4,6 +4,7 @@ The seam where tasks get to workers: a backend of somebody else's, and what thre
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGrou
 from fastpool._lane import Lane
 from fastpool._run import Run
 from fastpool.backends import Backend, threads
-from fastpool.backends.threads import Crew, _GrowingPool
+from fastpool.backends.threads import Crew, Leased, Shared, _GrowingPool
 
 
 class Batches:
@@ -109,6 +110,45 @@ def test_processes_are_imported_when_asked_for():
     assert "fastpool.backends.processes" in ended.stdout
     with pytest.raises(AttributeError, match="no attribute 'Proceses'"):
         fastpool.backends.Proceses  # noqa: B018 - it is looked up
+
+
+@pytest.mark.parametrize("pool", ["None", "ThreadPool(1)"])
+def test_call_of_an_executor_on_threads_is_known_to_run(pool):
+    """
+    No process stands between: whoever asks for it meanwhile is told.
+    """
+    code = f"""
+from multiprocessing.pool import ThreadPool
+from threading import Event
+from fastpool import TaskGroup
+from fastpool.futures import GroupExecutor
+
+begun, release = Event(), Event()
+with TaskGroup(1, pool={pool}) as group:
+    executor = GroupExecutor(group)
+    future = executor.submit(lambda: (begun.set(), release.wait(60)))
+    begun.wait(60)
+    print(future.running(), end="")
+    release.set()
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
+    )
+
+    assert ended.stdout == "True"
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("pool", ["own", "shared"])
+def test_backend_of_threads_says_that_it_stops_nothing(make_pool, pool, level):
+    """
+    Neither softly nor hard: a thread goes on until it ends.
+    """
+    with TaskGroup(1) as group:
+        backend = Leased(1) if pool == "own" else Shared(make_pool(1))
+        stopped = backend.escalate(group._run, level)
+
+    assert stopped is False
 
 
 # --- Storms ---------------------------------------------------------------------------------------
@@ -411,6 +451,30 @@ def test_pool_that_is_closed_as_the_interpreter_terminates_it_ends(monkeypatch):
     assert outcome is None
 
 
+def test_thread_that_is_started_as_its_pool_is_closed_ends_with_it(monkeypatch):
+    """
+    Who submits may come to that just as the group is left without a task that goes on.
+    """
+    release, looked = threading.Event(), threading.Semaphore(0)
+    wait_for_updates = Pool._wait_for_updates
+
+    def note_and_wait(*arguments, **options):
+        looked.release()
+        wait_for_updates(*arguments, **options)
+
+    monkeypatch.setattr(Pool, "_wait_for_updates", staticmethod(note_and_wait))
+    pool = _GrowingPool()
+    pool.apply_async(release.wait, (60,))
+    looked.acquire(timeout=60)
+    pool.close()
+    looked.acquire(timeout=1)  # what looks after its threads has heard of that, and goes on
+    pool.grow()
+    release.set()
+    outcome = in_thread(pool.join)
+
+    assert outcome is None
+
+
 # --- Forks ----------------------------------------------------------------------------------------
 
 
@@ -426,9 +490,13 @@ def test_child_of_a_fork_has_a_working_fastpool():
         running = group.submit(release.wait, 60)
         while not running.running():
             pass
+        with TaskGroup(1) as inner:  # whose thread is idle then, and stays with the parent
+            inner.submit(pow, 2, 3)
         child = os.fork()
         if child == 0:
             code = 1
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
             try:
                 with pytest.raises(GroupClosedError, match="process"):
                     group.submit(pow, 2, 3)
@@ -449,6 +517,30 @@ def test_child_of_a_fork_has_a_working_fastpool():
 
     assert os.waitstatus_to_exitcode(status) == 0
     assert after.result() == 8
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_child_that_a_task_forks_ends_with_the_task():
+    """
+    Its one thread does not wait for more, as it would in the parent.
+    """
+
+    def forks():
+        child = os.fork()
+        if child == 0:
+            return None
+        try:
+            until(lambda: os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT))
+        finally:
+            os.kill(child, signal.SIGKILL)
+            status = os.waitpid(child, 0)[1]
+        return os.waitstatus_to_exitcode(status)
+
+    with TaskGroup(1) as group:
+        task = group.submit(forks)
+
+    assert task.result() == 0
 
 
 def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):

@@ -455,7 +455,7 @@ def test_failures_are_there_at_any_moment():
 @pytest.mark.parametrize("call", ["submit", "map"])
 def test_idle_thread_keeps_nothing_of_its_last_task(ends, call):
     """
-    Neither the function nor its argument, its value, its error or its context.
+    Neither the function nor its argument, its value, its error or its context, nor the group.
     """
     variable = contextvars.ContextVar("variable")
 
@@ -480,6 +480,7 @@ def test_idle_thread_keeps_nothing_of_its_last_task(ends, call):
                 group.submit(work, make(Witness))
             else:
                 group.map(work, [make(Witness)])
+            seen.append(weakref.ref(group.token))
             del group
 
     seen = []
@@ -492,12 +493,14 @@ def test_idle_thread_keeps_nothing_of_its_last_task(ends, call):
         idle = [one for one in threading.enumerate() if one.name == "fastpool-idle"]
         if not GIL:
             fastpool.shutdown()  # what a thread made is freed there, when it wakes
+        # The group may have ended before its thread has come to rest.
+        until(lambda: not any(witness() for witness in seen), within=10)
         alive = [witness() for witness in seen if witness() is not None]
     finally:
         gc.enable()
 
     assert len(idle) == 1
-    assert len(seen) == 4
+    assert len(seen) == 5
     assert alive == []
 
 

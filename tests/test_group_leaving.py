@@ -1388,7 +1388,8 @@ def clear_frames(error):
         clear_frames(error.__cause__)
 
 
-def test_arguments_and_results_are_freed_with_the_handle():
+@pytest.mark.parametrize("following", ["submit", "map"])
+def test_arguments_and_results_are_freed_with_the_handle(following):
     """
     A task that is done keeps its value; once the handle is gone, so is everything.
     """
@@ -1400,23 +1401,53 @@ def test_arguments_and_results_are_freed_with_the_handle():
         go.wait(timeout=60)
         return value
 
+    watched.insert(0, weakref.ref(work))
     with TaskGroup(1) as group:
         task = group.submit(work, given, returned, option=named)
         # Its thread goes on to something else at once. Both threads run meanwhile: a free-threaded
         # build leaves some objects to the thread that made them.
-        group.submit(until, release.is_set)
+        if following == "submit":
+            group.submit(until, release.is_set)
+        else:
+            group.map(until, [release.is_set])
         go.set()
         task.wait(timeout=60)
-        del given, named, returned
-        until(lambda: watched[0]() is None, within=10)
+        del work, given, named, returned
+        until(lambda: sum(witness() is not None for witness in watched) == 1, within=10)
         kept = [witness() is not None for witness in watched]
         del task
         until(lambda: not any(witness() for witness in watched), within=10)
         gone = [witness() is None for witness in watched]
         release.set()
 
-    assert kept == [False, False, True]
-    assert gone == [True, True, True]
+    assert kept == [False, False, False, True]
+    assert gone == [True, True, True, True]
+
+
+def test_task_that_ignores_its_cancel_is_freed_with_the_handle():
+    """
+    The group goes on, and keeps nothing of it.
+    """
+    started, release = threading.Event(), threading.Event()
+
+    def work():
+        started.set()
+        release.wait(timeout=60)
+        return Witness()
+
+    with TaskGroup(1) as group:
+        task = group.submit(work)
+        assert started.wait(timeout=60)
+        told = task.cancel()
+        release.set()
+        witness = weakref.ref(task.result(timeout=60))
+        del task
+        # Without a GIL the thread that made an object frees it, when it next has something to do.
+        until(lambda: group.submit(int).result() or witness() is None, within=10)
+        gone = witness() is None
+
+    assert told
+    assert gone
 
 
 def test_group_refuses_clearly_after_it_failed():

@@ -606,14 +606,19 @@ def test_wait_misses_nothing(watched, name, event):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_group_wait_waits_for_what_was_submitted_before(watched, workers, count):
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_group_wait_waits_for_what_was_submitted_before(watched, workers, call, count):
     """
     It returns while a task submitted later still runs, and more can be submitted after it.
     """
     first, second = threading.Event(), threading.Event()
 
     with TaskGroup(**workers(count)) as group:
-        early = [group.submit(first.wait, 60), *group.map(resize, range(5)).tasks]
+        if call == "submit":
+            early = [group.submit(first.wait, 60), *group.map(resize, range(5)).tasks]
+        else:
+            early = [*group.map(resize, range(5)).tasks, *group.map(first.wait, [60]).tasks]
+            until(early[-1].running)
         waiter, outcome = start(group.wait)
         until(lambda: is_asleep(waiter))
         late = group.submit(second.wait, 60)

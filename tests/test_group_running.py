@@ -11,7 +11,9 @@ import sys
 import threading
 import time
 import tracemalloc
+import types
 import unittest.mock
+import weakref
 from collections import deque
 from contextlib import suppress
 from multiprocessing.dummy import DummyProcess
@@ -24,6 +26,7 @@ from staging import (
     in_thread,
     is_asleep,
     resize,
+    start,
     trace_this_thread,
     until,
 )
@@ -46,7 +49,9 @@ from fastpool import (
 )
 from fastpool._ledger import Ledger
 from fastpool._run import Run
+from fastpool.backends import threads
 
+GIL = not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()
 variable = contextvars.ContextVar("variable", default="nothing")
 
 
@@ -1809,14 +1814,16 @@ def test_group_that_never_got_a_thread_can_be_left(make_pool, how):
 
 def test_pool_that_takes_nothing_says_so(make_pool):
     """
-    On a pool that was closed `submit` raises what the pool says, and queues nothing.
+    On a pool that was closed every `submit` raises what the pool says, and queues nothing.
     """
     pool = make_pool(1)
     pool.close()
     ran = []
 
-    with TaskGroup(pool=pool) as group, pytest.raises(ValueError, match="not running"):
-        group.submit(ran.append, 1)
+    with TaskGroup(pool=pool) as group:
+        for number in range(3):
+            with pytest.raises(ValueError, match="not running"):
+                group.submit(ran.append, number)
 
     assert ran == []
     assert group.failures == ()
@@ -1849,6 +1856,149 @@ def test_pool_that_is_closed_under_a_group_holds_nothing_up(make_pool, free):
 
     assert batch.done()
     assert group.failures or batch.results() == list(range(10))
+
+
+def have_it_make_way(pool, monkeypatch, before):
+    """
+    Have a job of ours go to the end of the pool's own queue as soon as there is more to do.
+
+    Args:
+        before: Called when it is about to, by the thread that does the job.
+    """
+    making_way = threads.Shared._make_way
+
+    def make_way(backend, run, lane):
+        before()
+        return making_way(backend, run, lane)
+
+    monkeypatch.setattr(threads, "SLICE", -1.0)
+    monkeypatch.setattr(threads.Shared, "_make_way", make_way)
+
+
+def test_group_that_makes_way_is_not_waited_for(watched, make_pool, monkeypatch):
+    """
+    What the pool's other users do first holds up no wait for what has ended.
+    """
+    pool = make_pool(2)
+    begun, go, release = threading.Event(), threading.Event(), threading.Event()
+    waiting = []
+
+    def first():
+        begun.set()
+        go.wait(timeout=60)
+
+    def wait_meanwhile():
+        if not waiting:
+            waiting.append(start(group.wait))
+            until(lambda: is_asleep(waiting[0][0]))
+
+    have_it_make_way(pool, monkeypatch, wait_meanwhile)
+    with TaskGroup(pool=pool) as group:
+        pool.apply_async(release.wait, (60,))
+        group.submit(first)
+        assert begun.wait(timeout=60)
+        second = group.submit(resize, 404)
+        pool.apply_async(release.wait, (60,))  # ahead of the job that makes way
+        go.set()
+        until(lambda: waiting)
+        waiter, outcome = waiting[0]
+        waiter.join(timeout=20)
+        seen = second.done(), list(outcome)
+        release.set()
+
+    assert seen == (True, [None])
+
+
+def test_pool_that_is_closed_as_a_group_makes_way_goes_on_with_it(make_pool, monkeypatch):
+    """
+    The thread that would have made way runs what is left.
+    """
+    pool = make_pool(1)
+    queued = threading.Event()
+    ran = []
+
+    have_it_make_way(pool, monkeypatch, pool.close)
+    with TaskGroup(pool=pool) as group:
+        group.submit(queued.wait, 60)
+        group.map(ran.append, range(5))
+        queued.set()
+
+    assert ran == [0, 1, 2, 3, 4]
+
+
+def test_place_that_was_taken_as_its_pool_refused_is_not_used_twice(make_pool, monkeypatch):
+    """
+    A job makes way, a task that waits runs the next in its place, and the pool takes nothing.
+    """
+    pool = make_pool(2)
+    apply_async = pool.apply_async
+    queued, taken = threading.Event(), threading.Event()
+    crowd = Crowd()
+
+    def refuse_once(fn, args=()):
+        pool.apply_async = apply_async
+        assert taken.wait(timeout=60)
+        raise ValueError("Pool not running")
+
+    def have_it_refuse():
+        if not taken.is_set():
+            pool.apply_async = refuse_once
+
+    def waits():
+        assert queued.wait(timeout=60)
+        return second.result()
+
+    def run():
+        with crowd:
+            if not taken.is_set():
+                taken.set()
+                pool.apply(resize, (1,))  # the other thread has nothing of the group's to do
+
+    have_it_make_way(pool, monkeypatch, have_it_refuse)
+    with TaskGroup(pool=pool) as around, TaskGroup(1, pool=pool) as group:
+        first = threading.Event()
+        group.submit(first.wait, 60)
+        second = group.submit(run)
+        third = group.submit(run)
+        around.submit(waits)
+        queued.set()
+        first.set()
+
+    assert third.done()
+    assert crowd.peak == 1
+
+
+def test_worker_that_waits_hears_of_what_only_it_can_run(watched, make_pool):
+    """
+    Though it waits for a task on another pool, that leaves a group, that has a task come late.
+    """
+    pool, other = make_pool(2), make_pool(1)
+    runs, ended = threading.Event(), threading.Event()
+    seats, groups = [], []
+
+    def holds():
+        runs.set()
+        return ended.wait(timeout=20)
+
+    def leaves():
+        seats.append(threading.current_thread())
+        with TaskGroup(pool=pool) as inner:
+            groups.append(inner)
+            return inner.submit(holds)
+
+    def waits():
+        seats.append(threading.current_thread())
+        assert runs.wait(timeout=60)
+        return middle.result()
+
+    with TaskGroup(pool=pool) as outer, TaskGroup(pool=other) as around:
+        middle = around.submit(leaves)
+        waiting = outer.submit(waits)
+        assert runs.wait(timeout=60)
+        until(lambda: len(seats) == 2 and all(map(is_asleep, seats)))
+        groups[0].submit(ended.set)
+
+    assert waiting.result().result() is True
 
 
 @pytest.mark.parametrize("size", [1, 2])
@@ -1985,6 +2135,45 @@ def test_task_is_run_once_by_its_worker_or_its_waiter(watched, workers):
 
     assert len(races) > 5
     assert all(ran == [1] for _, ran in races)
+
+
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_cancel_meets_a_worker_that_takes_its_task_at_every_line(workers, call):
+    """
+    What was cancelled before it has begun does not run, or finds its token set.
+    """
+
+    def race(step):
+        armed = threading.Event()
+        tasks, won, ran = [], [], []
+
+        def trace():
+            assert armed.wait(timeout=60)
+            trace_this_thread(act_at(step, lambda: won.append(tasks[0].cancel("enough"))))
+
+        def run(argument):
+            ran.append((list(won), current_token().reason))
+
+        with TaskGroup(**arguments) as group:
+            group.submit(trace)
+            if call == "submit":
+                tasks.append(group.submit(run, 404))
+            else:
+                tasks.extend(group.map(run, [404]).tasks)
+            armed.set()
+            tasks[0].wait(timeout=60)
+            group.submit(sys.settrace, None)
+        return won, ran, tasks[0].cancelled()
+
+    arguments = workers(1)
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    assert len(races) > 10
+    assert all(len(ran) == (not cancelled) for _, ran, cancelled in races)
+    begun = [ran[0] for _, ran, _ in races if ran]
+    assert 0 < len(begun) < len(races)
+    assert ([True], "enough") in begun
+    assert all(reason == "enough" for won, reason in begun if True in won)
 
 
 def test_task_run_by_a_waiter_is_on_its_own(workers):
@@ -2787,6 +2976,28 @@ def test_idle_threads_end_by_themselves(short_idle_time):
     assert again.result() == 404
 
 
+def test_pool_ends_when_no_group_has_used_it_for_so_long(monkeypatch):
+    """
+    It does not, as long as that is not so, where a thread of it has slept for long enough.
+    """
+    looks, now = [], 1000.0
+
+    def monotonic():
+        looks.append(now)
+        return now
+
+    have_idle_threads_wait(1 / 16, monkeypatch)
+    monkeypatch.setattr(threads, "time", types.SimpleNamespace(monotonic=monotonic))
+    with TaskGroup(1) as group:
+        thread = group.submit(threading.current_thread).result()
+    until(lambda: len(looks) > 3)
+    stays = thread.is_alive()
+    now += 1 / 16
+    until(lambda: not thread.is_alive())
+
+    assert stays
+
+
 def test_threads_of_an_open_group_do_not_end(short_idle_time):
     """
     A group that has had nothing to do for longer than the idle time goes on where it was.
@@ -2875,6 +3086,36 @@ def test_groups_in_a_row_need_no_more_threads_than_workers(watched):
     resumed.set()
 
     assert after == before
+
+
+def test_of_two_pools_that_one_group_leases_at_once_one_goes_back(monkeypatch):
+    """
+    Two threads submit first; what the slower one has leased serves the next group.
+    """
+    take_last = threads.take_last
+    submitted = []
+
+    def serving():
+        return threading.current_thread()
+
+    def take_meanwhile(entries):
+        taken = take_last(entries)
+        if entries is threads._threads.idle and not submitted:
+            submitted.append(None)
+            submitted[0] = in_thread(group.submit, serving)
+        return taken
+
+    fastpool.shutdown()
+    with TaskGroup(1) as group:
+        first = group.submit(serving).result()
+    monkeypatch.setattr(threads, "take_last", take_meanwhile)
+    with TaskGroup(2) as group:
+        slower = group.submit(serving)
+        with TaskGroup(1) as beside:
+            again = beside.submit(serving).result()
+
+    assert first not in {slower.result(), submitted[0].result()}
+    assert again is first
 
 
 def test_shutdown_ends_all_idle_threads(thorough_shutdown):
@@ -3044,6 +3285,17 @@ def test_pool_that_could_not_start_replaces_no_worker_as_it_ends(monkeypatch):
         assert group.submit(resize, 404).result() == 404
 
 
+def test_thread_is_not_asked_for_where_there_are_none(monkeypatch):
+    """
+    An interpreter may have no daemon threads, and says something else of that.
+    """
+    fastpool.shutdown()
+    monkeypatch.setattr(fastpool._clock, "_daemon_threads_allowed", lambda: False)
+
+    with TaskGroup(1) as group, pytest.raises(RuntimeError, match="a subinterpreter has none"):
+        group.submit(resize, 404)
+
+
 def test_map_that_gets_no_thread_queues_nothing(monkeypatch):
     """
     The first item raises what the system said, and no other is taken from the input.
@@ -3096,6 +3348,45 @@ def test_queue_of_tasks_survives_threads_that_cannot_be_started(monkeypatch):
             values = batch.results(timeout=60)
 
     assert values == list(range(100))
+
+
+def test_thread_that_cannot_be_started_leaves_nothing_behind(monkeypatch):
+    """
+    A group that makes do with those it has forgets at once what the system said.
+    """
+
+    class Refused(RuntimeError):
+        pass
+
+    def refuse(thread):
+        error = Refused("can't start new thread")
+        seen.append(weakref.ref(error))
+        try:
+            raise error
+        finally:
+            del error
+
+    seen = []
+    fastpool.shutdown()
+    release = threading.Event()
+    with TaskGroup(8) as group:
+        first = group.submit(release.wait, 60)
+        until(first.running)
+        gc.collect()
+        gc.disable()
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(threading.Thread, "start", refuse)
+                group.submit(resize, 404)
+            if not GIL:
+                fastpool.shutdown()  # what a thread made is freed there, when it wakes
+            alive = [error() for error in seen]
+        finally:
+            gc.enable()
+            release.set()
+
+    assert len(seen) > 0
+    assert not any(alive)
 
 
 def test_no_thread_is_started_for_one_that_was_refused_before(monkeypatch):

@@ -1505,6 +1505,28 @@ def test_what_a_handler_raises_as_a_thread_is_started_leaves_the_group(monkeypat
     assert submitted.done()
 
 
+def test_what_a_handler_raises_before_a_thread_is_started_leaves_the_submit(monkeypatch):
+    """
+    Nobody waits for a thread that nobody starts; the next submit starts one.
+    """
+
+    class Stop(Exception):
+        pass
+
+    def interrupted(thread):
+        monkeypatch.undo()
+        raise Stop
+
+    fastpool.shutdown()
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with TaskGroup(1) as group:
+        with pytest.raises(Stop):
+            group.submit(abs, -404)
+        after = group.submit(abs, -405)
+
+    assert after.result() == 405
+
+
 def test_wait_of_another_thread_ends_with_an_abandoned_group():
     """
     It does not wait for what was left behind.

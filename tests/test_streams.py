@@ -437,6 +437,34 @@ def test_value_that_was_handed_out_is_the_consumers_alone(stream, workers, obser
     assert not any(kept)
 
 
+def test_value_that_was_handed_out_is_gone_while_its_worker_goes_on(stream, workers):
+    """
+    The worker that made it does not hold it through its next call.
+    """
+    begun, release = threading.Event(), threading.Event()
+
+    def work(number):
+        if number == 0:
+            until(lambda: group._run.queue)  # the next one is there when this ends
+        else:
+            begun.set()
+            until(release.is_set)  # awake: without a GIL the thread that made it frees it
+        return Payload()
+
+    with TaskGroup(**workers(1)) as group:
+        values = stream(group, work, range(2), window=2)
+        value = next(values)
+        reference = weakref.ref(value)
+        del value
+        assert begun.wait(LIMIT)
+        until(lambda: reference() is None, within=5)
+        kept = reference() is not None
+        release.set()
+        assert len(list(values)) == 1
+
+    assert not kept
+
+
 def test_argument_is_not_kept(stream, workers):
     """
     It is gone when its call has ended.

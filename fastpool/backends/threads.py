@@ -103,7 +103,6 @@ class _GrowingPool(ThreadPool):
 
     def _give_up(self) -> None:
         """The constructor could not start all its threads: end those that it did start."""
-        self._state = "CLOSE"  # so that its finalizer has nothing to say
         handler = getattr(self, "_worker_handler", None)
         if handler is not None:
             handler._state = "TERMINATE"
@@ -203,10 +202,8 @@ class _Pool:
             lane.gate.open()
 
     def disown(self) -> None:
-        """In a forked child: the threads are the parent's, and so are the pool's pipes."""
+        """In a forked child: the threads are the parent's."""
         self.ended = self.foreign = True
-        if self.threads is not None:
-            self.threads._state = "CLOSE"  # or its finalizer would write to them
         if self.crew.disown is not None:
             for lane in self.lanes:
                 self.crew.disown(lane)
@@ -215,14 +212,13 @@ class _Pool:
         """How long its threads go on waiting, in seconds, while nobody leases it."""
         return self.idle_since + IDLE - time.monotonic() if self in self.crew.idle else IDLE
 
-    def retire(self) -> bool:
+    def retire(self) -> None:
         """End, unless it has just been leased."""
         try:
             del self.crew.idle[self]  # whoever takes it off owns it
         except KeyError:
-            return self.ended
+            return
         self.end()
-        return True
 
 
 def _out_of_reach(fn: Callable[[], None]) -> None:
@@ -289,8 +285,8 @@ def _park(pool: _Pool, lane: Lane) -> None:
     while not pool.ended:
         if not lane.gate.wait(patience):
             patience = pool.patience()
-            if patience <= 0 and not pool.retire():
-                patience = IDLE
+            if patience <= 0:
+                pool.retire()
             continue
         patience = IDLE
         run = lane.run
@@ -337,7 +333,8 @@ def serve(run: Run, lane: Lane) -> None:
             continue
         entry._taken = True
         if run.disturbed or token._reason is not None:
-            if not _serve_disturbed(run, lane, entry) and run.rest(lane):
+            _serve_disturbed(run, lane, entry)
+            if run.stopping() and run.rest(lane):
                 break
         else:
             entry._lane = lane
@@ -385,9 +382,8 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     arrive, asleep = (None, None) if listener is None else (listener.ended.append, listener.asleep)
     handles, taken, states, values = items.handles, items.taken, items.states, items.values
     copy, contexts = stretch.copy, stretch.contexts
-    become, own = current.set, None
+    become, own, place = current.set, None, None
     entry: Task[Any] | Stretch | None = stretch
-    place = (0, stretch)
     while entry is stretch:
         index = following()
         taken[index] = True
@@ -429,14 +425,11 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     return entry
 
 
-def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> bool:
-    """Run what was just taken off the queue, if it may; False if nothing of it may any more."""
-    admitted = run.admit(task, lane)
-    if admitted:
+def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> None:
+    """Run what was just taken off the queue, if it may."""
+    if run.admit(task, lane):
         run.perform(task, lane)
-    goes_on = admitted or not run.stopping()
     del run, task, lane  # what failed refers to this frame: see `strip`
-    return goes_on
 
 
 _threads = Crew(serve)
@@ -531,7 +524,6 @@ class Shared:
         """Issue a job that serves the group."""
         run.pool = self.pool
         run.sharing = True
-        run.disturbed = True  # every task looks whether it is time to make way
         lane = Lane(self.pool)
         run.enlist(lane)
         try:
@@ -542,7 +534,6 @@ class Shared:
             raise
         # A worker that waits for the group can do what this job would, if it never gets there.
         tell_helpers(run)
-        run.wake_leavers()
 
     def _job(self, run: Run, lane: Lane) -> None:
         if not run.begin(lane):
@@ -551,8 +542,7 @@ class Shared:
         try:
             until = time.monotonic() + SLICE
             while tasks := run.take(lane):
-                run.perform(tasks[0], lane)
-                del tasks
+                run.perform(tasks.pop(), lane)
                 if run.queue and time.monotonic() > until and self._make_way(run, lane):
                     return
             run.dismiss(lane)
@@ -607,6 +597,5 @@ def after_fork() -> None:
     """In a forked child: the threads did not come along."""
     for crew in _all_crews():
         crew.idle.clear()
-    for pool in list(_live_pools):
+    while (pool := take_last(_live_pools)) is not None:
         pool.disown()
-    _live_pools.clear()
