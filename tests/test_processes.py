@@ -13,6 +13,7 @@ import operator
 import os
 import pickle
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -165,8 +166,9 @@ def test_initializer_that_cannot_be_sent_is_refused(no_cloudpickle):
         Processes(1, initializer=lambda: None)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("it has gone"), EOFError("it has gone")])
 @pytest.mark.parametrize("returns", [True, False])
-def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, monkeypatch):
+def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, error, monkeypatch):
     """
     For some seconds, by one that does not import the main script; what it says then leaves.
     """
@@ -177,7 +179,7 @@ def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, monkey
 
         def __init__(self, context, start):
             if not returns or sum(slept) < 2:
-                raise ConnectionResetError("the server has gone")
+                raise error
 
     server = forkserver._forkserver
     monkeypatch.setattr(server, "_preload_modules", ["__main__"])
@@ -187,7 +189,7 @@ def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, monkey
     if returns:
         assert isinstance(backend.start_worker(), Started)
     else:
-        with pytest.raises(ConnectionResetError, match="has gone"):
+        with pytest.raises(type(error), match="it has gone"):
             backend.start_worker()
 
     assert 2 <= sum(slept) < 10
@@ -313,10 +315,17 @@ def test_initializer_that_ends_the_process_is_what_leaves():
         group.submit(far.square, 3)
 
 
-def test_initializer_that_does_not_end_is_killed_with_its_worker(begun):
+def test_initializer_that_does_not_end_is_killed_with_its_worker(begun, monkeypatch):
     """
-    A cancel does not wait for it longer than for a task.
+    A cancel does not wait for it longer than for a task, and no other one is started.
     """
+    started = []
+    start_worker = Processes.start_worker
+    monkeypatch.setattr(
+        Processes,
+        "start_worker",
+        lambda backend: started.append(backend) or start_worker(backend),
+    )
     backend = Processes(1, initializer=far.stubborn, initargs=(begun,), kill_after=0.05)
     with TaskGroup(pool=backend) as group:
         task = group.submit(far.square, 3)
@@ -324,6 +333,7 @@ def test_initializer_that_does_not_end_is_killed_with_its_worker(begun):
         group.cancel()
 
     assert task.cancelled()
+    assert started == [backend]
     until(lambda: not alive(worker))
     assert not alive(worker)
 
@@ -712,6 +722,43 @@ def test_death_is_seen_though_a_child_of_the_worker_lives_on(method, release):
         note(release)
 
     assert seen_at_once
+
+
+def test_answer_that_came_before_the_end_is_taken_though_the_end_alone_was_seen(one, monkeypatch):
+    """
+    The system looks at one descriptor after the other, and both may come in between.
+    """
+    workers = []
+    await_ = processes._Lane._await
+
+    class Poll:
+        """Sees nothing before the answer is there, and then the end alone."""
+
+        def __init__(self):
+            self._fds = []
+
+        def register(self, fd, events):
+            self._fds.append(fd)
+
+        def poll(self, milliseconds):
+            calls, end, _ = self._fds
+            multiprocessing.connection.wait([calls], 100)
+            workers[-1].kill()
+            multiprocessing.connection.wait([end], 100)
+            return [(end, select.POLLIN)]
+
+    def noted(lane, run, worker, number, bell, *, shipped=True):
+        workers.append(worker)
+        return await_(lane, run, worker, number, bell, shipped=shipped)
+
+    with TaskGroup(pool=one) as group:
+        before = group.submit(far.process).result()
+        group.wait()
+        monkeypatch.setattr(processes, "select", SimpleNamespace(poll=Poll, POLLIN=select.POLLIN))
+        monkeypatch.setattr(processes._Lane, "_await", noted)
+        last = group.submit(far.process)
+
+    assert last.result() == before
 
 
 def test_worker_that_says_nothing_more_and_lives_on_is_killed(begun, monkeypatch):

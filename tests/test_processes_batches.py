@@ -21,6 +21,7 @@ from fastpool import (
     current_token,
     sleep,
 )
+from fastpool._run import Run
 from fastpool.backends import processes
 from fastpool.backends.processes import Processes
 
@@ -316,6 +317,59 @@ def test_waiting_for_the_group_waits_for_nothing_that_came_later(tmp_path):
 
     assert came is None
     assert not done
+
+
+@pytest.mark.parametrize("way", ["cancelled", "late"])
+def test_nothing_before_a_call_whose_worker_is_killed_runs_again(way, tmp_path, monkeypatch):
+    """
+    It has run, and its value is lost where the worker can send nothing any more.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    ran = tmp_path / "ran"
+    with (
+        pytest.raises(ExceptionGroup) as raised,
+        TaskGroup(pool=Processes(1, kill_after=0.3), policy=CollectAll()) as group,
+    ):
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(MANY))
+        before = [group.submit(far.noted, ran, number) for number in range(MANY)]
+        options = group.with_options(timeout=0.1 if way == "late" else None)
+        stuck = options.submit(far.holds_the_lock, tmp_path / "begun")
+        group.map(abs, range(MANY))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        if way == "cancelled":
+            stuck.cancel()
+
+    lost = [task for task in before if task.exception()]
+    assert far.lines(ran) == [*map(str, range(MANY))]
+    assert lost
+    assert {type(task.exception()) for task in lost} == {WorkerDiedError}
+    assert stuck.cancelled() if way == "cancelled" else type(stuck.exception()) is TimeoutError
+    assert len(raised.value.exceptions) == len(lost) + (way == "late")
+
+
+def test_lane_goes_on_with_what_comes_as_it_comes_to_rest(one, monkeypatch):
+    """
+    Nobody else is called for that.
+    """
+    late = []
+    take = Run.take_places
+
+    def submit_when_empty(run, lane, most):
+        taken = take(run, lane, most)
+        if not taken and not late:
+            late.append(group.submit(abs, -7))
+        return taken
+
+    monkeypatch.setattr(Run, "take_places", submit_when_empty)
+    with TaskGroup(pool=one) as group:
+        group.submit(abs, -3)
+        until(lambda: late)
+        came = late[0].wait(timeout=60)
+
+    assert came
+    assert late[0].result() == 7
 
 
 def test_quick_calls_travel_together(one, monkeypatch):

@@ -68,7 +68,7 @@ _numbers = itertools.count(1)  # of runs, for the workers
 _starting = threading.Lock()
 
 
-_forked: list[bool] = []  # not empty in a forked child
+_forked: list[None] = []  # not empty in a forked child
 
 
 class Processes:
@@ -136,10 +136,13 @@ class Processes:
         """Kill the workers that are at work."""
         if level < 2:
             return False
+        self._kill(run)
+        return True
+
+    def _kill(self, run: Run) -> None:
         for lane, served in self._serving.copy().items():
             if served is run:
                 lane.kill()
-        return True
 
     def end(self, run: Run) -> None:
         """The workers are for the next group."""
@@ -157,7 +160,7 @@ class Processes:
         lease = self._leases.pop(run, None)
         if lease is not None:
             lease.abandon(run)
-        self.escalate(run, 2)
+        self._kill(run)
 
     def number_of(self, run: Run) -> int:
         """What the workers know a group by."""
@@ -948,7 +951,7 @@ def _refuse_in_import() -> None:
 def _after_fork() -> None:
     global _starting
     _starting = threading.Lock()
-    _forked.append(True)
+    _forked.append(None)
 
 
 if hasattr(os, "register_at_fork"):
