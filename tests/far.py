@@ -273,6 +273,30 @@ def sets(token, reason):
     return "returned"
 
 
+def sets_later(token, release, told):
+    """Leave a thread that sets a token some time, and says so."""
+
+    def run():
+        seen(release)
+        token.set("late")
+        note(told)
+
+    threading.Thread(target=run, daemon=True).start()
+
+
+def catches(token, error):
+    """Have a call fail that has a token, and go on."""
+    try:
+        _fails.with_token(token, error)
+    except type(error):
+        return "caught"
+
+
+@cancellable
+def _fails(token: CancelToken, error):
+    raise error
+
+
 @cancellable
 def method_of_a_check(token: CancelToken):
     """What a check is: the name of the function behind it, where it is defined, and of a poll."""
@@ -452,7 +476,7 @@ def die_by(way):
     if way == "segfault":
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # no report of it by `faulthandler`
         ctypes.string_at(0)
-    os.kill(os.getpid(), getattr(signal, way))
+    os.kill(os.getpid(), int(way) if way.isdigit() else getattr(signal, way))
     while True:
         time.sleep(1)
 
@@ -490,6 +514,24 @@ def die_at_start():
     os._exit(5)
 
 
+def leaves_child(release):
+    """Leave a child that has open all that this process has."""
+    if os.fork() == 0:
+        try:
+            seen(release)
+        finally:
+            os._exit(0)
+    return os.getpid()
+
+
+def closes_all(begun):
+    """Say nothing any more, and live on."""
+    note(begun, os.getpid())
+    os.closerange(3, 1_000)
+    while True:
+        time.sleep(1)
+
+
 def leaves_thread(begun):
     """Leave a thread running, which is no daemon."""
     threading.Thread(target=time.sleep, args=(300,)).start()
@@ -513,6 +555,23 @@ class Traced:
 def worker_of(traced):
     """As `process`, for one that has it as an argument."""
     return os.getpid()
+
+
+class DeadlyThere:
+    """Kills the process that reads it."""
+
+    def __reduce__(self):
+        return die_by, ("SIGKILL",)
+
+
+class ReadAfter:
+    """A value, to who reads it; that takes until something is noted in a file."""
+
+    def __init__(self, release, value, begun=os.devnull):
+        self.arguments = begun, release, value
+
+    def __reduce__(self):
+        return begin_and_hold, self.arguments
 
 
 class CallableUnloadable(UnloadableThere):

@@ -626,6 +626,25 @@ class""",
         "enumerate(self._batch, self._first + 1)}",
     ),
     Mutant(
+        "a worker is not told that somebody cancels",
+        "cancel_of_task_against_the_one_before_it",
+        processes,
+        "            far.shared.ordered = True  # after",
+        "            str(far)  # after",
+    ),
+    Mutant(
+        "a worker that asks is told before it is looked at what there is",
+        "cancel_of_task_against_the_one_before_it",
+        processes,
+        """
+                    self._pass_on(far)
+                    far.tell("all told")
+""",
+        """
+                    far.tell("all told")
+""",
+    ),
+    Mutant(
         "a batch that has come home is sent again when its worker dies",
         "cancel_of_task_against_its_answer",
         processes,

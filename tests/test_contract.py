@@ -389,16 +389,20 @@ def test_tasks_know_the_deadline_of_their_group(pool):
 
 
 @pytest.mark.parametrize("span", [0.05, 0])
-def test_own_timeout_cuts_short_one_task(pool, span, ended, begun):
+@pytest.mark.parametrize("way", ["submit", "map"])
+def test_own_timeout_cuts_short_one_task(pool, way, span, ended, begun):
     """
     It fails with `TimeoutError`, having cleaned up; that is the group's failure.
     """
     with (
-        pytest.raises(TimeoutError, match=f"task 'slow' timed out after {span} s") as raised,
+        pytest.raises(TimeoutError, match=rf"task 'slow.*' timed out after {span} s") as raised,
         TaskGroup(2, pool=pool) as group,
     ):
         options = group.with_options(name="slow", timeout=span)
-        task = options.submit(far.waits, "sleep", begun, ended)
+        if way == "submit":
+            task = options.submit(far.waits, "sleep", begun, ended)
+        else:
+            (task,) = options.map(far.waits, ["sleep"], [begun], [ended]).tasks
 
     assert len(lines(ended)) == 1
     assert type(task.exception()) is TimeoutError
@@ -510,23 +514,57 @@ def test_token_of_the_group_may_be_an_argument(pool, begun, partial):
     assert task.cancelled()
 
 
-def test_task_that_sets_the_token_of_its_group_stops_all(pool, begun, ended):
+@pytest.mark.parametrize("reason", ["found", ValueError("found")])
+def test_task_that_sets_the_token_of_its_group_stops_all(pool, reason, begun, ended):
     """
-    As with an `Event` that was handed to all of them; who has set it has its value.
+    As with an `Event` that was handed to all of them; who has set it has its value. Whatever the
+    reason is, it is no failure.
     """
     with TaskGroup(2, pool=pool) as group:
         sleeping = group.submit(far.waits, "sleep", begun, ended)
         seen(begun)
-        setting = group.submit(far.sets, group.token, "found")
+        setting = group.submit(far.sets, group.token, reason)
         until(group.token.cancelled)
 
     assert setting.result() == "returned"
     assert sleeping.cancelled()
-    assert group.token.reason == "found"
+    assert repr(group.token.reason) == repr(reason)
     assert len(lines(ended)) == 1
 
 
 # --- Failing --------------------------------------------------------------------------------------
+
+
+def test_failure_of_a_call_that_has_the_token_of_the_group_leaves(pool, begun, ended):
+    """
+    Though the task that made the call goes on after it.
+    """
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup(2, pool=pool) as group:
+        sleeping = group.submit(far.waits, "sleep", begun, ended)
+        seen(begun)
+        catching = group.submit(far.catches, group.token, ValueError("root"))
+
+    assert sleeping.cancelled()
+    assert catching.result() == "caught"
+    assert group.failures[0].exception is raised.value
+
+
+def test_token_that_is_set_after_its_group_ends_nothing(pool, begun, release, tmp_path):
+    """
+    By a thread that a task has left, where another group has its tasks by then.
+    """
+    hold, go = tmp_path / "hold", tmp_path / "go"
+    with TaskGroup(1, pool=pool) as group:
+        group.submit(far.sets_later, group.token, release, begun)
+    with TaskGroup(1, pool=pool) as following:
+        held = following.submit(far.begin_and_hold, hold, go, "held")
+        seen(hold)
+        note(release)
+        seen(begun)
+        note(go)
+
+    assert held.result() == "held"
+    assert not following.token.cancelled()
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -873,6 +873,32 @@ def cancel_of_task_against_its_answer():
     return "told as it ran" if outcome[1] else "too late"
 
 
+@model("never ran", within=FAR)
+def cancel_of_task_against_the_one_before_it():
+    """A task that its worker has, and has not begun when it is cancelled, never begins."""
+    ran = []
+    begun, ends = threading.Event(), threading.Event()
+
+    def far(at):
+        ran.append(at)
+        if at == 1:
+            begun.set()
+            ends.wait()
+        return at
+
+    with Machine(1) as machine, TaskGroup(pool=machine) as group:
+        batch = group.map(machine.task(far), range(COUNT))
+        begun.wait()
+        task = batch.tasks[2]
+        won = task.cancel("enough")
+        ends.set()
+
+    assert won
+    assert task.cancelled()
+    assert sorted(ran) == [at for at in range(COUNT) if at != 2]
+    return "never ran"
+
+
 def notes(ran, value):
     """A task that says that it ran."""
     ran.append(value)

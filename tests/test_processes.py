@@ -5,17 +5,22 @@ What holds on every backend is in test_contract.py.
 """
 
 import contextlib
+import functools
 import gc
 import itertools
 import multiprocessing
 import operator
 import os
+import pickle
 import re
+import select
 import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
+import weakref
 from collections import Counter
 from contextvars import ContextVar
 from multiprocessing import forkserver
@@ -24,7 +29,7 @@ from types import SimpleNamespace
 import far
 import pytest
 import storm
-from blocked import descriptors
+from blocked import descriptors, is_blocked
 from far import VARIABLE, lines, note, seen
 from staging import act_at, in_thread, nothing_is_left, start, until
 
@@ -161,6 +166,36 @@ def test_initializer_that_cannot_be_sent_is_refused(no_cloudpickle):
         Processes(1, initializer=lambda: None)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError("it has gone"), EOFError("it has gone")])
+@pytest.mark.parametrize("returns", [True, False])
+def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, error, monkeypatch):
+    """
+    For some seconds, by one that does not import the main script; what it says then leaves.
+    """
+    slept = []
+
+    class Started:
+        """Stands for a worker."""
+
+        def __init__(self, context, start):
+            if not returns or sum(slept) < 2:
+                raise error
+
+    server = forkserver._forkserver
+    monkeypatch.setattr(server, "_preload_modules", ["__main__"])
+    monkeypatch.setattr(processes, "_Far", Started)
+    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=slept.append))
+    backend = Processes(1, start_method="forkserver")
+    if returns:
+        assert isinstance(backend.start_worker(), Started)
+    else:
+        with pytest.raises(type(error), match="it has gone"):
+            backend.start_worker()
+
+    assert 2 <= sum(slept) < 10
+    assert server._preload_modules == [processes.SERVER]
+
+
 def test_workers_serve_one_group_after_another(two):
     """
     They are kept, so a group finds those of the one before.
@@ -280,10 +315,17 @@ def test_initializer_that_ends_the_process_is_what_leaves():
         group.submit(far.square, 3)
 
 
-def test_initializer_that_does_not_end_is_killed_with_its_worker(begun):
+def test_initializer_that_does_not_end_is_killed_with_its_worker(begun, monkeypatch):
     """
-    A cancel does not wait for it longer than for a task.
+    A cancel does not wait for it longer than for a task, and no other one is started.
     """
+    started = []
+    start_worker = Processes.start_worker
+    monkeypatch.setattr(
+        Processes,
+        "start_worker",
+        lambda backend: started.append(backend) or start_worker(backend),
+    )
     backend = Processes(1, initializer=far.stubborn, initargs=(begun,), kill_after=0.05)
     with TaskGroup(pool=backend) as group:
         task = group.submit(far.square, 3)
@@ -291,6 +333,7 @@ def test_initializer_that_does_not_end_is_killed_with_its_worker(begun):
         group.cancel()
 
     assert task.cancelled()
+    assert started == [backend]
     until(lambda: not alive(worker))
     assert not alive(worker)
 
@@ -311,33 +354,38 @@ def test_huge_arguments_and_values_cross_both_ways_at_once(two):
 
 
 @pytest.mark.parametrize(
-    ("fn", "arguments", "says"),
+    ("fn", "arguments", "says", "cause"),
     [
         (
             far.echo,
             lambda number: (threading.Lock() if number == 30 else number,),
             r"the arguments of task 'echo\[30\]' cannot be sent to a worker process: .*lock",
+            TypeError,
         ),
         (
             far.echo,
             lambda number: (far.UnloadableThere() if number == 30 else number,),
             r"the arguments of task 'echo\[30\]' cannot be read in its worker process: .*refuses",
+            pickle.UnpicklingError,
         ),
         (
             far.lock_or,
             lambda number: (number, 30),
             r"task 'lock_or\[30\]' returned a lock, which cannot be sent back .*pickle",
+            type(None),
         ),
         (
             far.unloadable_or,
             lambda number: (number, 30),
             r"task 'unloadable_or\[30\]' returned .*refuses to be read",
+            type(None),
         ),
     ],
 )
-def test_what_cannot_cross_fails_its_task_and_no_other(one, fn, arguments, says, tmp_path):
+def test_what_cannot_cross_fails_its_task_and_no_other(one, fn, arguments, says, cause, tmp_path):
     """
-    The error says which it is, and why; the others of the batch have their values.
+    The error says which it is, and why, with the error that it led to where it was read or written
+    here; the others of the batch have their values.
     """
     with (
         pytest.raises(ExceptionGroup) as raised,
@@ -351,11 +399,24 @@ def test_what_cannot_cross_fails_its_task_and_no_other(one, fn, arguments, says,
 
     (error,) = raised.value.exceptions
     assert type(error) is TypeError
+    assert type(error.__cause__) is cause
     assert re.search(says, str(error))
     assert batch.tasks[30].exception() is error
     assert [task.result() for at, task in enumerate(batch.tasks) if at != 30] == [
         number for number in range(60) if number != 30
     ]
+
+
+@pytest.mark.parametrize("bad", [threading.Lock(), far.UnloadableThere()])
+def test_function_is_known_though_its_first_call_could_not_cross(one, bad):
+    """
+    It had come along with that, and so comes again.
+    """
+    with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(far.echo, bad).wait()
+        after = group.submit(far.echo, 1)
+
+    assert after.result() == 1
 
 
 @pytest.mark.parametrize(
@@ -509,10 +570,47 @@ def test_tokens_are_pickled_in_messages_only(protocol):
     """
     A group's own token, too.
     """
-    import pickle
-
     with TaskGroup() as group, pytest.raises(TypeError, match="cannot be pickled"):
         pickle.dumps(group.token, protocol)
+
+
+def test_no_token_can_be_pickled_by_who_observes():
+    """
+    In the thread that has just written a message.
+    """
+    refused = []
+
+    def observe(event):
+        try:
+            pickle.dumps(event.group.token)
+        except TypeError:
+            refused.append(event.name)
+
+    with TaskGroup(pool=Processes(1), observers=[observe]) as group:
+        group.submit(far.square, 3)
+
+    assert "task_succeeded" in refused
+
+
+def test_function_is_sent_once(one):
+    """
+    However often it is called.
+    """
+    sent = []
+
+    class Noted:
+        def __call__(self, number):
+            """It is another function over there."""
+
+        def __reduce__(self):
+            sent.append(self)
+            return functools.partial, (far.square,)
+
+    with TaskGroup(pool=one) as group:
+        values = [group.submit(noted, 3).result() for noted in [Noted()] * 10]
+
+    assert values == [9] * 10
+    assert len(sent) == 1
 
 
 def test_variables_that_are_named_go_along():
@@ -554,6 +652,7 @@ def test_variable_whose_value_cannot_be_sent_fails_the_task():
     [
         ("SIGKILL", "killed by SIGKILL"),
         ("SIGTERM", "killed by SIGTERM"),
+        ("40", "killed by signal 40"),  # which has no name
         ("segfault", "killed by SIGSEGV"),
         ("exit", "exit code 3"),
     ],
@@ -589,6 +688,106 @@ def test_death_of_an_idle_worker_is_no_failure(one):
             after = group.submit(far.process).result()
 
         assert after != worker
+
+
+def test_death_of_an_idle_worker_is_seen_before_anything_is_sent(release):
+    """
+    A child of it holds its pipes, and would have the sender of much wait for a reader.
+    """
+    backend = Processes(1)
+    with TaskGroup(pool=backend) as group:
+        worker = group.submit(far.leaves_child, release).result()
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: not alive(worker))
+        sent = group.submit(len, bytes(10_000_000))
+        arrived = sent.wait(timeout=60)
+        note(release)
+
+    assert arrived
+    assert sent.result() == 10_000_000
+
+
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_death_is_seen_though_a_child_of_the_worker_lives_on(method, release):
+    """
+    It has all that the worker had open, and so the end of that does not tell.
+    """
+    with (
+        pytest.raises(WorkerDiedError, match="killed by SIGKILL"),
+        TaskGroup(pool=Processes(1, start_method=method)) as group,
+    ):
+        group.submit(far.leaves_child, release)
+        task = group.submit(far.die_by, "SIGKILL")
+        seen_at_once = task.wait(timeout=60)
+        note(release)
+
+    assert seen_at_once
+
+
+def test_answer_that_came_before_the_end_is_taken_though_the_end_alone_was_seen(one, monkeypatch):
+    """
+    The system looks at one descriptor after the other, and both may come in between.
+    """
+    workers = []
+    await_ = processes._Lane._await
+
+    class Poll:
+        """Sees nothing before the answer is there, and then the end alone."""
+
+        def __init__(self):
+            self._fds = []
+
+        def register(self, fd, events):
+            self._fds.append(fd)
+
+        def poll(self, milliseconds):
+            calls, end, _ = self._fds
+            multiprocessing.connection.wait([calls], 100)
+            workers[-1].kill()
+            multiprocessing.connection.wait([end], 100)
+            return [(end, select.POLLIN)]
+
+    def noted(lane, run, worker, number, bell, *, shipped=True):
+        workers.append(worker)
+        return await_(lane, run, worker, number, bell, shipped=shipped)
+
+    with TaskGroup(pool=one) as group:
+        before = group.submit(far.process).result()
+        group.wait()
+        monkeypatch.setattr(processes, "select", SimpleNamespace(poll=Poll, POLLIN=select.POLLIN))
+        monkeypatch.setattr(processes._Lane, "_await", noted)
+        last = group.submit(far.process)
+
+    assert last.result() == before
+
+
+def test_worker_that_says_nothing_more_and_lives_on_is_killed(begun, monkeypatch):
+    """
+    The error says so.
+    """
+    monkeypatch.setattr(processes, "FAREWELL", 0.1)
+    with (
+        pytest.raises(WorkerDiedError, match="'closes_all' ran: it does not answer"),
+        TaskGroup(pool=Processes(1)) as group,
+    ):
+        group.submit(far.closes_all, begun)
+    (worker,) = lines(begun)
+
+    assert not alive(worker)
+
+
+def test_call_that_kills_who_reads_it_is_tried_three_times(begun):
+    """
+    Nothing starts worker after worker.
+    """
+    backend = Processes(1, initializer=far.note, initargs=(begun,))
+    with (
+        pytest.raises(WorkerDiedError, match="died before it began a task: killed by SIGKILL"),
+        TaskGroup(pool=backend) as group,
+    ):
+        group.submit(far.echo, far.DeadlyThere())
+
+    assert len(lines(begun)) == 3
 
 
 def test_death_of_a_starting_worker_is_no_failure(begun, release):
@@ -741,6 +940,60 @@ def test_cancelled_task_that_does_not_stop_is_killed_alone(fn, begun, release):
     assert not alive(worker)
 
 
+@pytest.mark.parametrize("way", ["group", "task"])
+def test_worker_after_one_that_was_killed_is_judged_for_itself(way, begun):
+    """
+    It is not killed for what its forerunner did, and its own death is one.
+    """
+    backend = Processes(1, kill_after=0.05)
+    with TaskGroup(pool=backend) as group:
+        stuck = group.submit(far.stubborn, begun)
+        seen(begun)
+        (group if way == "group" else stuck).cancel()
+    with (
+        pytest.raises(WorkerDiedError, match="'die_by' ran: killed by SIGTERM"),
+        TaskGroup(pool=backend) as group,
+    ):
+        after = group.submit(far.square, 3).result(timeout=60)
+        group.submit(far.die_by, "SIGTERM")
+
+    assert stuck.cancelled()
+    assert after == 9
+
+
+def test_task_that_is_killed_alone_is_told_of_once(begun):
+    """
+    That it has started, and that it was cancelled.
+    """
+    events = []
+    backend = Processes(1, kill_after=0.05)
+    with TaskGroup(pool=backend, observers=[events.append]) as group:
+        stuck = group.submit(far.stubborn, begun)
+        seen(begun)
+        stuck.cancel()
+
+    told = [event.name for event in events if event.task is stuck]
+    assert told == ["task_submitted", "task_started", "task_cancelled"]
+
+
+def test_backend_kills_what_is_at_work_for_a_group_if_it_is_told_to(begun):
+    """
+    And not for a soft interrupt, which it has none of.
+    """
+    backend = Processes(1, kill_after=None)
+    with TaskGroup(pool=backend) as group:
+        stuck = group.submit(far.stubborn, begun)
+        (worker,) = seen(begun)
+        group.cancel()
+        softly = backend.escalate(group._run, 1)
+        lived = alive(worker)
+        killed = backend.escalate(group._run, 2)
+
+    assert (softly, lived, killed) == (False, True, True)
+    assert stuck.cancelled()
+    assert not alive(worker)
+
+
 @pytest.fixture
 def idle():
     """A worker process of nobody's."""
@@ -748,6 +1001,25 @@ def idle():
     assert worker.calls.poll(100)
     yield worker
     worker.close()
+
+
+def test_how_a_worker_ended_is_known_though_the_system_is_a_moment_late(monkeypatch):
+    """
+    Its descriptors are closed before it can be waited for.
+    """
+    waitpid = os.waitpid
+
+    def late(process, options):
+        return (0, 0) if options & os.WNOHANG else waitpid(process, options)
+
+    worker = Processes(1, start_method="spawn").start_worker()
+    assert worker.calls.poll(100)
+    worker.kill()
+    monkeypatch.setattr(os, "waitpid", late)
+    told = worker.how_it_ended()
+    worker.close()
+
+    assert told == "killed by SIGKILL"
 
 
 def test_all_who_ask_where_a_worker_is_at_once_are_told(idle):
@@ -888,7 +1160,7 @@ def test_nothing_stands_behind_a_call_whose_worker_is_killed(begun, monkeypatch)
 
 
 @pytest.mark.parametrize("fn", [far.stubborn, far.holds_the_lock])
-@pytest.mark.parametrize("way", ["submit", "map"])
+@pytest.mark.parametrize("way", ["submit", "map", "among others"])
 def test_task_that_does_not_heed_its_timeout_is_killed(fn, way, begun, ended):
     """
     It fails as if it had; its sibling cleans up.
@@ -900,10 +1172,14 @@ def test_task_that_does_not_heed_its_timeout_is_killed(fn, way, begun, ended):
         sibling = group.submit(far.waits, "sleep", ended.with_suffix(".begun"), ended)
         seen(ended.with_suffix(".begun"))
         options = group.with_options(timeout=0.1)
-        if way == "submit":
+        if way == "among others":
+            group.map(abs, range(1000))  # so quick that they travel together
+        if way != "map":
             late = options.submit(fn, begun)
         else:
             (late,) = options.map(fn, [begun]).tasks
+        if way == "among others":
+            group.map(abs, range(1000))
     (worker,) = lines(begun)
 
     assert late.exception() is raised.value
@@ -911,6 +1187,31 @@ def test_task_that_does_not_heed_its_timeout_is_killed(fn, way, begun, ended):
     assert sibling.cancelled()
     assert len(lines(ended)) == 1
     assert not alive(worker)
+
+
+def test_task_that_is_long_in_beginning_is_killed_all_the_same(begun, release, monkeypatch):
+    """
+    What it may take is counted anew, if its worker still reads its arguments by then.
+    """
+    is_overdue = processes._Lane._is_overdue
+
+    def noted(lane, worker, now):
+        passed = any(now >= due for due, _ in lane._due.values())
+        overdue = is_overdue(lane, worker, now)
+        if passed:
+            note(release)
+        return overdue
+
+    monkeypatch.setattr(processes._Lane, "_is_overdue", noted)
+    with (
+        pytest.raises(TimeoutError, match=r"timed out after 0\.1 s"),
+        TaskGroup(pool=Processes(1, kill_after=0.1)) as group,
+    ):
+        options = group.with_options(timeout=0.1)
+        late = options.submit(far.stubborn, far.ReadAfter(release, begun))
+        killed = late.wait(timeout=60)
+
+    assert killed
 
 
 @pytest.mark.parametrize("kill_after", [None, float("inf"), 3_000])
@@ -940,6 +1241,132 @@ def test_nothing_is_killed_before_its_time(kill_after, begun, release):
     assert f"worker process {worker}" in report
     assert "in begin_and_hold" in report
     assert "in seen" in report
+
+
+def test_worker_that_is_not_ready_is_reported_with_what_it_is_at(begun, release):
+    """
+    For the task that waits for it, which is told to have been cancelled then.
+    """
+    events = []
+
+    def observe(event):
+        events.append((event.name, event.worker))
+        if event.name == "task_stuck":
+            note(release)
+
+    backend = Processes(1, initializer=far.begin_and_hold, initargs=(begun, release))
+    with (
+        pytest.warns(RuntimeWarning, match="'square'") as told,
+        TaskGroup(pool=backend, grace=0.01, observers=[observe]) as group,
+    ):
+        task = group.submit(far.square, 3)
+        (worker,) = seen(begun)
+        group.cancel()
+
+    report = str(told[0].message)
+    assert task.cancelled()
+    assert f"still runs in worker process {worker}, " in report
+    assert "in begin_and_hold" in report
+    assert ("task_stuck", f"worker process {worker}") in events
+    assert [name for name, _ in events].count("task_cancelled") == 1
+
+
+def test_group_may_be_asked_for_before_its_lane_has_begun(monkeypatch):
+    """
+    Whoever waits for it, or wants to know what it is at, finds nothing at work.
+    """
+    come, go = threading.Event(), threading.Event()
+    number_of = Processes.number_of
+
+    def late(backend, run):
+        come.set()
+        go.wait(60)
+        return number_of(backend, run)
+
+    monkeypatch.setattr(Processes, "number_of", late)
+    with TaskGroup(pool=Processes(1)) as group:
+        task = group.submit(far.square, 3)
+        come.wait(60)
+        running = [(lane.worker, lane.where, lane.task) for lane in group._run.lanes]
+        with pytest.raises(TimeoutError):
+            group.wait(timeout=0)
+        go.set()
+
+    name = f"fastpool-{group.name}-1"
+    assert running == [(name, f"thread {name!r}", None)]
+    assert task.result() == 9
+
+
+def test_thread_sleeps_while_a_cancelled_task_goes_on(begun, release):
+    """
+    What has woken it to pass the cancel on is over then.
+    """
+    with TaskGroup(pool=Processes(1, kill_after=None), name="asleep", grace=None) as group:
+        group.submit(far.begin_and_hold, begun, release)
+        seen(begun)
+        group.cancel()
+        (thread,) = (one for one in threading.enumerate() if one.name == "fastpool-asleep-1")
+        until(lambda: is_blocked(thread.native_id))
+        note(release)
+
+
+def test_task_that_stopped_late_is_not_what_the_next_one_is_killed_for(
+    begun, release, ended, monkeypatch
+):
+    """
+    Though the worker has not come to that yet when the time of the one before it is up.
+    """
+    ahead = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(processes, "time", clock)
+    with TaskGroup(pool=Processes(1, kill_after=300)) as group:
+        late = group.submit(far.swallows, begun)
+        seen(begun)
+        late.cancel()
+        late.wait()
+        ahead[0] = 600  # seconds
+        following = group.submit(far.echo, far.ReadAfter(release, "lived", ended))
+        seen(ended)
+        note(release)
+
+    assert late.result() == "went on"
+    assert following.result() == "lived"
+
+
+def test_cancel_of_a_task_whose_worker_is_not_ready_is_no_other_tasks(begun, release):
+    """
+    The one that comes after it runs.
+    """
+    backend = Processes(1, initializer=far.begin_and_hold, initargs=(begun, release))
+    with TaskGroup(pool=backend, name="early") as group:
+        first = group.submit(far.square, 2)
+        second = group.submit(far.square, 3)
+        seen(begun)
+        won = first.cancel()
+        (thread,) = (one for one in threading.enumerate() if one.name == "fastpool-early-1")
+        until(lambda: is_blocked(thread.native_id))
+        note(release)
+
+    assert won
+    assert first.cancelled()
+    assert second.result() == 9
+
+
+def test_task_whose_group_is_cancelled_as_it_is_written_does_not_begin(one, begun):
+    """
+    By an argument of it, say.
+    """
+
+    class Cancels:
+        def __reduce__(self):
+            group.cancel()
+            return str, (begun,)
+
+    with TaskGroup(pool=one) as group:
+        task = group.submit(far.note, Cancels())
+
+    assert task.cancelled()
+    assert lines(begun) == []
 
 
 def test_abandoned_worker_is_killed(begun):
@@ -990,6 +1417,104 @@ def test_shutdown_leaves_no_process_thread_or_descriptor(begun):
     assert not multiprocessing.active_children()
     until(lambda: threading.active_count() <= threads)
     assert descriptors() <= before
+
+
+@pytest.fixture
+def no_more_processes(monkeypatch):
+    """Has the system refuse to start one, until it is called."""
+
+    def fails(process):
+        raise OSError("there is no room for more")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "start", fails)
+        yield patch.undo
+
+
+@pytest.mark.parametrize(
+    "way", ["dies idle", "dies", "does not stop", "fails to start", "dies at its start"]
+)
+def test_lane_whose_worker_has_gone_keeps_nothing_of_it_open(way, no_more_processes, begun):
+    """
+    It waits for the next group without one.
+    """
+    settings = {
+        "fails to start": {"initializer": far.start_badly, "initargs": ("no licence",)},
+        "dies at its start": {"initializer": far.die_at_start},
+    }
+    backend = Processes(1, kill_after=0.05, **settings.get(way, {}))
+    with pytest.raises(OSError, match="no room"), TaskGroup(pool=backend) as group:
+        group.submit(far.square, 3)
+    gc.collect()
+    before = descriptors()
+    no_more_processes()
+    with contextlib.suppress(LookupError, WorkerDiedError), TaskGroup(pool=backend) as group:
+        if way == "dies idle":
+            for _ in range(2):
+                os.kill(group.submit(far.process).result(), signal.SIGKILL)
+        if way == "does not stop":
+            stuck = group.submit(far.stubborn, begun)
+            seen(begun)
+            stuck.cancel()
+        else:
+            group.submit(far.die_by, "SIGKILL")
+    gc.collect()
+
+    until(lambda: descriptors() <= before)
+
+
+def test_worker_that_cannot_be_started_leaves_nothing_open(no_more_processes):
+    """
+    Also while the error is kept.
+    """
+    backend = Processes(1)
+    for _ in range(2):  # the first one gets memory to share, which is there for good
+        before = descriptors()
+        with pytest.raises(OSError, match="no room") as raised:
+            backend.start_worker()
+
+    assert raised.value.__traceback__
+    assert descriptors() == before
+
+
+def test_group_that_has_ended_is_kept_by_nobody(begun):
+    """
+    Nor what it was given, and what came of that; the worker and its thread wait for the next one.
+    """
+
+    class Owner:
+        def __call__(self):
+            """It is another function over there."""
+
+        def __reduce__(self):
+            return functools.partial, (far.square, 3)
+
+    backend = Processes(1)
+    with TaskGroup(pool=backend) as group:
+        owner = Owner()
+        group.submit(owner)
+        task = group.submit(far.echo, far.Methods(7))
+    kept = [weakref.ref(one) for one in (group._run, owner, task.result())]
+    del group, owner, task
+
+    until(lambda: not any(reference() for reference in kept))
+
+
+def test_thread_at_rest_has_nothing_open_to_be_woken_by(begun, release):
+    """
+    However often it was at work.
+    """
+
+    def bells():
+        files = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        return sum(os.path.lexists(file) and "eventfd" in os.readlink(file) for file in files)
+
+    with TaskGroup(pool=Processes(1)) as group:
+        before = bells()
+        for _ in range(20):
+            group.submit(far.square, 3).result()
+            group.wait()
+        until(lambda: bells() <= before)
 
 
 def test_worker_whose_task_left_a_thread_is_ended(begun):
@@ -1297,6 +1822,87 @@ if __name__ == "__main__":
     )
 
     assert to_end(program) == ("True 9\nthe parent's\n", "")
+
+
+def test_forked_child_ends_as_a_process_that_never_had_a_worker(start_program, begun, release):
+    """
+    It has none of their pipes, and waits for none of them, however it ends.
+    """
+    program = start_program(
+        """
+def pipes():
+    files = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+    return sum(os.path.lexists(file) and "socket" in os.readlink(file) for file in files)
+
+if __name__ == "__main__":
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)
+    with TaskGroup(1, pool="processes") as group:
+        task = group.submit(far.begin_and_hold, *sys.argv[1:], "the parent's")
+        far.seen(sys.argv[1])
+        child = os.fork()
+        if child:
+            assert os.waitpid(child, 0)[1] == 0
+            far.note(sys.argv[2])
+    print(task.result() if child else pipes())
+""",
+        begun,
+        release,
+    )
+
+    assert to_end(program) == ("0\nthe parent's\n", "")
+
+
+def test_observer_may_fork(start_program):
+    """
+    In the thread that has the worker; the child ends there, and the worker serves the parent.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    import warnings
+    warnings.simplefilter("ignore", DeprecationWarning)
+    children = []
+    def fork(event):
+        if event.name == "task_succeeded":
+            children.append(os.fork())
+    backend = Processes(1)
+    with TaskGroup(pool=backend, observers=[fork]) as group:
+        first = group.submit(far.process)
+    assert os.waitpid(children[0], 0)[1] == 0
+    with TaskGroup(pool=backend) as group:
+        second = group.submit(far.process)
+    print(first.result() == second.result())
+"""
+    )
+
+    assert to_end(program) == ("True\n", "")
+
+
+def test_processes_that_a_program_starts_for_itself_hear_ctrl_c(start_program):
+    """
+    Though they come from the server that ours come from, and it takes no notice.
+    """
+    program = start_program(
+        """
+def main(pipe):
+    pipe.send(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+    pipe.send("fastpool.backends._worker" in sys.modules)
+
+if __name__ == "__main__":
+    import multiprocessing
+    with TaskGroup(1, pool="processes") as group:
+        group.submit(far.square, 3)
+    context = multiprocessing.get_context("forkserver")
+    near, away = context.Pipe()
+    process = context.Process(target=main, args=(away,))
+    process.start()
+    print(near.recv(), near.recv())
+    process.join()
+"""
+    )
+
+    assert to_end(program) == ("False True\n", "")
 
 
 def test_forked_child_holds_no_worker_of_a_parent_that_is_killed(start_program, begun, release):

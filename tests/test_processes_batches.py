@@ -21,6 +21,7 @@ from fastpool import (
     current_token,
     sleep,
 )
+from fastpool._run import Run
 from fastpool.backends import processes
 from fastpool.backends.processes import Processes
 
@@ -227,20 +228,22 @@ def test_call_that_takes_its_time_holds_up_no_other(tmp_path, way):
 
 def test_call_may_wait_for_one_that_was_behind_it(tmp_path):
     """
-    As on threads, where there is a worker for each.
+    As on threads, where there is a worker for each; time and again.
     """
-    with TaskGroup(pool=Processes(2)) as group:
-        for _ in range(2):
-            group.submit(wait_for, tmp_path / "go")
-        group.map(abs, range(MANY))
-        waiting = group.submit(wait_for, tmp_path / "met")
-        meeting = group.submit((tmp_path / "met").touch)
-        group.map(abs, range(MANY))
-        (tmp_path / "go").touch()
-        met = waiting.wait(timeout=100)
+    backend = Processes(2)
+    for number in range(3):
+        go, met = tmp_path / f"go-{number}", tmp_path / f"met-{number}"
+        with TaskGroup(pool=backend) as group:
+            for _ in range(2):
+                group.submit(wait_for, go)
+            group.map(abs, range(MANY))
+            waiting = group.submit(wait_for, met)
+            meeting = group.submit(met.touch)
+            group.map(abs, range(MANY))
+            go.touch()
+            assert waiting.wait(timeout=60)
 
-    assert met
-    assert meeting.done()
+        assert meeting.done()
 
 
 def test_values_that_came_home_early_are_those_of_their_calls(one, tmp_path):
@@ -294,6 +297,101 @@ def test_waiting_for_the_group_waits_for_what_is_given_back(tmp_path, monkeypatc
         done = ended(thread, outcome)
 
     assert done
+
+
+def test_waiting_for_the_group_waits_for_nothing_that_came_later(tmp_path):
+    """
+    Its worker goes on with that at once.
+    """
+    held = [(tmp_path / f"begun-{number}", tmp_path / f"release-{number}") for number in range(2)]
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        group.submit(far.begin_and_hold, *held[0])
+        far.seen(held[0][0])
+        thread, outcome = start(group.wait)
+        until(lambda: is_blocked(thread.native_id, among=None))
+        later = group.submit(far.begin_and_hold, *held[1])
+        far.note(held[0][1])
+        came = ended(thread, outcome)
+        done = later.done()
+        far.note(held[1][1])
+
+    assert came is None
+    assert not done
+
+
+@pytest.mark.parametrize("way", ["cancelled", "late"])
+def test_nothing_before_a_call_whose_worker_is_killed_runs_again(way, tmp_path, monkeypatch):
+    """
+    It has run, and its value is lost where the worker can send nothing any more.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    ran = tmp_path / "ran"
+    with (
+        pytest.raises(ExceptionGroup) as raised,
+        TaskGroup(pool=Processes(1, kill_after=0.3), policy=CollectAll()) as group,
+    ):
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(MANY))
+        before = [group.submit(far.noted, ran, number) for number in range(MANY)]
+        options = group.with_options(timeout=0.1 if way == "late" else None)
+        stuck = options.submit(far.holds_the_lock, tmp_path / "begun")
+        group.map(abs, range(MANY))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        if way == "cancelled":
+            stuck.cancel()
+
+    lost = [task for task in before if task.exception()]
+    assert far.lines(ran) == [*map(str, range(MANY))]
+    assert lost
+    assert {type(task.exception()) for task in lost} == {WorkerDiedError}
+    assert stuck.cancelled() if way == "cancelled" else type(stuck.exception()) is TimeoutError
+    assert len(raised.value.exceptions) == len(lost) + (way == "late")
+
+
+def test_lane_goes_on_with_what_comes_as_it_comes_to_rest(one, monkeypatch):
+    """
+    Nobody else is called for that.
+    """
+    late = []
+    take = Run.take_places
+
+    def submit_when_empty(run, lane, most):
+        taken = take(run, lane, most)
+        if not taken and not late:
+            late.append(group.submit(abs, -7))
+        return taken
+
+    monkeypatch.setattr(Run, "take_places", submit_when_empty)
+    with TaskGroup(pool=one) as group:
+        group.submit(abs, -3)
+        until(lambda: late)
+        came = late[0].wait(timeout=60)
+
+    assert came
+    assert late[0].result() == 7
+
+
+def test_quick_calls_travel_together(one, monkeypatch):
+    """
+    More and more at once, and so on far fewer ways than there are calls.
+    """
+    shipped = []
+    ship = processes._Lane._ship
+
+    def noted(lane, run, number, batch, bell):
+        shipped.append(len(batch))
+        return ship(lane, run, number, batch, bell)
+
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: however slow the machine is
+    monkeypatch.setattr(processes, "HELD", 300)
+    monkeypatch.setattr(processes._Lane, "_ship", noted)
+    with TaskGroup(pool=one) as group:
+        batch = group.map(abs, range(10_000))
+
+    assert batch.results() == [*range(10_000)]
+    assert sum(shipped) == 10_000
+    assert len(shipped) < 100
 
 
 def test_large_arguments_go_one_by_one(one, tmp_path):

@@ -172,8 +172,6 @@ class Worker:
                         _clock.run_in_helper(functools.partial(self._send_so_far, batch))
                 elif order[0] == "where":
                     self._control.send_bytes(pickle.dumps(self._where(), PROTOCOL))
-                elif order[0] == "stop":
-                    return
         except (EOFError, OSError):
             for run in list(self._tokens):
                 self._cancel(run, dump_reason("the process that wanted it has gone"))

@@ -68,7 +68,7 @@ _numbers = itertools.count(1)  # of runs, for the workers
 _starting = threading.Lock()
 
 
-_forked: list[bool] = []  # not empty in a forked child
+_forked: list[None] = []  # not empty in a forked child
 
 
 class Processes:
@@ -136,10 +136,13 @@ class Processes:
         """Kill the workers that are at work."""
         if level < 2:
             return False
+        self._kill(run)
+        return True
+
+    def _kill(self, run: Run) -> None:
         for lane, served in self._serving.copy().items():
             if served is run:
                 lane.kill()
-        return True
 
     def end(self, run: Run) -> None:
         """The workers are for the next group."""
@@ -157,7 +160,7 @@ class Processes:
         lease = self._leases.pop(run, None)
         if lease is not None:
             lease.abandon(run)
-        self.escalate(run, 2)
+        self._kill(run)
 
     def number_of(self, run: Run) -> int:
         """What the workers know a group by."""
@@ -191,7 +194,7 @@ class Processes:
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
         """What goes along with a task of the context that it was submitted in."""
         context = task._context
-        if context is None or not self.carries():
+        if context is None:  # it has been withdrawn meanwhile
             return None
         logged = sys.modules.get("structlog.contextvars")
         bound: dict[str, Any] = {}
@@ -233,8 +236,8 @@ class _Far:
         self.calls, calls = context.Pipe()
         self.control, control = context.Pipe()
         self.shared = context.RawValue(Shared, -1)
-        self.known: dict[int, tuple[object, int]] = {}  # the functions that it has, by `id`
-        self.run: int | None = None
+        # The functions that it has, by `id`; it forgets them with the group, and so do we.
+        self.known: dict[int, tuple[object, int]] = {}
         # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
         # that does not stop. Held for one short write.
         self._telling = threading.Lock()
@@ -279,12 +282,13 @@ class _Far:
 
     def exit_code(self, within: float | None) -> int | None:
         """As that of a `Process`; nothing if it has not ended within so many seconds."""
-        if not connection.wait([self.process.sentinel], within):
+        # Its children may keep what the standard library looks at from saying so.
+        if not connection.wait([self.sentinel], within):
             return None
         with _starting:
-            self.process.join(FAREWELL)
             code: int | None = self.process.exitcode
-            return code
+            self.process.join(FAREWELL)  # it may be told a moment later, and is forgotten there
+            return self.process.exitcode if code is None else code
 
     def how_it_ended(self) -> str:
         """By exit code or signal, once it has."""
@@ -331,7 +335,6 @@ class _Far:
 
     def close(self) -> None:
         """Have it end, and wait for that."""
-        self.tell("stop")
         self.calls.close()
         if self.exit_code(FAREWELL) is None:
             self.process.kill()
@@ -424,7 +427,6 @@ class _Lane(Lane):
         """The group has ended: nothing of it stays in the worker, nor here."""
         far = self._far
         if far is not None:
-            far.run = None
             far.known.clear()
             far.rest(END)
 
@@ -448,8 +450,8 @@ class _Lane(Lane):
         """Run a group's tasks until there is nothing to do."""
         number = self._backend.number_of(run)
         self._killed = False
-        self._backend._serving[self] = run
         self._bell = bell = Descriptor()
+        self._backend._serving[self] = run
         key = run.token._add_sleeper(bell)
         most = 1
         try:
@@ -519,37 +521,32 @@ class _Lane(Lane):
     def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> _Far:
         far = self._far
         if far is not None and far.has_ended():
-            far.close()
-            far = self._far = None
+            self.leave()
+            far = None
         if far is None:
             far = self._far = self._backend.start_worker()
             try:
                 hello = self._await(run, far, number, bell, shipped=False)
                 word, what = pickle.loads(hello)
             except (EOFError, OSError):
-                self._far = None
                 why = far.never_came()
-                far.close()
+                self.leave()
                 raise why from None
             if word == "failed":
-                self._far = None
-                far.close()
+                self.leave()
                 raise load_error(what, "initializer", far.name)
-        if far.run != number:
-            far.run = number
-            far.known.clear()
         return far
 
     def _take_home(self, run: Run, far: _Far, number: int, bell: Descriptor) -> int:
         """Have the worker run the batch; how many of it have ended."""
-        far.shared.at, far.shared.recalled = -1, False
+        far.shared.recalled = False
         self._due.clear()
         self._overdue = False
         _token.messages.writing = run.token, number
         try:
             message = self._encode(run, far, number)
             if not self._batch or run.stopping():
-                far.run = None  # the functions of this message are not known over there
+                far.known.clear()  # the functions of this message are not known over there
                 return 0
             word, self._took, *rest = self._ask(run, far, number, message, bell)
             if word == "unread":
@@ -688,11 +685,9 @@ class _Lane(Lane):
         kill_after = self._backend._kill_after
         deadline = held = math.inf
         spared = -math.inf
-        if not shipped:
-            self._orders.clear()  # it is looked at again before the calls are
-        elif len(self._batch) == 1:
+        if shipped and len(self._batch) == 1:
             self._limit_last(kill_after)
-        elif not far.shared.recalled:
+        elif shipped and not far.shared.recalled:
             held = time.monotonic() + HELD
             # What is behind it is taken back by then, so that the kill meets no other call; and
             # what is before it had time to come home.
@@ -818,9 +813,8 @@ class _Lane(Lane):
             What to say of it if it had begun nothing; what it had is run elsewhere then.
         """
         at: int = far.shared.at - self._first
-        self._far = None
         how = far.how_it_ended()
-        far.close()
+        self.leave()
         if not self._batch:
             return None  # all of it has come home before the answer
         if at < 0:
@@ -846,10 +840,10 @@ class _Lane(Lane):
         return None
 
     def leave(self) -> None:
-        """The thread ends, and its worker with it."""
-        if self._far is not None:
-            self._far.close()
-            self._far = None
+        """The thread ends, and its worker with it; or the worker has ended by itself."""
+        far, self._far = self._far, None
+        if far is not None:
+            far.close()
 
     def disown(self) -> None:
         """In a forked child: its worker must see that the parent is gone when that goes."""
@@ -957,7 +951,7 @@ def _refuse_in_import() -> None:
 def _after_fork() -> None:
     global _starting
     _starting = threading.Lock()
-    _forked.append(True)
+    _forked.append(None)
 
 
 if hasattr(os, "register_at_fork"):
