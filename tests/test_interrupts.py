@@ -1350,6 +1350,24 @@ def test_what_a_handler_raises_at_the_last_lines_leaves(monkeypatch):
     assert fastpool.dump() == ()
 
 
+def test_block_is_left_where_it_is_interrupted_as_it_is_taken_off_the_list(monkeypatch):
+    """
+    Before that is done: with no room left on the stack, say. The group is open no more.
+    """
+
+    class Full(dict):
+        def pop(self, *arguments):
+            monkeypatch.undo()
+            raise RecursionError
+
+    full = Full(fastpool._taskgroup._open_runs)
+    with pytest.raises(RecursionError), TaskGroup(1) as group:
+        monkeypatch.setattr("fastpool._taskgroup._open_runs", full)
+
+    assert group._run.over
+    assert group._run not in fastpool._taskgroup._open_runs
+
+
 @pytest.mark.parametrize("kind", [Stop, RecursionError])
 def test_block_that_cannot_be_left_is_given_up(kind, monkeypatch):
     """
