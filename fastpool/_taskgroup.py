@@ -52,7 +52,7 @@ NOTED = 5  # failures that a note names beside the one that leaves; the rest are
 _numbers = itertools.count(1)
 _locks: dict[str, threading.Lock] = {}  # "stretch" guards the recursion limit while we change it
 _open_runs: dict[Run, None] = {}  # those whose block has been entered and not left
-_exiting: list[bool] = []  # not empty once the interpreter exits
+_exiting: list[None] = []  # not empty once the interpreter exits
 _dropped: deque[Run] = deque()  # those of them whose group was dropped; the next to come ends them
 
 # In its frame a group is entered for somebody else.
@@ -395,7 +395,7 @@ class TaskGroup(Submitter):
                     tries += 1
                     if tries > TRIES:
                         raise
-                    if self._entered is None or tries == TRIES:
+                    if left or self._entered is None or tries == TRIES:
                         self._failures += (Failure(None, interrupt),)
                         leaving, left = self._exit() or interrupt, True
                     interrupts.append(interrupt)
@@ -897,7 +897,7 @@ def _end_open(run: Run, why: str) -> None:
 
 def _finish() -> None:
     """At interpreter exit: finish every group that is open, as if its block ended now."""
-    _exiting.append(True)
+    _exiting.append(None)
     for run in list(_open_runs):
         if _is_left_behind(run):
             continue  # its task may never end, and nobody waits for it any more

@@ -4,6 +4,7 @@ Groups that are not left as they should be: dropped, or left after the one aroun
 
 import contextlib
 import contextvars
+import functools
 import gc
 import itertools
 import sys
@@ -117,6 +118,43 @@ def test_dropped_group_leaves_nothing_behind():
 
     assert after == len(outer._entries) == before - 1
     assert run() not in _open_runs
+
+
+def test_several_that_were_dropped_are_each_ended_once():
+    """
+    Also where ending one of them ends another; and one that has just come to rest.
+    """
+    closed = []
+    release = threading.Event()
+
+    def opened(name):
+        group = TaskGroup(1, observers=[functools.partial(observer, name)])
+        return group.__enter__()
+
+    def observer(name, event):
+        if event.name != "group_closed":
+            return
+        closed.append(name)
+        if name == "first":
+            with TaskGroup(1):
+                pass  # it has ended the second
+            release.set()
+            until(lambda: run.come_to_rest(None))
+
+    groups = [opened(name) for name in ("first", "second", "third")]
+    run = groups[2]._run
+    groups[2].submit(release.wait, 60)
+    until(lambda: run.in_hand())
+    with pytest.warns(ResourceWarning):
+        while groups:
+            del groups[0]
+    before = closed.copy()
+
+    with TaskGroup(1):
+        pass
+
+    assert before == []
+    assert closed == ["first", "second", "third"]
 
 
 def test_failure_of_a_dropped_group_is_not_lost(unraised):

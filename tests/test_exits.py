@@ -152,6 +152,61 @@ begun.wait(60)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_what_a_handler_raises_as_a_forked_child_leaves_its_parents_group_leaves():
+    """
+    Also at the last lines. Nobody is told there that the group has ended.
+    """
+    ended = run_script(
+        """
+import os
+from fastpool import TaskGroup, _guard
+
+let_go = _guard.let_go
+
+def interrupted(run):
+    _guard.let_go = let_go
+    raise LookupError("told to stop")
+
+events = []
+try:
+    with TaskGroup(1, observers=[lambda event: events.append(event.name)]):
+        child = os.fork()
+        if child == 0:
+            _guard.let_go = interrupted
+except LookupError as error:
+    os.write(1, f"{error} {events}".encode())
+    os._exit(0)
+os.waitpid(child, 0)
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("told to stop ['group_opened']", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forked_child_leaves_its_parents_groups_in_any_order():
+    """
+    The inner one is none of its own, so it does not cancel that, nor warn of it.
+    """
+    ended = run_script(
+        """
+import os
+from fastpool import TaskGroup
+
+with TaskGroup(1) as outer, TaskGroup(1) as inner:
+    child = os.fork()
+    if child == 0:
+        outer.__exit__(None, None, None)
+        os.write(1, str(inner.token.cancelled()).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("False", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forked_child_leaves_a_group_that_was_dropped_to_its_parent():
     """
     It is the parent that tells of its end.
@@ -625,7 +680,7 @@ _interpreters.destroy(inner)
 
 def test_group_in_an_abandoned_task_does_not_hold_the_program():
     """
-    Its tasks are left behind with it.
+    Its tasks are left behind with it. One that was opened later is finished as any other.
     """
     ended = run_script(
         """
@@ -651,10 +706,14 @@ try:
         group.cancel()
 except fastpool.StuckTaskError:
     print("left", end="")
+
+last = TaskGroup(1, observers=[lambda event: print(";", event.name, end="")])
+last.__enter__()
 """
     )
 
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "left", "")
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert ended.stdout == "left; group_opened; group_closed"
 
 
 def test_child_that_a_task_forks_has_its_signals_back():

@@ -387,6 +387,25 @@ def test_notes_name_task_place_and_other_failures():
     assert "secret" not in notes
 
 
+@pytest.mark.parametrize(("count", "more"), [(4, ""), (5, ""), (6, "1"), (8, "3")])
+def test_note_names_five_other_failures_and_counts_the_rest(count, more):
+    """
+    Of a thousand no reader would read the names.
+    """
+    barrier = threading.Barrier(count + 1)
+
+    def fails():
+        barrier.wait(timeout=60)
+        raise ValueError("root")
+
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup(count + 1) as group:
+        group.starmap(fails, [()] * (count + 1))
+
+    note = raised.value.__notes__[-1]
+    assert note.count("ValueError in task 'fails[") == min(count, 5)
+    assert note.rpartition("; and ")[2 if more else 1] == (f"{more} more" if more else "")
+
+
 def test_notes_are_taken_back_where_a_block_has_none_of_its_own():
     """
     What left a task of one group first, and the body of another then, bears no note of the first.

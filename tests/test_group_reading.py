@@ -1790,6 +1790,23 @@ def test_handle_says_how_its_task_stands():
     assert not any(hasattr(task, "__dict__") for task in (queued, failed))
 
 
+def test_group_says_how_it_stands():
+    """
+    Where it is printed, by its name.
+    """
+    group = TaskGroup(1, name="headers")
+    seen = [repr(group)]
+    with group:
+        seen.append(repr(group))
+        group.cancel()
+        seen.append(repr(group))
+    seen.append(repr(group))
+
+    assert seen == [
+        f"<TaskGroup 'headers', {state}>" for state in ("not entered", "open", "cancelled", "left")
+    ]
+
+
 def test_site_is_the_line_on_which_a_call_begins():
     """
     However many it goes on for.

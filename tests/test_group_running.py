@@ -128,36 +128,42 @@ def test_smaller_of_max_workers_and_pool_bounds_what_runs(make_pool, max_workers
     assert crowd.peak == most
 
 
-@pytest.mark.parametrize(("cpus", "count"), [(3, 7), (64, 32)])
-def test_default_workers_follow_the_cpus(cpus, count):
+@pytest.mark.parametrize(("cpus", "count"), [(1, 5), (3, 7), (28, 32), (64, 32)])
+def test_default_workers_follow_the_cpus(cpus, count, monkeypatch):
     """
     Without a number, four more tasks than there are processors run at once, 32 at the most.
     """
+    crowd = Crowd()
+    together = threading.Barrier(count)
+
+    def meet():
+        with crowd:
+            together.wait(timeout=60)
+
+    monkeypatch.setattr("fastpool._taskgroup._CPUS", cpus)
+    with TaskGroup() as group:
+        group.starmap(meet, [()] * (4 * count))
+
+    assert crowd.peak == count
+
+
+def test_cpus_are_counted_as_the_system_counts_them():
+    """
+    Those that the process may use, where Python knows them.
+    """
     done = run_script(
-        f"""
-import os, threading
-os.cpu_count = os.process_cpu_count = lambda: {cpus}
-import fastpool
+        """
+import os
+os.cpu_count = os.process_cpu_count = lambda: 3
+from fastpool import TaskGroup
+from fastpool.futures import GroupExecutor
 
-inside, peak, lock = 0, 0, threading.Lock()
-together = threading.Barrier({count})
-
-def meet():
-    global inside, peak
-    with lock:
-        inside += 1
-        peak = max(peak, inside)
-    together.wait(timeout=60)
-    with lock:
-        inside -= 1
-
-with fastpool.TaskGroup() as group:
-    group.starmap(meet, [()] * {4 * count})
-print(peak)
+with TaskGroup() as group:
+    print(GroupExecutor(group)._max_workers)
 """
     )
 
-    assert (done.stdout.split(), done.stderr) == ([str(count)], "")
+    assert (done.stdout.split(), done.stderr) == (["7"], "")
 
 
 @pytest.mark.parametrize("refused", [0, -1, 1.5, True, "4", math.nan])
@@ -1513,6 +1519,8 @@ def test_options_name_the_tasks(workers):
         star = named.starmap(resize, [(1,)])
         plain = group.submit(resize, 2)
 
+    with pytest.raises(TypeError):
+        group.with_options("front page")  # or somebody takes it for the timeout
     assert isinstance(named, Submitter)
     assert task.name == "front page"
     assert all(each.name.startswith("front page") for each in [*batch.tasks, *star.tasks])
@@ -1655,6 +1663,21 @@ def test_fastpool_map_hears_its_timeout_and_its_token():
         fastpool.map(lambda _: current_token().sleep(60), [1], timeout=0.02)
     with pytest.raises(Cancelled, match="rain"):
         fastpool.map(cancel, [1], token=token)
+
+
+def test_fastpool_map_names_the_line_that_called_it():
+    """
+    As where a failed task was submitted.
+    """
+
+    def fails(number):
+        raise ValueError("root")
+
+    with pytest.raises(ValueError, match="root") as raised:
+        fastpool.map(fails, [1])
+
+    line = raised.traceback[0].lineno + 1
+    assert f"submitted at {__file__}:{line} " in raised.value.__notes__[0]
 
 
 def test_fastpool_map_raises_the_first_failure():
@@ -3460,20 +3483,23 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
         group.submit(resize, 404)
 
 
-def test_group_whose_entry_fails_midway_is_not_open(monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_group_whose_entry_fails_midway_is_not_open(error, monkeypatch):
     """
-    Wherever that is; nothing of it is left.
+    Wherever that is; nothing of it is left, and the stack may grow as far as before.
     """
+    limit = sys.getrecursionlimit()
 
     def fails(*arguments):
         monkeypatch.undo()
-        raise MemoryError
+        raise error
 
     monkeypatch.setattr("fastpool._scope.enter", fails)
-    with pytest.raises(MemoryError), TaskGroup(1):
+    with pytest.raises(error), TaskGroup(1):
         pass
 
     assert fastpool.dump() == ()
+    assert sys.getrecursionlimit() == limit
 
 
 def test_claim_that_is_laid_as_the_group_ends_is_taken_back(monkeypatch):

@@ -878,12 +878,56 @@ def test_second_interrupt_leaves_at_once_and_names_what_still_runs():
             left.result()
 
 
+def test_second_interrupt_of_a_foreign_handler_leaves_at_once(watched):
+    """
+    The first one is waited with, though ours is not the handler that raised it.
+    """
+    release, began, left = (threading.Event() for _ in range(3))
+    main = threading.main_thread()
+    heard, in_time = [], []
+
+    def stubborn():
+        began.set()
+        release.wait(60)
+
+    def stop(signum, frame):
+        heard.append(signum)
+        raise KeyboardInterrupt
+
+    def send():
+        for count in (1, 2):
+            until(lambda: left.is_set() or is_asleep(main))
+            in_time.append(not left.is_set())
+            if in_time[-1]:
+                signal.pthread_kill(main.ident, signal.SIGINT)
+                until(lambda count=count: len(heard) == count)
+        until(left.is_set, within=30)
+        release.set()
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt) as caught, TaskGroup(2) as group:
+            task = group.submit(stubborn)
+            assert began.wait(60)
+            sender, _ = start(send)
+        left.set()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    sender.join()
+
+    assert in_time == [True, True]
+    assert task.cancelled()
+    assert any("left behind" in note for note in caught.value.__notes__)
+
+
 # --- Abandoned ------------------------------------------------------------------------------------
 
 
-def test_stuck_task_is_abandoned_where_that_is_asked_for():
+@pytest.mark.parametrize(("grace", "said"), [(0.01, "0.01"), (0, "0"), (-2, "0")])
+def test_stuck_task_is_abandoned_where_that_is_asked_for(grace, said):
     """
-    After the time of grace the block is left without it, and says so if nothing else leaves.
+    After the time of grace the block is left without it, and says so if nothing else leaves. Less
+    than none is none.
     """
     release = threading.Event()
 
@@ -893,12 +937,12 @@ def test_stuck_task_is_abandoned_where_that_is_asked_for():
     with (
         pytest.warns(RuntimeWarning, match="still runs"),
         pytest.raises(StuckTaskError, match="group 'jobs' was left") as caught,
-        TaskGroup(2, name="jobs", grace=0.01, on_stuck="abandon") as group,
+        TaskGroup(2, name="jobs", grace=grace, on_stuck="abandon") as group,
     ):
         task = group.submit(stubborn)
         until(task.running)
         group.cancel()
-    with pytest.raises(fastpool.TaskCancelledError, match=r"0\.01 s after the cancel"):
+    with pytest.raises(fastpool.TaskCancelledError, match=f"stopped {said} s after the cancel"):
         task.result()
     release.set()
 
@@ -1465,6 +1509,73 @@ def test_failure_is_not_lost_where_a_handler_raises_between_our_lines(monkeypatc
 
     assert caught.value is error
     assert [type(failure.exception) for failure in group.failures] == [ValueError, OSError]
+
+
+def test_what_a_handler_raises_at_the_last_lines_leaves(monkeypatch):
+    """
+    Nothing is left that could still be told of it, and the group has ended.
+    """
+
+    def interrupted(*arguments):
+        monkeypatch.undo()
+        raise Stop
+
+    monkeypatch.setattr("fastpool._guard.let_go", interrupted)
+    with pytest.raises(Stop), TaskGroup(1) as group:
+        group.submit(abs, 1)
+
+    assert group._run.over
+    assert fastpool.dump() == ()
+
+
+def test_block_is_left_where_it_is_interrupted_as_it_is_taken_off_the_list(monkeypatch):
+    """
+    Before that is done: with no room left on the stack, say. The group is open no more.
+    """
+
+    class Full(dict):
+        def pop(self, *arguments):
+            monkeypatch.undo()
+            raise RecursionError
+
+    full = Full(fastpool._taskgroup._open_runs)
+    with pytest.raises(RecursionError), TaskGroup(1) as group:
+        monkeypatch.setattr("fastpool._taskgroup._open_runs", full)
+
+    assert group._run.over
+    assert group._run not in fastpool._taskgroup._open_runs
+
+
+@pytest.mark.parametrize("kind", [Stop, RecursionError])
+def test_block_that_cannot_be_left_is_given_up(kind, monkeypatch):
+    """
+    What stands in the way leaves in the end, where it does so again and again; the signal is given
+    back, and the stack may grow as far as before. With room once, where it was at its end.
+    """
+    limit = sys.getrecursionlimit()
+    limits, errors = [], []
+
+    def stands(*arguments):
+        limits.append(sys.getrecursionlimit())
+        errors.append(kind())
+        raise errors[-1]
+
+    group = TaskGroup(1)
+    with monkeypatch.context() as patch:
+        patch.setattr("fastpool._taskgroup.TRIES", 3)
+        patch.setattr("fastpool._scope.leave", stands)
+        with pytest.raises(kind) as caught, group:
+            pass
+    given_back = signal.getsignal(signal.SIGINT)
+    after = sys.getrecursionlimit()
+    group.__exit__(None, None, None)
+
+    assert caught.value is errors[-1]
+    assert given_back is signal.default_int_handler
+    assert after == limit
+    more = kind is RecursionError
+    assert [now > limit for now in limits] == [False, more, more]
+    assert limits[1] == limits[2]
 
 
 def test_what_a_handler_raises_as_a_thread_is_started_leaves_the_group(monkeypatch):

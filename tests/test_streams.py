@@ -309,6 +309,37 @@ def test_slow_call_holds_up_no_other_of_imap_unordered(workers):
     assert late == [0]
 
 
+def test_twice_as_many_as_workers_are_taken_ahead(stream):
+    """
+    Where no window is given, while the first value is waited for.
+    """
+    numbers = Numbers(enough=6)
+
+    with TaskGroup(3) as group:
+        values = stream(group, lambda number: numbers.are_enough.wait(LIMIT), numbers)
+        were_enough = next(values)
+        values.close()
+
+    assert were_enough
+
+
+@pytest.mark.parametrize("name", ["imap", "imap_unordered"])
+def test_call_names_the_line_where_its_stream_was_made(name):
+    """
+    As where a failed task was submitted.
+    """
+
+    def fails(number):
+        raise ValueError("root")
+
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup(1) as group:
+        line = sys._getframe().f_lineno + 1
+        values = getattr(group, name)(fails, [1])
+        next(values)
+
+    assert f"submitted at {__file__}:{line} " in raised.value.__notes__[0]
+
+
 def test_input_is_read_by_the_thread_that_takes_values(stream, workers):
     """
     Nothing is read before the first value is asked for, and then wherever it is.
