@@ -266,8 +266,11 @@ class Interrupts:
 
     def _innermost(self) -> tuple[int, Registration]:
         """That of this thread; a generator may be closed in another one."""
-        entries, me = self._registrations, threading.get_ident()
-        return next((entry for entry in reversed(entries) if entry[0] == me), entries[-1])
+        me = threading.get_ident()
+        for entry in reversed(self._registrations):
+            if entry[0] == me:
+                return entry
+        return self._registrations[-1]
 
 
 def _follows_exit(error: BaseException | None) -> bool:
