@@ -1461,7 +1461,14 @@ def test_interrupt_in_a_generator_that_is_dropped_reaches_the_group_around():
     assert [type(failure.exception) for failure in outer.failures] == [KeyboardInterrupt]
 
 
-@pytest.mark.parametrize("where", ["fastpool._taskgroup.Vigil", "fastpool._run.Run.tell_cancelled"])
+@pytest.mark.parametrize(
+    "where",
+    [
+        "fastpool._taskgroup.Vigil",
+        "fastpool._run.Run.tell_cancelled",
+        "fastpool._token.CancelToken._seal",
+    ],
+)
 def test_foreign_handler_that_raises_between_our_lines_is_not_lost(where, monkeypatch):
     """
     It counts as the body's: the group is left, and it leaves.
