@@ -698,7 +698,7 @@ def test_death_of_an_idle_worker_is_seen_before_anything_is_sent(release):
     with TaskGroup(pool=backend) as group:
         worker = group.submit(far.leaves_child, release).result()
         os.kill(worker, signal.SIGKILL)
-        until(lambda: not alive(worker))
+        until(lambda: not os.path.exists(f"/proc/{worker}"))  # all its threads have ended, too
         sent = group.submit(len, bytes(10_000_000))
         arrived = sent.wait(timeout=60)
         note(release)
@@ -1668,6 +1668,36 @@ if __name__ != "__main__":
 else:
     try:
         with TaskGroup(pool=Processes(2, start_method={method!r})) as group:
+            group.map(far.square, range(100))
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    )
+    seen(begun)
+    os.killpg(program.pid, signal.SIGINT)
+    note(release)
+
+    assert to_end(program) == ("interrupted\n", "")
+
+
+def test_ctrl_c_as_the_server_of_workers_starts_is_the_parents(
+    start_program, tmp_path, begun, release
+):
+    """
+    Also where a program says itself what that imports, and us among it.
+    """
+    (tmp_path / "held.py").write_text(
+        f"import far\nfar.note({str(begun)!r})\nfar.seen({str(release)!r})\n"
+    )
+    program = start_program(
+        f"""
+if __name__ == "__main__":
+    import multiprocessing
+    os.environ["PYTHONPATH"] += os.pathsep + {str(tmp_path)!r}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["held", "fastpool.backends._server"])
+    try:
+        with TaskGroup(pool=Processes(1, start_method="forkserver")) as group:
             group.map(far.square, range(100))
     except KeyboardInterrupt:
         print("interrupted")

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from types import SimpleNamespace
 
 import far
 import pytest
@@ -324,7 +325,11 @@ def test_nothing_before_a_call_whose_worker_is_killed_runs_again(way, tmp_path, 
     """
     It has run, and its value is lost where the worker can send nothing any more.
     """
+    ahead = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(processes, "time", clock)
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)
     ran = tmp_path / "ran"
     with (
         pytest.raises(ExceptionGroup) as raised,
@@ -335,11 +340,11 @@ def test_nothing_before_a_call_whose_worker_is_killed_runs_again(way, tmp_path, 
         before = [group.submit(far.noted, ran, number) for number in range(MANY)]
         options = group.with_options(timeout=0.1 if way == "late" else None)
         stuck = options.submit(far.holds_the_lock, tmp_path / "begun")
-        group.map(abs, range(MANY))
+        behind = group.map(abs, range(MANY))
         (tmp_path / "go").touch()
         far.seen(tmp_path / "begun")
-        if way == "cancelled":
-            stuck.cancel()
+        ahead[0] = 1000  # seconds, in which nothing has come
+        (stuck if way == "cancelled" else behind.tasks[0]).cancel()  # the lane looks then
 
     lost = [task for task in before if task.exception()]
     assert far.lines(ran) == [*map(str, range(MANY))]
