@@ -18,6 +18,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from blocked import is_blocked
 from staging import start as begin
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -247,6 +248,8 @@ def test_ctrl_c_says_how_far_the_records_have_come(tmp_path):
         open(tmp_path / "records", "wb", buffering=0) as records,
     ):
         records.write(b'{"amount": 5}\n')
+        # What comes in a line of fastpool's is held back, and a read of the file's waits on.
+        until(lambda: is_blocked(process.pid, process=process.pid))
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=50)
 
