@@ -1932,6 +1932,31 @@ def test_group_that_makes_way_is_not_waited_for(watched, make_pool, monkeypatch)
     assert seen == (True, [None])
 
 
+def test_worker_that_waits_hears_that_its_group_has_made_way(watched, make_pool, monkeypatch):
+    """
+    It runs the task itself, for which there was no place before; the others may take long.
+    """
+    pool = make_pool(2)
+    go, ended = threading.Event(), threading.Event()
+    seats = []
+
+    def waits():
+        seats.append(threading.current_thread())
+        return second.result()
+
+    have_it_make_way(pool, monkeypatch, lambda: None)
+    with TaskGroup(pool=pool) as around, TaskGroup(1, pool=pool) as group:
+        first = group.submit(go.wait, 60)
+        until(first.running)
+        second = group.submit(ended.set)
+        around.submit(waits)
+        until(lambda: group._run.helpers and is_asleep(seats[0]))
+        theirs = pool.apply_async(ended.wait, (20,))  # ahead of the job that makes way
+        go.set()
+
+    assert theirs.get(timeout=60) is True
+
+
 def test_pool_that_is_closed_as_a_group_makes_way_goes_on_with_it(make_pool, monkeypatch):
     """
     The thread that would have made way runs what is left.
@@ -1955,11 +1980,12 @@ def test_place_that_was_taken_as_its_pool_refused_is_not_used_twice(make_pool, m
     """
     pool = make_pool(2)
     apply_async = pool.apply_async
-    queued, taken = threading.Event(), threading.Event()
+    go, asked, taken = threading.Event(), threading.Event(), threading.Event()
     crowd = Crowd()
 
     def refuse_once(fn, args=()):
         pool.apply_async = apply_async
+        asked.set()
         assert taken.wait(timeout=60)
         raise ValueError("Pool not running")
 
@@ -1968,7 +1994,7 @@ def test_place_that_was_taken_as_its_pool_refused_is_not_used_twice(make_pool, m
             pool.apply_async = refuse_once
 
     def waits():
-        assert queued.wait(timeout=60)
+        assert asked.wait(timeout=60)
         return second.result()
 
     def run():
@@ -1979,13 +2005,11 @@ def test_place_that_was_taken_as_its_pool_refused_is_not_used_twice(make_pool, m
 
     have_it_make_way(pool, monkeypatch, have_it_refuse)
     with TaskGroup(pool=pool) as around, TaskGroup(1, pool=pool) as group:
-        first = threading.Event()
-        group.submit(first.wait, 60)
+        group.submit(go.wait, 60)
         second = group.submit(run)
         third = group.submit(run)
         around.submit(waits)
-        queued.set()
-        first.set()
+        go.set()
 
     assert third.done()
     assert crowd.peak == 1

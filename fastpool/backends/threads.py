@@ -561,6 +561,7 @@ class Shared:
             self.pool.apply_async(self._job, (run, lane))
         except ValueError:
             return run.called.pop(lane, lane) is not None
+        tell_helpers(run)  # as in `start_lane`
         return True
 
     def cancel(self, run: Run) -> None:
