@@ -647,7 +647,9 @@ def test_failure_in_the_middle_of_a_batch_is_that_of_its_task(pool, tmp_path):
     What came before it has its values; what comes after never starts.
     """
     with pytest.raises(ValueError, match="no 300"), TaskGroup(1, pool=pool) as group:
+        group.submit(far.return_after, tmp_path / "all")  # so that none runs before all are there
         batch = group.map(far.fail_at, [300] * 1_000, range(1_000))
+        note(tmp_path / "all")
 
     ends = ["cancelled" if task.cancelled() else "ended" for task in batch.tasks]
     assert [task.result() for task in batch.tasks[:300]] == list(range(300))
