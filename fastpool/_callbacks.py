@@ -26,7 +26,7 @@ __all__ = ["Callback", "Interrupts", "Registration", "keys", "run_callbacks"]
 
 keys = itertools.count(1)  # orders tokens and callbacks by age; `next` of it is atomic
 
-_HELPER = "helper"
+_HELPER = "helper"  # the claim of which helper runs a slow callback, or goes on with it
 FIRST_PAUSE = 0.001  # seconds until an interruption that could not be made is tried again
 LONGEST_PAUSE = 0.05  # seconds; mostly the second try is the last
 
@@ -67,13 +67,17 @@ class Callback:
         """Whether it is the caller who decides what becomes of it."""
         return self._claims.setdefault(None, mine) is mine
 
+    def has_claimed(self, mine: object) -> bool:
+        """Whether it was the caller; takes nothing."""
+        return self._claims.get(None) is mine
+
     def run_in(self, token: CancelToken) -> None:
         """Run it, if nobody has, and take it off its token."""
         mine = object()
         try:
             self._run(token, mine)
         except BaseException:  # what a signal handler raised: somebody may be waiting
-            if self._claims.get(None) is mine:
+            if self.has_claimed(mine):
                 try:
                     whole(self._run, token, mine)
                 except BaseException:  # it has an error of its own
@@ -199,7 +203,7 @@ class Registration(Closing):
             if token is not None:
                 entry.finish(token)
         except BaseException:  # what a signal handler raised: somebody may be waiting
-            if token is not None and entry.claim(mine):
+            if token is not None and entry.has_claimed(mine):
                 whole(entry.finish, token)
             raise
         return True
@@ -234,15 +238,17 @@ class Interrupts:
     def __enter__(self) -> None:
         token = self._token
         token.check()
+        me = threading.get_ident()
         registration = token._register(Callback(self.interrupt, slow=self._slow))
+        entry = me, registration  # no call: a handler that raises would leave it registered
         try:
             if token.cancelled():
                 # Set since the check: the interruption has come too early to wake anything.
                 registration.close()
                 token.check()
-            self._registrations.append((threading.get_ident(), registration))
+            self._registrations.append(entry)
         except BaseException:  # a signal handler's, too
-            whole(registration.unregister)
+            whole(self._drop, entry)
             raise
 
     def __exit__(
@@ -259,10 +265,16 @@ class Interrupts:
         except BaseException:  # what a signal handler raised: it must not come after the block
             if entry is None:
                 entry = whole(self._innermost)
-            whole(entry[1].unregister)
+            whole(self._drop, entry)
             raise
         if not is_a(error, Cancelled, GeneratorExit) and not _follows_exit(error):
             self._token.check()
+
+    def _drop(self, entry: tuple[int, Registration]) -> None:
+        """Take an interruption back, wherever its end was torn."""
+        entry[1].unregister()
+        if entry in self._registrations:
+            self._registrations.remove(entry)
 
     def _innermost(self) -> tuple[int, Registration]:
         """That of this thread; a generator may be closed in another one."""

@@ -10,7 +10,7 @@ __all__ = ["is_handlers", "whole"]
 T = TypeVar("T")
 Args = TypeVarTuple("Args")
 
-TRIES = 20  # more than signals are in the way of
+TRIES = 20  # more than there are signals that come one after another
 
 
 def whole(step: Callable[[*Args], T], *args: *Args, tries: int = TRIES) -> T:

@@ -3,6 +3,7 @@ Ctrl-C: who hears it, where it is raised, and what is left behind.
 """
 
 import contextlib
+import gc
 import io
 import itertools
 import os
@@ -16,6 +17,7 @@ from multiprocessing.dummy import DummyProcess
 
 import points
 import pytest
+from blocked import is_blocked
 from staging import have_idle_threads_wait, in_thread, is_asleep, look, sleeping, start, until
 
 import fastpool
@@ -44,6 +46,14 @@ def signal_is_given_back():
     """Every test leaves Python's own handler."""
     yield
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_collected_meanwhile():
+    """What is raised in a finalizer goes nowhere, so it would not be met where it is looked for."""
+    gc.disable()
+    yield
+    gc.enable()
 
 
 # --- Where it is raised ---------------------------------------------------------------------------
@@ -557,49 +567,85 @@ class Asked:
     """What is to be interrupted again and again, since nobody knows whether it was met."""
 
     def __init__(self):
-        self.by = []  # the threads that are at it
         self.times = 0
+        self.goes_on = threading.Event()
+        self.at_it = False
 
     def interrupt(self):
-        self.by.append(threading.get_ident())
         self.times += 1
-        time.sleep(0.002)  # long enough to be met
-        self.by.remove(threading.get_ident())
+        if threading.current_thread().name == "fastpool-helper":
+            self.at_it = True
+            self.goes_on.wait(60)
+            self.at_it = False
         return _wakers.AGAIN
 
 
 blocking.register(Asked, Asked.interrupt)
 
 
+def blocked_in(token, asked):
+    """
+    A thread in a block that a token is to interrupt, what lets it go on there, and the list for
+    how often it was interrupted by the end of the block, and whether that still went on.
+    """
+    inside, goes = threading.Event(), threading.Event()
+
+    def blocks():
+        with contextlib.suppress(Cancelled), token.interrupts(asked):
+            inside.set()
+            goes.wait(60)
+        return asked.times, asked.at_it
+
+    thread, outcome = start(blocks)
+    assert inside.wait(60)
+    return thread, goes, outcome
+
+
 def test_interruption_that_a_foreign_handler_has_torn_is_over_with_its_block(unraised):
     """
-    Nothing of it goes on in a helper.
+    Nothing of it comes after.
     """
     for point in itertools.count():
-        token, asked, left = CancelToken(), Asked(), []
-        inside, goes = threading.Event(), threading.Event()
-
-        def blocks(token=token, asked=asked, left=left, inside=inside, goes=goes):
-            with contextlib.suppress(Cancelled), token.interrupts(asked):
-                inside.set()
-                goes.wait(60)
-            left.append((list(asked.by), asked.times))
-
-        thread, _ = start(blocks)
-        assert inside.wait(60)
+        token, asked = CancelToken(), Asked()
+        asked.goes_on.set()
+        thread, goes, outcome = blocked_in(token, asked)
         torn = tear(point, token.cancel)
         goes.set()
         thread.join(60)
-        [(by, times)] = left
-        if torn:
-            time.sleep(0.005)  # what must not come would come now
+        # What must not come would come in one of them.
+        until(lambda: len(_clock._idle_helpers) == len(_clock._helpers))
 
-        assert by == []
-        assert asked.times == times
+        assert outcome == [(asked.times, False)]
         if not torn:
             break
 
     assert point > 30
+
+
+def test_block_waits_for_an_interruption_that_goes_on_in_a_helper(monkeypatch):
+    """
+    Though a foreign handler has torn the cancel just as it had handed that over.
+    """
+    token, asked, handed = CancelToken(), Asked(), []
+    hand_over = _clock.run_in_helper
+
+    def torn_once(job):
+        hand_over(job)
+        if not handed:
+            handed.append(job)
+            until(lambda: asked.at_it)
+            raise Stop
+
+    monkeypatch.setattr(_clock, "run_in_helper", torn_once)
+    thread, goes, outcome = blocked_in(token, asked)
+    with pytest.raises(Stop):
+        token.cancel()
+    goes.set()
+    until(lambda: outcome or is_blocked(thread.native_id, among=None))
+    asked.goes_on.set()
+    thread.join(60)
+
+    assert outcome == [(asked.times, False)]
 
 
 @pytest.mark.parametrize("leaves", [False, True])
@@ -620,6 +666,7 @@ def test_interruption_never_comes_after_a_block_that_a_foreign_handler_has_torn(
         token.cancel()
 
         assert interrupted == []
+        assert interrupts._registrations == []
 
     assert point > 3
 

@@ -343,6 +343,8 @@ def test_nothing_before_a_call_whose_worker_is_killed_runs_again(way, tmp_path, 
         behind = group.map(abs, range(MANY))
         (tmp_path / "go").touch()
         far.seen(tmp_path / "begun")
+        (lane,) = (one for one in threading.enumerate() if group.name in one.name)
+        until(lambda: is_blocked(lane.native_id))  # it has looked at the clock as it is
         ahead[0] = 1000  # seconds, in which nothing has come
         (stuck if way == "cancelled" else behind.tasks[0]).cancel()  # the lane looks then
 

@@ -53,6 +53,7 @@ class _GrowingPool(ThreadPool):
 
     if TYPE_CHECKING:  # what it has and its stub does not say
         _processes: int
+        _state: str
         _pool: list[_WorkerThread]
         _inqueue: Any
         _change_notifier: Any
@@ -202,8 +203,10 @@ class _Pool:
             lane.gate.open()
 
     def disown(self) -> None:
-        """In a forked child: the threads are the parent's."""
+        """In a forked child: the threads are the parent's, and so are the pool's pipes."""
         self.ended = self.foreign = True
+        if self.threads is not None:
+            self.threads._state = "CLOSE"  # or its finalizer would write to them
         if self.crew.disown is not None:
             for lane in self.lanes:
                 self.crew.disown(lane)
@@ -491,7 +494,7 @@ class Leased:
         pool.idle_since = time.monotonic()
         if self._era is not _era:
             pool.end()
-            del self._leases["pool"]
+            self._leases.pop("pool", None)
             return
         # Without a call in between, after which a handler could run: it is given back once.
         try:
