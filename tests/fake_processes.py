@@ -74,6 +74,9 @@ class _Far(processes._Far):
     def has_ended(self):
         return self.process.dead
 
+    def hears(self):
+        return True
+
     def exit_code(self, within):
         self.process.join(within)
         return self.process.exitcode

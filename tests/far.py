@@ -514,9 +514,22 @@ def die_at_start():
     os._exit(5)
 
 
-def leaves_child(release):
-    """Leave a child that has open all that this process has."""
+def forks():
+    """Return twice: the number of the child, and in the child nothing."""
+    return os.fork() or None
+
+
+def forks_and_waits(release):
+    """Leave a child that waits."""
     if os.fork() == 0:
+        until(lambda: lines(release), within=300)
+        os._exit(0)
+    return os.getpid()
+
+
+def leaves_child(release):
+    """Leave a child that has open all that this process has, as a library in C may."""
+    if ctypes.PyDLL(None).fork() == 0:
         until(lambda: lines(release), within=300)
         os._exit(0)
     return os.getpid()

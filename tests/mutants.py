@@ -575,12 +575,12 @@ class""",
         "death_of_worker_against_its_answer",
         processes,
         """
-            if calls in ready or far.calls.poll():
+            if not unsent and (calls in ready or far.calls.poll()):
                 reply""",
         """
             if far.sentinel in ready:
                 raise EOFError
-            if calls in ready or far.calls.poll():
+            if not unsent and (calls in ready or far.calls.poll()):
                 reply""",
     ),
     Mutant(
@@ -637,8 +637,7 @@ class""",
         "cancel_of_task_against_the_one_before_it",
         processes,
         """
-                    self._pass_on(far)
-                    far.tell("all told")
+                    self._asked = True
 """,
         """
                     far.tell("all told")

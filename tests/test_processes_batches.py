@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from multiprocessing.connection import Connection
 from types import SimpleNamespace
 
 import far
@@ -20,6 +21,7 @@ from fastpool import (
     WorkerDiedError,
     cancellable,
     current_token,
+    shield,
     sleep,
 )
 from fastpool._run import Run
@@ -458,3 +460,106 @@ def test_decorated_function_that_goes_by_value_keeps_its_token(one):
         found = group.submit(outer, 1)
 
     assert found.result() == [True, (True, 1), True, True]
+
+
+def test_forked_child_of_a_task_ends_with_it_and_says_nothing(one, tmp_path):
+    """
+    It would bring home what others are taken to have returned, and run what comes after again.
+    """
+    ran = tmp_path / "ran"
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(MANY))
+        child = group.submit(far.forks)
+        behind = group.map(far.noted, [ran] * MANY, range(MANY))
+        (tmp_path / "go").touch()
+        values = behind.results()
+        _, status = group.submit(os.waitpid, child.result(), 0).result()
+    with TaskGroup(pool=one) as group:
+        after = group.map(abs, range(MANY)).results()
+
+    assert status == 0
+    assert values == [*range(MANY)]
+    assert far.lines(ran) == [*map(str, range(MANY))]
+    assert after == [*range(MANY)]
+
+
+def lane_of(group):
+    """The one thread that serves a group."""
+    (lane,) = (one for one in threading.enumerate() if group.name in one.name)
+    return lane
+
+
+@pytest.mark.parametrize("way", ["killed", "cancelled"])
+def test_message_that_is_not_read_holds_up_nobody(way, tmp_path):
+    """
+    Though the pipe takes no more of it, and a child of the worker's keeps that open.
+    """
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        worker = group.submit(far.leaves_child, tmp_path / "release").result()
+        os.kill(worker, signal.SIGSTOP)
+        sent = group.submit(len, bytes(10_000_000))
+        until(lambda: is_blocked(lane_of(group).native_id, among=None))
+        if way == "killed":
+            os.kill(worker, signal.SIGKILL)
+        else:
+            group.cancel()
+        with shield():
+            came = sent.wait(timeout=60)
+        far.note(tmp_path / "release")
+        if not came:
+            os.kill(worker, signal.SIGCONT)
+
+    assert came
+    assert sent.cancelled() if way == "cancelled" else sent.result() == 10_000_000
+
+
+def test_answer_that_is_cut_short_holds_up_nobody(monkeypatch, tmp_path):
+    """
+    Though a child of the worker's lives on, which has had its pipes.
+    """
+    receive = Connection.recv_bytes
+    workers = []
+
+    def receive_from_dead(end):
+        if workers:
+            worker = workers.pop()
+            os.kill(worker, signal.SIGKILL)
+            until(lambda: not os.path.exists(f"/proc/{worker}"))  # all its threads have ended, too
+        return receive(end)
+
+    with (
+        pytest.raises(WorkerDiedError, match="killed by SIGKILL"),
+        TaskGroup(pool=Processes(1, start_method="forkserver")) as group,
+    ):
+        worker = group.submit(far.forks_and_waits, tmp_path / "release").result()
+        monkeypatch.setattr(Connection, "recv_bytes", receive_from_dead)
+        workers.append(worker)
+        sent = group.submit(bytes, 10_000_000)
+        came = sent.wait(timeout=60)
+        far.note(tmp_path / "release")
+
+    assert came
+
+
+def test_worker_that_hears_nothing_is_killed_however_much_it_was_told(monkeypatch, tmp_path):
+    """
+    More than its pipe takes.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 1)  # ...nor is taken back before all are cancelled
+    with TaskGroup(pool=Processes(1, kill_after=0.1)) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(1608))  # in batches that grow, and then in one with:
+        stuck = group.submit(far.holds_the_lock, tmp_path / "begun")
+        behind = [group.submit(abs, number) for number in range(2000)]
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        for task in behind:
+            task.cancel()
+        stuck.cancel()
+        came = stuck.wait(timeout=60)
+        if not came:
+            os.kill(int(far.lines(tmp_path / "begun")[0]), signal.SIGKILL)
+
+    assert came

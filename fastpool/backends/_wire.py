@@ -24,12 +24,14 @@ __all__ = [
     "dump_error",
     "dump_function",
     "dump_reason",
+    "in_parts",
     "load_error",
     "load_reason",
 ]
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 SHORT = 16_384  # bytes, which a pipe takes without waiting for its reader
+PART = 65_536  # bytes, which a pipe takes so whenever it says that it has room, on Linux
 
 
 class Shared(ctypes.Structure):
@@ -71,6 +73,15 @@ class Far(NamedTuple):
     text: str
     why: str
     traceback: str
+
+
+def in_parts(message: bytes) -> list[bytes | memoryview]:
+    """A message as it is sent: if it is long in short parts, after one that says how many."""
+    if len(message) <= PART:
+        return [message]
+    view = memoryview(message)
+    parts = [view[at : at + PART] for at in range(0, len(message), PART)]
+    return [pickle.dumps(("parts", len(parts)), PROTOCOL), *parts]
 
 
 def dump_function(fn: Callable[..., Any]) -> bytes:

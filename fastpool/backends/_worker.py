@@ -82,10 +82,11 @@ class Calls:
     that hears; `setdefault` decides who has made it.
     """
 
-    __slots__ = ("_thread", "at", "last", "over", "places", "sent", "token", "values")
+    __slots__ = ("_thread", "at", "calls", "last", "over", "places", "sent", "token", "values")
 
-    def __init__(self, token: CancelToken) -> None:
+    def __init__(self, token: CancelToken, calls: list[Any]) -> None:
         self.token = token  # the group's
+        self.calls = calls
         self.at = -1  # the one that runs
         self.places: dict[int, Place] = {}
         self.values: list[object] = []  # what they have returned, the first ones first
@@ -114,6 +115,11 @@ class Calls:
         """The token of a call; its group's, as long as nobody has asked for its own."""
         place = self.places.get(number)
         return self.token if place is None else place._token
+
+    def disown(self) -> None:
+        """In a forked child: the call that runs is its last, and none of them is its own."""
+        self.calls.clear()
+        self.over = True
 
     def end(self, number: int) -> None:
         """A call has ended."""
@@ -152,6 +158,14 @@ class Worker:
         self._tokens: dict[int, CancelToken] = {}
         self._batch: Calls | None = None  # those that run, or ran last
         self._cancelled: dict[int, Far] = {}  # tasks that are not to begin, and why
+
+    def disown(self) -> None:
+        """In a forked child, which must not answer in this process's name, nor keep its pipes."""
+        self._answering = threading.Lock()
+        self._calls.close()
+        self._control.close()
+        if self._batch is not None:
+            self._batch.disown()
 
     # --- Hearing ---------------------------------------------------------------------------
 
@@ -229,6 +243,8 @@ class Worker:
         if order[0] == "run":
             del message
             self._run_batch(*order[1:])
+        elif order[0] == "parts":
+            self._answer(b"".join([self._calls.recv_bytes() for _ in range(order[1])]))
         elif order[0] == "again":
             assert self._batch is not None
             self._send(self._each(self._batch))
@@ -273,9 +289,9 @@ class Worker:
             # could be over before the parent knew why.
             token._deadline = time.monotonic() + span
         self._learn(functions)
-        batch = self._batch = Calls(token)
+        batch = self._batch = Calls(token, calls)
         begun = time.monotonic()
-        batch.last = self._run_calls(batch, first, key, calls, begun + slice_)
+        batch.last = self._run_calls(batch, first, key, begun + slice_)
         took = time.monotonic() - begun
         while not batch.over:
             sent = batch.sent
@@ -334,17 +350,15 @@ class Worker:
         batch: Calls,
         first: int,
         key: int | None,
-        calls: list[Any],
         until: float,
     ) -> Outcome | None:
         """
         Run calls one after the other, until a moment has come or one of them has no value.
 
         Args:
-            batch: What they belong to.
+            batch: The calls.
             first: The number of the first.
             key: The function of all of them, if each is but a tuple of arguments.
-            calls: What is to be called.
             until: When to go home with what there is, on `time.monotonic()`.
 
         Returns:
@@ -356,7 +370,7 @@ class Worker:
         shared, token, cancelled, values = self._shared, batch.token, self._cancelled, batch.values
         clock, fresh, append = time.monotonic, EMPTY.copy, values.append  # it is what a task costs
         recalled = False
-        for number, call in enumerate(calls, first):
+        for number, call in enumerate(batch.calls, first):
             stop = token._reason is not None
             if values and (stop or clock() >= until):
                 return None
@@ -478,6 +492,8 @@ def main(calls: Connection, control: Connection, shared: Any, start: bytes) -> N
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     sys.setswitchinterval(SWITCH)
     worker = Worker(calls, control, shared)
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=worker.disown)
     threading.Thread(target=worker.hear, name="fastpool-control", daemon=True).start()
     try:
         initializer, initargs = pickle.loads(start)

@@ -33,6 +33,7 @@ from fastpool.backends._wire import (
     cannot_return,
     dump_function,
     dump_reason,
+    in_parts,
     load_error,
     load_reason,
 )
@@ -312,6 +313,12 @@ class _Far:
         with self._telling, contextlib.suppress(OSError):
             self.control.send_bytes(pickle.dumps(order, PROTOCOL))
 
+    def hears(self) -> bool:
+        """Whether an order can be given without waiting until the worker reads those before it."""
+        poll = select.poll()
+        poll.register(self.control.fileno(), select.POLLOUT)
+        return bool(poll.poll(0))
+
     def rest(self, word: bytes) -> None:
         """Have it forget what is over: the batch before, or the group."""
         with contextlib.suppress(OSError):
@@ -364,6 +371,7 @@ class _Lane(Lane):
     """
 
     __slots__ = (
+        "_asked",
         "_backend",
         "_batch",
         "_bell",
@@ -376,6 +384,7 @@ class _Lane(Lane):
         "_overdue",
         "_size",
         "_took",
+        "_untold",
     )
 
     def __init__(self, pool: object, number: int, backend: Processes) -> None:
@@ -389,6 +398,8 @@ class _Lane(Lane):
         self._size = 0  # bytes that it came to, there and back
         self._bell: Descriptor | None = None
         self._orders: deque[tuple[Task[Any], object]] = deque()
+        self._untold: deque[tuple[int, Far]] = deque()  # those that the worker is yet to hear of
+        self._asked = False  # it wants to know when it has heard of all
         self._killed = False
         # When the worker is killed for a call that was cancelled or is late, and how long that
         # may go on, by the call's number.
@@ -541,7 +552,8 @@ class _Lane(Lane):
         """Have the worker run the batch; how many of it have ended."""
         far.shared.recalled = False
         self._due.clear()
-        self._overdue = False
+        self._overdue = self._asked = False
+        self._untold.clear()
         _token.messages.writing = run.token, number
         try:
             message = self._encode(run, far, number)
@@ -641,7 +653,10 @@ class _Lane(Lane):
         self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
     ) -> tuple[Any, ...]:
         try:
-            far.calls.send_bytes(message)
+            first, *rest = in_parts(message)
+            far.calls.send_bytes(first)
+            if rest:
+                self._await(run, far, number, bell, shipped=False, unsent=rest[::-1])
             while True:
                 reply = self._await(run, far, number, bell)
                 self._size = len(message) + len(reply)
@@ -653,8 +668,7 @@ class _Lane(Lane):
                 if answer[0] == "set":
                     self._set(run, number, *answer[1:])
                 elif answer[0] == "ordered":
-                    self._pass_on(far)
-                    far.tell("all told")
+                    self._asked = True
                 elif answer[0] == "so far":
                     ended = len(answer[1])
                     self._report_each(run, far, answer[1])
@@ -675,12 +689,26 @@ class _Lane(Lane):
             run.token.cancel(why)
 
     def _await(
-        self, run: Run, far: _Far, number: int, bell: Descriptor, *, shipped: bool = True
+        self,
+        run: Run,
+        far: _Far,
+        number: int,
+        bell: Descriptor,
+        *,
+        shipped: bool = True,
+        unsent: list[bytes | memoryview] | None = None,
     ) -> bytes:
-        """What the worker answers; meanwhile it is told of cancels, and killed in the end."""
+        """
+        What the worker answers; meanwhile it is told of cancels, and killed in the end.
+
+        Args:
+            shipped: Whether it has the batch.
+            unsent: What is to be sent as it takes that, the last first; nothing is awaited then.
+        """
         poll = select.poll()
         calls = far.calls.fileno()
-        for fd in (calls, far.sentinel, bell.fileno()):
+        poll.register(calls, select.POLLOUT if unsent else select.POLLIN)
+        for fd in (far.sentinel, bell.fileno()):
             poll.register(fd, select.POLLIN)
         kill_after = self._backend._kill_after
         deadline = held = math.inf
@@ -705,7 +733,7 @@ class _Lane(Lane):
                 far.tell("cancel", number, dump_reason(cause.reason), cause.failure is not None)
                 if kill_after is not None:
                     deadline = cause.at + kill_after
-            if shipped and self._orders:
+            if shipped and (self._orders or self._untold or self._asked):
                 self._pass_on(far)
             if now >= held:
                 held = math.inf
@@ -715,15 +743,21 @@ class _Lane(Lane):
                 self._overdue = True
                 far.kill()
             moment = min(deadline, held, *(max(due, spared) for due, _ in self._due.values()))
+            if shipped and self._untold:  # it has yet to read those before
+                moment = min(moment, now + SLICE)
             left = None if moment == math.inf else max(0.0, moment - time.monotonic()) * 1000
             ready = {fd for fd, _ in poll.poll(left)}
             if bell.fileno() in ready:
                 bell.clear()
-            if calls in ready or far.calls.poll():
+            if not unsent and (calls in ready or far.calls.poll()):
                 reply: bytes = far.calls.recv_bytes()
                 return reply
             if far.sentinel in ready:
                 raise EOFError
+            if unsent and calls in ready:
+                far.calls.send_bytes(unsent.pop())
+                if not unsent:
+                    return b""
 
     def _recall(self, run: Run, far: _Far) -> None:
         """
@@ -746,9 +780,14 @@ class _Lane(Lane):
         while self._orders:
             task, reason = self._orders.popleft()
             if task in numbers:
-                far.tell("cancel task", numbers[task], dump_reason(reason))
+                self._untold.append((numbers[task], dump_reason(reason)))
                 if kill_after is not None:
                     self._due[numbers[task]] = time.monotonic() + kill_after, kill_after
+        while self._untold and far.hears():
+            far.tell("cancel task", *self._untold.popleft())
+        if self._asked and not self._untold:
+            self._asked = False
+            far.tell("all told")
 
     def _limit_last(self, kill_after: float | None) -> None:
         """See to it that a call which has a timeout of its own does not go on for ever."""
