@@ -625,7 +625,10 @@ class Run(Ledger):
             self.claims.pop(task, None)  # it may hold the verdict that this lane runs it
             task._taken = False
             self.queue.appendleft(task)
-        if self.queue and not self.stopping() and self.want_lane():
+        if self.stopping():
+            for task in tasks:
+                self.settle(task)  # who began to wait after the cancel hears only from here
+        elif self.queue and self.want_lane():
             self.call()
 
     def perform(self, task: Task[Any], lane: Lane) -> None:

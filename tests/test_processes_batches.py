@@ -563,3 +563,23 @@ def test_worker_that_hears_nothing_is_killed_however_much_it_was_told(monkeypatc
             os.kill(int(far.lines(tmp_path / "begun")[0]), signal.SIGKILL)
 
     assert came
+
+
+def test_who_waits_for_what_a_cancelled_group_takes_back_hears_of_it(tmp_path):
+    """
+    Also who began to wait when it was cancelled already.
+    """
+    begun, release = tmp_path / "begun", tmp_path / "release"
+    backend = Processes(1, initializer=far.begin_and_hold, initargs=(begun, release))
+    with TaskGroup(pool=backend) as group:
+        task = group.submit(abs, -1)
+        far.seen(begun)
+        group.cancel()
+        thread, outcome = start(task.wait)
+        until(lambda: is_blocked(thread.native_id, among=None))
+        far.note(release)
+        thread.join(timeout=60)
+        heard = list(outcome)
+
+    assert heard == [True]
+    assert task.cancelled()
