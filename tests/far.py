@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import socket
+import subprocess
 import threading
 import time
 
@@ -512,6 +513,13 @@ def start_badly(text):
 
 def die_at_start():
     os._exit(5)
+
+
+def interrupts_of_a_program():
+    """Whether a program that is started here has Ctrl-C blocked, and whether it has it ignored."""
+    status = subprocess.run(["cat", "/proc/self/status"], capture_output=True, check=True).stdout
+    masks = dict(line.split(b":") for line in status.splitlines())
+    return [bool(int(masks[name], 16) >> signal.SIGINT - 1 & 1) for name in (b"SigBlk", b"SigIgn")]
 
 
 def forks():

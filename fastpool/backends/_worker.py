@@ -148,12 +148,12 @@ class Worker:
         self._calls = calls
         self._control = control
         self._shared = shared
+        self._main = threading.get_ident()
         self._told = threading.Event()  # of all that was ordered
         # Guards the writing to `calls`: what runs may set a group's token in any thread.
         self._answering = threading.Lock()
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unreadable: dict[int, Far] = {}  # functions that could not be read, and why
-        self._run: int | None = None
         # By the number of the run: set by the thread that hears, used by the one that runs.
         self._tokens: dict[int, CancelToken] = {}
         self._batch: Calls | None = None  # those that run, or ran last
@@ -173,26 +173,26 @@ class Worker:
         """Take orders, until the parent is gone."""
         try:
             while True:
-                order = pickle.loads(self._control.recv_bytes())
-                if order[0] == "cancel":
-                    self._cancel(order[1], order[2], failed=order[3])
-                elif order[0] == "cancel task":
-                    self._cancel_task(order[1], order[2])
-                elif order[0] == "all told":
+                word, *rest = pickle.loads(self._control.recv_bytes())
+                if word == "cancel":
+                    self._cancel(*rest)
+                elif word == "cancel task":
+                    self._cancel_task(*rest)
+                elif word == "all told":
                     self._told.set()
-                elif order[0] == "so far":
+                elif word == "so far":
                     batch = self._batch
                     if batch is not None:  # code of theirs may run in pickling: not here
                         _clock.run_in_helper(functools.partial(self._send_so_far, batch))
-                elif order[0] == "where":
+                elif word == "where":
                     self._control.send_bytes(pickle.dumps(self._where(), PROTOCOL))
         except (EOFError, OSError):
             for run in list(self._tokens):
-                self._cancel(run, dump_reason("the process that wanted it has gone"))
+                self._cancel(run, dump_reason("the process that wanted it has gone"), failed=False)
             time.sleep(LAST_WORDS)
             os._exit(1)
 
-    def _cancel(self, run: int, reason: Far, *, failed: bool = False) -> None:
+    def _cancel(self, run: int, reason: Far, failed: bool) -> None:
         token = self._token_of(run)
         # Not the token's own, which would tell the parent.
         cause = _cause(token, reason, failed=failed)
@@ -204,7 +204,7 @@ class Worker:
         # Looked at after it was noted: it has begun, or does not begin.
         if batch is not None and batch.at == number:
             token = batch.task(number)._token
-            token._set_by(_cause(token, reason), _clock.run_in_helper)
+            token._set_by(_cause(token, reason, failed=False), _clock.run_in_helper)
 
     def _token_of(self, run: int) -> CancelToken:
         token = self._tokens.get(run)
@@ -221,7 +221,7 @@ class Worker:
 
     def _where(self) -> str:
         """The main thread's stack."""
-        frame = sys._current_frames().get(threading.main_thread().ident or 0)
+        frame = sys._current_frames().get(self._main)
         stack = traceback.extract_stack(frame)
         ours = [at for at, entry in enumerate(stack) if entry.filename == __file__]
         return "".join(traceback.format_list(stack[max(ours, default=-1) + 1 :]))
@@ -236,21 +236,22 @@ class Worker:
 
     def _answer(self, message: bytes) -> None:
         try:
-            order = self._read(message)
+            word, *rest = self._read(message)
         except BaseException:  # one of the arguments; each by itself, then
             self._send(pickle.dumps(("unread", 0.0), PROTOCOL))
             return
-        if order[0] == "run":
+        if word == "run":
             del message
-            self._run_batch(*order[1:])
-        elif order[0] == "parts":
-            self._answer(b"".join([self._calls.recv_bytes() for _ in range(order[1])]))
-        elif order[0] == "again":
+            self._run_batch(*rest)
+        elif word == "parts":
+            (number,) = rest
+            self._answer(b"".join([self._calls.recv_bytes() for _ in range(number)]))
+        elif word == "again":
             assert self._batch is not None
             self._send(self._each(self._batch))
         else:  # there is nothing to do: keep nothing alive meanwhile
             self._batch = None
-            if order[0] == "end":
+            if word == "end":
                 self._forget()
 
     def _forget(self) -> None:
@@ -259,7 +260,6 @@ class Worker:
         # word about the group before could come between.
         for belongings in (self._tokens, self._functions, self._unreadable, self._cancelled):
             belongings.clear()
-        self._run = None
 
     def _send(self, answer: bytes) -> None:
         with self._answering:
@@ -276,11 +276,9 @@ class Worker:
         calls: list[Any],
     ) -> None:
         """Run what has come in one message, and send home what it comes to."""
-        if run != self._run:
-            # What is to be known of the new one may have come already, by the other thread.
-            for old in [number for number in list(self._tokens) if number != run]:
-                self._tokens.pop(old, None)
-            self._run = run
+        # A word of another group's may have come late; one of this one's may have come already.
+        for old in [number for number in list(self._tokens) if number != run]:
+            self._tokens.pop(old, None)
         for number in [number for number in list(self._cancelled) if number < first]:
             self._cancelled.pop(number, None)
         token = self._token_of(run)
@@ -335,10 +333,8 @@ class Worker:
 
     def _learn(self, functions: dict[int, bytes]) -> None:
         """Read functions that are new."""
-        if 0 in functions:  # they are counted anew
-            self._functions.clear()
-            self._unreadable.clear()
-        for key, pickled in functions.items():
+        for key, pickled in functions.items():  # one may have been another's before
+            self._functions.pop(key, None)
             self._unreadable.pop(key, None)
             try:
                 self._functions[key] = self._read(pickled)
@@ -364,9 +360,7 @@ class Worker:
         Returns:
             What the last one came to, if that is no value.
         """
-        fn: Callable[..., Any] | None = None
-        if key is not None and key not in self._unreadable:
-            fn = self._functions.get(key)
+        fn = None if key is None else self._functions.get(key)
         shared, token, cancelled, values = self._shared, batch.token, self._cancelled, batch.values
         clock, fresh, append = time.monotonic, EMPTY.copy, values.append  # it is what a task costs
         recalled = False
@@ -379,7 +373,6 @@ class Worker:
                 self._catch_up()
                 recalled = shared.recalled
             if recalled and values:
-                batch.at = -1
                 return None  # this one has been taken back
             if fn is None or stop or number in cancelled:
                 whole = call if key is None else (key, call)
@@ -418,7 +411,6 @@ class Worker:
         key, args, kwargs, timeout, variables = whole
         if key in self._unreadable:
             return "unread", ("function", self._unreadable[key])
-        batch.at = number
         try:
             if number in self._cancelled or batch.token.cancelled():
                 return "cancelled", None
@@ -446,7 +438,7 @@ def _why(value: object, error: BaseException) -> tuple[str, str]:
     return f"returned a {type(value).__name__}", f"{type(error).__name__}: {error}"
 
 
-def _cause(token: CancelToken, reason: Far, *, failed: bool = False) -> Cause:
+def _cause(token: CancelToken, reason: Far, *, failed: bool) -> Cause:
     value = load_reason(reason)
     failure = value if failed and isinstance(value, BaseException) else None
     return Cause(value, source=token._key, failure=failure)

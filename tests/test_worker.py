@@ -1,0 +1,320 @@
+"""
+What a worker does with each message: one in this process, at real pipes.
+"""
+
+import contextvars
+import functools
+import pickle
+import threading
+import traceback
+from multiprocessing import Pipe
+from types import SimpleNamespace
+
+import pytest
+from blocked import is_blocked
+from staging import start, until
+
+from fastpool import Cancelled, current_token
+from fastpool._scope import is_own
+from fastpool._token import messages
+from fastpool.backends._wire import dump_reason, load_reason
+from fastpool.backends._worker import Worker
+
+WHY = dump_reason("why")
+done = []  # what calls have left here
+kept = []  # contexts, tokens and registrations of calls
+
+
+class Near:
+    """
+    The parent's side of a worker.
+
+    Attributes:
+        worker: The worker itself.
+        shared: What both see.
+    """
+
+    def __init__(self):
+        self._calls, calls = Pipe()
+        self._control, control = Pipe()
+        self.shared = SimpleNamespace(at=-1, ordered=False, recalled=False)
+        self.worker = Worker(calls, control, self.shared)
+        self._ends = [self._calls, calls, self._control, control]
+
+    def close(self):
+        """Leave no descriptor."""
+        for end in self._ends:
+            end.close()
+
+    def give(self, *calls, run=1, first=0, functions=None):
+        """Have the worker run calls, each the key of a function and its arguments."""
+        functions = {} if functions is None else functions
+        self.worker._answer(pickle.dumps(("run", run, first, None, 60, functions, None, [*calls])))
+
+    def heard(self):
+        """What the worker has sent."""
+        assert self._calls.poll(60)
+        return pickle.loads(self._calls.recv_bytes())
+
+    def silent(self):
+        """Whether the worker has sent nothing."""
+        return not self._calls.poll()
+
+    def run(self, *fns, **options):
+        """What comes of functions without arguments."""
+        functions = {key: pickle.dumps(fn) for key, fn in enumerate(fns)}
+        self.give(*((key, ()) for key in functions), functions=functions, **options)
+        return self.heard()
+
+
+@pytest.fixture
+def near():
+    """A worker, which has been told nothing yet."""
+    done.clear()
+    kept.clear()
+    near = Near()
+    yield near
+    kept.clear()
+    near.close()
+
+
+def note():
+    """Leave a trace."""
+    done.append("ran")
+
+
+def keep_context():
+    """Have no token, but a context that has one."""
+    kept.append(contextvars.copy_context())
+
+
+def token_of(context):
+    """What the context of a call finds, and whether it is this thread's own there."""
+    return context.run(current_token), context.run(lambda: is_own(current_token()))
+
+
+def look_at_the_one_before():
+    """At a call that has just ended."""
+    token, own = token_of(kept[0])
+    done.append((token.cancel(), own))
+
+
+def look_at_my_own():
+    """As a decorated function does."""
+    done.append(is_own(current_token()))
+
+
+def return_lock():
+    """What cannot be sent."""
+    return threading.Lock()
+
+
+def fail():
+    """Raise."""
+    raise LookupError("no")
+
+
+def test_call_of_a_group_that_was_cancelled_does_not_begin(near):
+    """
+    Though it is the first that has come.
+    """
+    near.worker._cancel(1, WHY, failed=False)
+    word, _, values, outcome = near.run(note)
+
+    assert (word, values, outcome, done) == ("stopped", [], ("cancelled", None), [])
+
+
+def test_call_that_was_cancelled_itself_does_not_begin(near):
+    """
+    The one before it runs, and no word is taken for the worker's own by then.
+    """
+    near.worker._cancel_task(1, WHY)
+    word, _, values, outcome = near.run(note, note)
+
+    assert (word, values, outcome, done) == ("stopped", [None], ("cancelled", None), ["ran"])
+
+
+def test_worker_that_is_told_of_orders_waits_for_them(near):
+    """
+    Until it is told that this was all, by a word that came since.
+    """
+    near.worker._told.set()
+    near.shared.ordered = True
+    thread, outcome = start(functools.partial(near.run, note))
+    until(lambda: is_blocked(thread.native_id, among=None))
+    began_early = bool(done)
+    near.worker._cancel_task(0, WHY)
+    near.worker._told.set()
+    thread.join(60)
+    first, (word, _, values, what) = outcome[0], near.heard()
+
+    assert first == ("ordered",)
+    assert not near.shared.ordered
+    assert not began_early
+    assert (word, values, what, done) == ("stopped", [], ("cancelled", None), [])
+
+
+def test_failure_that_cancels_a_group_is_the_cause_of_what_its_tasks_raise(near):
+    """
+    And an error that somebody cancels with is but the reason.
+    """
+    causes = []
+    for run, failed in enumerate([True, False]):
+        near.worker._cancel(run, dump_reason(LookupError("no")), failed=failed)
+        with pytest.raises(Cancelled) as cancelled:
+            near.worker._token_of(run).check()
+        causes.append(type(cancelled.value.__cause__))
+        assert type(cancelled.value.reason) is LookupError
+
+    assert causes == [LookupError, type(None)]
+
+
+def test_group_that_a_task_cancels_is_cancelled_here_at_once(near):
+    """
+    And the parent is told, the first time.
+    """
+    token = near.worker._token_of(1)
+
+    assert [token.cancel("why"), token.cancel("again")] == [True, False]
+    word, run, failed, reason = near.heard()
+    assert (word, run, failed, load_reason(reason)) == ("set", 1, False, "why")
+    assert near.silent()
+
+
+def test_what_comes_late_is_forgotten(near):
+    """
+    What is said of a group, with the next one; of a call, with those that come after it.
+    """
+    near.worker._cancel(1, WHY, failed=False)
+    near.worker._cancel_task(4, WHY)
+    near.worker._cancel_task(5, WHY)
+    near.run(note, run=2, first=5)
+
+    assert list(near.worker._tokens) == [2]
+    assert list(near.worker._cancelled) == [5]
+
+
+def test_function_may_take_the_place_of_another(near):
+    """
+    Of one that could not be read, and the other way round.
+    """
+    words = []
+    for function in (b"nonsense", pickle.dumps(abs), b"nonsense", pickle.dumps(abs)):
+        near.give((0, (-1,)), functions={0: function})
+        word, _, values, *_ = near.heard()
+        words.append((word, values))
+
+    assert words == [("stopped", []), ("values", [1])] * 2
+
+
+def test_function_is_called_as_it_was_read_last(near):
+    """
+    Also where all calls have the same one; one that cannot be read is not.
+    """
+    for function, said in ((pickle.dumps(abs), "values"), (b"nonsense", "stopped")):
+        message = ("run", 1, 0, None, 60, {0: function}, 0, [(-1,)])
+        near.worker._answer(pickle.dumps(message))
+
+        assert near.heard()[0] == said
+
+
+def test_tokens_are_read_in_messages_alone(near):
+    """
+    Nothing that a task reads by itself finds one.
+    """
+    near.run(note)
+
+    assert messages.reading is None
+
+
+def test_values_that_cannot_be_sent_do_not_hide_the_failure_behind_them(near):
+    """
+    Each comes by itself then.
+    """
+    word, _, outcomes = near.run(return_lock, fail)
+
+    assert word == "each"
+    assert [pickle.loads(outcome)[0] for outcome in outcomes] == ["unsent", "error"]
+
+
+@pytest.mark.parametrize("when", ["in the same message", "after it"])
+def test_context_of_a_call_that_is_over_has_a_token_that_is_over(near, when):
+    """
+    Though nobody asked for it before.
+    """
+    if when == "after it":
+        near.run(keep_context)
+        look_at_the_one_before()
+    else:
+        near.run(keep_context, look_at_the_one_before)
+
+    assert done == [(False, False)]
+
+
+def test_call_has_a_token_of_its_own(near):
+    """
+    Its thread has made it current.
+    """
+    near.run(look_at_my_own)
+
+    assert done == [True]
+
+
+def test_call_ends_when_no_callback_of_its_token_runs_any_more(near):
+    """
+    Nothing of it comes after.
+    """
+    goes = threading.Event()
+
+    def callback():
+        goes.wait(60)
+        done.append("callback")
+
+    def register():
+        token = current_token()
+        kept.append(token.on_cancel(callback))
+        canceller, _ = start(functools.partial(near.worker._cancel_task, 0, WHY))
+        canceller.join(60)
+
+    near.worker._functions[0] = register
+    thread, _ = start(functools.partial(near.give, (0, ())))
+    until(lambda: not near.silent() or is_blocked(thread.native_id, among=None))
+    early = not near.silent()
+    goes.set()
+    thread.join(60)
+
+    assert not early
+    assert done == ["callback"]
+    assert near.heard()[0] == "values"
+
+
+def test_word_of_a_call_may_come_when_nothing_runs(near):
+    """
+    Before the first message, and after the last.
+    """
+    near.worker._cancel_task(0, WHY)
+    near.run(note, first=1)
+    near.worker._answer(pickle.dumps(("rest",)))
+    near.worker._cancel_task(1, WHY)
+
+    assert done == ["ran"]
+
+
+def test_where_the_worker_is_begins_with_its_task(near):
+    """
+    And is all there is, where it runs none.
+    """
+
+    def look():
+        thread, outcome = start(near.worker._where)
+        thread.join(60)
+        done.extend(outcome)
+
+    outermost = traceback.format_stack()[0]
+    look()
+    near.worker._functions[0] = look
+    near.give((0, ()))
+    outside, inside = done
+
+    assert outside.startswith(outermost)
+    assert "in look\n" in inside.splitlines(keepends=True)[0]
