@@ -1891,7 +1891,8 @@ def test_forked_child_ends_as_a_process_that_never_had_a_worker(start_program, b
         """
 def pipes():
     files = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
-    return sum(os.path.lexists(file) and "socket" in os.readlink(file) for file in files)
+    names = [os.readlink(file) for file in files if os.path.lexists(file)]
+    return sum("socket" in name or "pidfd" in name for name in names)
 
 if __name__ == "__main__":
     import warnings

@@ -348,15 +348,19 @@ class _Far:
             self.exit_code(None)
         with self._asking:
             self.control.close()
-        if self._pidfd is not None:
-            os.close(self._pidfd)
-            self._pidfd = None
+        self._close_pidfd()
 
     def disown(self) -> None:
         """In a forked child: the worker is the parent's."""
         self.calls.close()
         self.control.close()
+        self._close_pidfd()
         multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined] # or the exit would join it
+
+    def _close_pidfd(self) -> None:
+        number, self._pidfd = self._pidfd, None
+        if number is not None:
+            os.close(number)
 
 
 class _Died(Exception):
