@@ -102,7 +102,6 @@ def note_lines():
     """Write down each line of fastpool that this process runs, once for each test."""
     package = f"{ROOT / 'fastpool'}{os.sep}"
     monitoring = sys.monitoring
-    now = Path(RECORDING, f"{runner()}.now")
     file = None  # a descriptor, which nobody is warned of where it stays open
     seen = set()
 
@@ -113,6 +112,7 @@ def note_lines():
             return monitoring.DISABLE
         far = name.endswith(FAR)
         with suppress(OSError):  # before the first test, or in one that leaves no descriptor
+            now = Path(RECORDING, f"{runner()}.now")  # here: it is not known as a process starts
             if far:
                 this = os.stat(now).st_mtime_ns, name, line
                 if this in seen:
@@ -139,7 +139,9 @@ def note_lines():
 def pytest_runtest_logstart(nodeid):
     """From here on lines are run by this test; or it has so long until it is taken to hang."""
     if RECORDING and runner():
-        Path(RECORDING, f"{runner()}.now").write_text(nodeid)
+        now = Path(RECORDING, f"{runner()}.now")
+        now.write_text(nodeid)
+        os.utime(now, ns=(time.time_ns(),) * 2)  # the system counts in steps of milliseconds
         sys.monitoring.restart_events()
     elif LIMITS:
         faulthandler.dump_traceback_later(limits()[nodeid], exit=True, file=ERRORS)

@@ -2,7 +2,11 @@
 What is explained of small faults that no test minds is true of the source as it is.
 """
 
+import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
 import tomllib
 
@@ -46,6 +50,26 @@ def test_what_they_change_is_there(module):
             assert place, name
             text = plain("\n".join(lines[line - 1] for line in sorted(place)))
             assert found["before"] in text, name
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="sys.monitoring came with Python 3.12")
+def test_record_knows_the_lines_of_each_test_here_and_in_worker_processes(tmp_path):
+    """
+    Also of one that is over in less than a step of the system's clock.
+    """
+    tests = [
+        "tests/test_worker.py::test_call_has_a_token_of_its_own",
+        "tests/test_worker.py::test_tokens_are_read_in_messages_alone",
+        "tests/test_processes.py::test_task_that_computes_lets_the_thread_in_that_brings_a_cancel",
+    ]
+    outside = {name: of for name, of in os.environ.items() if "PYTEST" not in name}
+    command = [sys.executable, mutation.__file__, "record", tmp_path / "record", *tests]
+    subprocess.run(command, env=outside, check=True, capture_output=True, timeout=300)
+    lines = json.loads((tmp_path / "record").read_text())["lines"]
+
+    assert sorted(lines) == sorted(tests)
+    for test in tests:
+        assert len(lines[test]["backends/_worker.py"]) > 20
 
 
 def test_mutant_is_judged_by_the_tests_that_run_its_statement():
