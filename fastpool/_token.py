@@ -253,8 +253,8 @@ class CancelToken:
         return found
 
     def _due(self) -> float | None:
-        """The token's own deadline, without its ancestors'."""
-        return self._deadline
+        """The token's own deadline, without its ancestors', as long as it can set it."""
+        return None if self._reason is not None else self._deadline
 
     def _expire(self) -> None:
         """The clock says that the token's own deadline has passed."""

@@ -77,8 +77,8 @@ MUTANTS = [
         "the state is seen before the reason",
         "cancel_against_cancel",
         _token,
-        "            self._reason = held.reason  #",
-        "            self._reason = 'cancelled'\n            self._reason = held.reason  #",
+        "# The winner may not have got that far yet, and whoever lost must find it set too.\n",
+        "\n            self._reason = 'cancelled'\n",
         rare=True,
     ),
     Mutant(
@@ -535,12 +535,12 @@ MUTANTS = [
             return
 
 
-class""",
+def""",
         """
         return
 
 
-class""",
+def""",
         rare=True,
     ),
     Mutant(

@@ -111,7 +111,8 @@ def note_lines():
         if not name.startswith(package):
             return monitoring.DISABLE
         far = name.endswith(FAR)
-        with suppress(OSError):  # before the first test, or in one that leaves no descriptor
+        # Before the first test, in one that leaves no descriptor, or as the interpreter ends.
+        with suppress(OSError, AttributeError):
             now = Path(RECORDING, f"{runner()}.now")  # here: it is not known as a process starts
             if far:
                 this = os.stat(now).st_mtime_ns, name, line

@@ -1009,3 +1009,12 @@ def test_every_model_has_a_mutant():
     A model that nothing is known to break would be decoration.
     """
     assert {mutant.model for mutant in MUTANTS if not mutant.rare} == set(MODELS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name)
+def test_mutant_can_be_made(mutant):
+    """
+    Also those that are tried by hand alone.
+    """
+    with applied(mutant):
+        pass

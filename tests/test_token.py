@@ -416,6 +416,18 @@ def test_shutdown_leaves_no_thread_and_keeps_deadlines(thorough_shutdown):
     assert not [t for t in threading.enumerate() if t.name.startswith("fastpool")]
 
 
+def test_deadline_of_a_token_that_is_set_keeps_no_thread(thorough_shutdown):
+    """
+    Nothing is left for the clock to do.
+    """
+    token = CancelToken(timeout=3600)
+    token.cancel()
+    fastpool.shutdown()
+
+    until(lambda: not [t for t in threading.enumerate() if t.name.startswith("fastpool")])
+    assert token.remaining() > 60
+
+
 # --- Children -------------------------------------------------------------------------------------
 
 
