@@ -527,12 +527,27 @@ def forks():
     return os.fork() or None
 
 
-def forks_and_waits(release):
-    """Leave a child that waits."""
-    if os.fork() == 0:
-        until(lambda: lines(release), within=300)
-        os._exit(0)
-    return os.getpid()
+class ForksAsItIsRead:
+    """What is read is the number of the child, and in the child nothing."""
+
+    def __reduce__(self):
+        return forks, ()
+
+
+class NotesItsEnd:
+    """Notes in which process it was dropped."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __del__(self):
+        note(self.path, os.getpid())
+
+
+def computes(begun):
+    """Let no other thread run for a while, which is one call of C code."""
+    note(begun, os.getpid())
+    return sum(range(30_000_000))
 
 
 def leaves_child(release):

@@ -575,12 +575,12 @@ def""",
         "death_of_worker_against_its_answer",
         processes,
         """
-            if not unsent and (calls in ready or far.calls.poll()):
+            if until is None and (awaited in ready or far.calls.poll()):
                 reply""",
         """
             if far.sentinel in ready:
                 raise EOFError
-            if not unsent and (calls in ready or far.calls.poll()):
+            if until is None and (awaited in ready or far.calls.poll()):
                 reply""",
     ),
     Mutant(

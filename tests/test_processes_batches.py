@@ -2,6 +2,7 @@
 Calls that go to a worker process many at a time, and what one of them may do to the others.
 """
 
+import contextlib
 import contextvars
 import os
 import signal
@@ -462,15 +463,19 @@ def test_decorated_function_that_goes_by_value_keeps_its_token(one):
     assert found.result() == [True, (True, 1), True, True]
 
 
-def test_forked_child_of_a_task_ends_with_it_and_says_nothing(one, tmp_path):
+def test_forked_child_of_a_task_ends_with_it_and_says_nothing(one, tmp_path, monkeypatch):
     """
     It would bring home what others are taken to have returned, and run what comes after again.
+    Nor does it drop what that was called with, which runs code of theirs in the fork.
     """
-    ran = tmp_path / "ran"
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: what comes after is in its batch
+    ran, dropped = tmp_path / "ran", tmp_path / "dropped"
     with TaskGroup(pool=one) as group:
+        worker = group.submit(os.getpid).result()
         group.submit(wait_for, tmp_path / "go")
-        group.map(abs, range(MANY))
+        group.map(abs, range(1608))  # in batches that grow, and then in one with:
         child = group.submit(far.forks)
+        group.map(ignore, [far.NotesItsEnd(dropped) for _ in range(9)])
         behind = group.map(far.noted, [ran] * MANY, range(MANY))
         (tmp_path / "go").touch()
         values = behind.results()
@@ -481,7 +486,35 @@ def test_forked_child_of_a_task_ends_with_it_and_says_nothing(one, tmp_path):
     assert status == 0
     assert values == [*range(MANY)]
     assert far.lines(ran) == [*map(str, range(MANY))]
+    assert set(far.lines(dropped)) <= {str(worker), str(os.getpid())}
     assert after == [*range(MANY)]
+
+
+def test_forked_child_of_an_argument_ends_and_says_nothing(one, tmp_path):
+    """
+    One that is forked as that is read.
+    """
+    ran = tmp_path / "ran"
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        tasks = [group.submit(far.noted, ran, far.ForksAsItIsRead()) for _ in range(2)]
+        (tmp_path / "go").touch()
+        children = [task.result() for task in tasks]
+        ends = [group.submit(os.waitpid, child, 0).result() for child in children]
+
+    assert [status for _, status in ends] == [0, 0]
+    assert len(far.lines(ran)) == 2
+
+
+def test_forked_child_of_an_initializer_ends_and_says_nothing(capfd):
+    """
+    The worker itself goes on.
+    """
+    with TaskGroup(pool=Processes(1, start_method="spawn", initializer=far.forks)) as group:
+        _, status = group.submit(os.wait).result()
+
+    assert status == 0
+    assert capfd.readouterr().err == ""
 
 
 def lane_of(group):
@@ -514,32 +547,119 @@ def test_message_that_is_not_read_holds_up_nobody(way, tmp_path):
     assert sent.cancelled() if way == "cancelled" else sent.result() == 10_000_000
 
 
-def test_answer_that_is_cut_short_holds_up_nobody(monkeypatch, tmp_path):
+@pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
+def test_answer_that_is_cut_short_holds_up_nobody(way, monkeypatch, tmp_path):
     """
-    Though a child of the worker's lives on, which has had its pipes.
+    Whether the worker has died, and a child of it keeps its pipe open, or does not go on.
     """
     receive = Connection.recv_bytes
     workers = []
 
-    def receive_from_dead(end):
-        if workers:
-            worker = workers.pop()
-            os.kill(worker, signal.SIGKILL)
-            until(lambda: not os.path.exists(f"/proc/{worker}"))  # all its threads have ended, too
+    def receive_from_stopped(end):
+        if workers and threading.current_thread().name == "fastpool-helper":
+            os.kill(workers[0], way)
+            workers.clear()
         return receive(end)
 
-    with (
-        pytest.raises(WorkerDiedError, match="killed by SIGKILL"),
-        TaskGroup(pool=Processes(1, start_method="forkserver")) as group,
-    ):
-        worker = group.submit(far.forks_and_waits, tmp_path / "release").result()
-        monkeypatch.setattr(Connection, "recv_bytes", receive_from_dead)
+    with contextlib.suppress(WorkerDiedError), TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        worker = group.submit(far.leaves_child, tmp_path / "release").result()
+        monkeypatch.setattr(Connection, "recv_bytes", receive_from_stopped)
         workers.append(worker)
         sent = group.submit(bytes, 10_000_000)
-        came = sent.wait(timeout=60)
+        until(lambda: not workers)
+        if way == signal.SIGSTOP:
+            group.cancel()
+        with shield():
+            came = sent.wait(timeout=60)
         far.note(tmp_path / "release")
+        if not came:
+            os.kill(worker, signal.SIGCONT)
 
     assert came
+    assert sent.cancelled() or type(sent.exception()) is WorkerDiedError
+
+
+def test_answer_that_has_come_whole_counts_though_its_worker_has_died(monkeypatch, tmp_path):
+    """
+    And the helper that receives it was not quick enough to have all of it by then.
+    """
+    receive = Connection.recv_bytes
+    workers = []
+
+    def receive_late(end):
+        if workers and threading.current_thread().name == "fastpool-helper":
+            reply = receive(end)
+            worker = workers.pop()
+            os.kill(worker, signal.SIGKILL)
+            until(lambda: hung_up)
+            return reply
+        return receive(end)
+
+    hung_up = []
+    hang_up = processes._Far.hang_up
+    monkeypatch.setattr(
+        processes._Far, "hang_up", lambda worker: hung_up.append(hang_up(worker)) or None
+    )
+    with TaskGroup(pool=Processes(1)) as group:
+        worker = group.submit(far.process).result()
+        monkeypatch.setattr(Connection, "recv_bytes", receive_late)
+        workers.append(worker)
+        sent = group.submit(bytes, 10_000_000)
+
+    assert len(sent.result()) == 10_000_000
+
+
+def test_worker_that_asks_is_told_of_all(monkeypatch, tmp_path):
+    """
+    Though its pipe takes no more when it does.
+    """
+    monkeypatch.setattr(processes, "HELD", 300)  # seconds: nothing is taken back
+    ran, times = tmp_path / "ran", []
+
+    def hears(_):
+        (lane,) = group._run.lanes
+        if lane._asked:
+            times.append(1)
+        return len(times) > 1
+
+    with TaskGroup(pool=Processes(1)) as group:
+        monkeypatch.setattr(processes._Far, "hears", hears)
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(MANY))
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        task = group.submit(far.noted, ran, 1)
+        group.map(abs, range(MANY))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        task.cancel()
+        far.note(tmp_path / "release")
+
+    assert task.cancelled()
+    assert not ran.exists()
+
+
+def test_worker_that_was_told_more_than_it_could_read_is_told_the_rest(monkeypatch, tmp_path):
+    """
+    As soon as it reads again.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    ran = tmp_path / "ran"
+    with TaskGroup(pool=Processes(1, kill_after=None)) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(1608))  # in batches that grow, and then in one with:
+        group.submit(far.computes, tmp_path / "begun")
+        behind = [group.submit(far.noted, ran, number) for number in range(500)]
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        for task in behind:
+            task.cancel("x" * 12_000)
+        came = behind[-1].wait(timeout=60)
+        if not came:
+            os.kill(int(far.lines(tmp_path / "begun")[0]), signal.SIGKILL)
+
+    assert came
+    assert not ran.exists()
 
 
 def test_worker_that_hears_nothing_is_killed_however_much_it_was_told(monkeypatch, tmp_path):

@@ -17,6 +17,8 @@ from fastpool._task import label
 from fastpool.exceptions import describe
 
 __all__ = [
+    "FOLLOWS",
+    "LONG",
     "PROTOCOL",
     "Far",
     "Shared",
@@ -24,14 +26,14 @@ __all__ = [
     "dump_error",
     "dump_function",
     "dump_reason",
-    "in_parts",
     "load_error",
     "load_reason",
 ]
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
 SHORT = 16_384  # bytes, which a pipe takes without waiting for its reader
-PART = 65_536  # bytes, which a pipe takes so whenever it says that it has room, on Linux
+LONG = 65_536  # bytes; to send or receive more takes as long as the other side does
+FOLLOWS = b"long"  # the message before a long one
 
 
 class Shared(ctypes.Structure):
@@ -73,15 +75,6 @@ class Far(NamedTuple):
     text: str
     why: str
     traceback: str
-
-
-def in_parts(message: bytes) -> list[bytes | memoryview]:
-    """A message as it is sent: if it is long in short parts, after one that says how many."""
-    if len(message) <= PART:
-        return [message]
-    view = memoryview(message)
-    parts = [view[at : at + PART] for at in range(0, len(message), PART)]
-    return [pickle.dumps(("parts", len(parts)), PROTOCOL), *parts]
 
 
 def dump_function(fn: Callable[..., Any]) -> bytes:

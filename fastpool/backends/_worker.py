@@ -21,7 +21,15 @@ from fastpool import _clock
 from fastpool._errors import is_a
 from fastpool._scope import current, this_thread
 from fastpool._token import CancelToken, Cause, messages
-from fastpool.backends._wire import PROTOCOL, Far, dump_error, dump_reason, load_reason
+from fastpool.backends._wire import (
+    FOLLOWS,
+    LONG,
+    PROTOCOL,
+    Far,
+    dump_error,
+    dump_reason,
+    load_reason,
+)
 from fastpool.exceptions import Cancelled
 
 __all__ = ["main"]
@@ -82,7 +90,18 @@ class Calls:
     that hears; `setdefault` decides who has made it.
     """
 
-    __slots__ = ("_thread", "at", "calls", "last", "over", "places", "sent", "token", "values")
+    __slots__ = (
+        "_thread",
+        "at",
+        "calls",
+        "kept",
+        "last",
+        "over",
+        "places",
+        "sent",
+        "token",
+        "values",
+    )
 
     def __init__(self, token: CancelToken, calls: list[Any]) -> None:
         self.token = token  # the group's
@@ -118,8 +137,8 @@ class Calls:
 
     def disown(self) -> None:
         """In a forked child: the call that runs is its last, and none of them is its own."""
+        self.kept = self.calls.copy()  # code of theirs may run as they go: not in the fork
         self.calls.clear()
-        self.over = True
 
     def end(self, number: int) -> None:
         """A call has ended."""
@@ -240,12 +259,11 @@ class Worker:
         except BaseException:  # one of the arguments; each by itself, then
             self._send(pickle.dumps(("unread", 0.0), PROTOCOL))
             return
+        if self._calls.closed:
+            return  # reading it has forked, and this is the child
         if word == "run":
             del message
             self._run_batch(*rest)
-        elif word == "parts":
-            (number,) = rest
-            self._answer(b"".join([self._calls.recv_bytes() for _ in range(number)]))
         elif word == "again":
             assert self._batch is not None
             self._send(self._each(self._batch))
@@ -263,7 +281,12 @@ class Worker:
 
     def _send(self, answer: bytes) -> None:
         with self._answering:
-            self._calls.send_bytes(answer)
+            self._send_now(answer)
+
+    def _send_now(self, answer: bytes) -> None:
+        if len(answer) > LONG:
+            self._calls.send_bytes(FOLLOWS)
+        self._calls.send_bytes(answer)
 
     def _run_batch(
         self,
@@ -286,11 +309,12 @@ class Worker:
             # To be asked for. When it passes the parent says so: with a clock of our own this
             # could be over before the parent knew why.
             token._deadline = time.monotonic() + span
-        self._learn(functions)
         batch = self._batch = Calls(token, calls)
+        self._learn(functions)
         begun = time.monotonic()
         batch.last = self._run_calls(batch, first, key, begun + slice_)
         took = time.monotonic() - begun
+        calls.clear()
         while not batch.over:
             sent = batch.sent
             values, last = batch.values[sent:], batch.last
@@ -304,7 +328,7 @@ class Worker:
             with self._answering:
                 if batch.sent == sent:  # else some of it has gone home meanwhile
                     batch.over = True
-                    self._calls.send_bytes(answer)
+                    self._send_now(answer)
 
     def _each(self, batch: Calls) -> bytes:
         """The answer, each outcome by itself, so that one that is no good spoils no other."""
@@ -321,7 +345,7 @@ class Worker:
         with contextlib.suppress(OSError), self._answering:
             if not batch.over:
                 batch.sent = len(values)
-                self._calls.send_bytes(message)
+                self._send_now(message)
 
     def _read(self, message: bytes) -> Any:
         """What the parent has sent, which may have the token of a group in it."""
@@ -487,13 +511,15 @@ def main(calls: Connection, control: Connection, shared: Any, start: bytes) -> N
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=worker.disown)
     threading.Thread(target=worker.hear, name="fastpool-control", daemon=True).start()
+    word: tuple[str, object] = "hello", os.getpid()
     try:
         initializer, initargs = pickle.loads(start)
         if initializer is not None:
             pickle.loads(initializer)(*initargs)
     except BaseException as error:
-        calls.send_bytes(pickle.dumps(("failed", dump_error(error)), PROTOCOL))
-        return
-    calls.send_bytes(pickle.dumps(("hello", os.getpid()), PROTOCOL))
-    _warm_up()
-    worker.serve()
+        word = "failed", dump_error(error)
+    with contextlib.suppress(OSError):  # the parent has gone, or this is a child of a fork
+        calls.send_bytes(pickle.dumps(word, PROTOCOL))
+        if word[0] == "hello":
+            _warm_up()
+            worker.serve()

@@ -13,13 +13,14 @@ import os
 import pickle
 import select
 import signal
+import socket
 import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from multiprocessing import connection, forkserver, resource_tracker
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpool import _clock, _token
 from fastpool._descriptor import Descriptor
@@ -27,13 +28,14 @@ from fastpool._lane import At, Lane, handle
 from fastpool._task import NOTHING, PLAIN, Task
 from fastpool.backends import _worker
 from fastpool.backends._wire import (
+    FOLLOWS,
+    LONG,
     PROTOCOL,
     Far,
     Shared,
     cannot_return,
     dump_function,
     dump_reason,
-    in_parts,
     load_error,
     load_reason,
 )
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from fastpool._run import Run
 
 __all__ = ["Processes", "default"]
+
+T = TypeVar("T")
 
 KILL_AFTER = 30.0  # seconds, well after the report of a task that does not stop
 SLICE = 0.002  # seconds after which a worker sends home what it has, so that nothing waits long
@@ -82,7 +86,8 @@ class Processes:
         initializer: Called in each process before its first task.
         initargs: Its arguments.
         kill_after: Seconds after which a process is killed whose task has not stopped, after the
-            cancel of its group or its own, or the end of its own timeout. `None`: never.
+            cancel of its group or its own, or the end of its own timeout. One that has yet to
+            begin a task is killed for its group alone. `None`: never.
         context_vars: The context variables that go along with a task, with what they are set to
             where it is submitted; each is a variable of a module.
 
@@ -318,6 +323,11 @@ class _Far:
         poll = select.poll()
         poll.register(self.control.fileno(), select.POLLOUT)
         return bool(poll.poll(0))
+
+    def hang_up(self) -> None:
+        """Have who sends or receives by the pipe of the calls fail."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.calls.fileno())) as end:
+            end.shutdown(socket.SHUT_RDWR)
 
     def rest(self, word: bytes) -> None:
         """Have it forget what is over: the batch before, or the group."""
@@ -657,18 +667,18 @@ class _Lane(Lane):
         self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
     ) -> tuple[Any, ...]:
         try:
-            first, *rest = in_parts(message)
-            far.calls.send_bytes(first)
-            if rest:
-                self._await(run, far, number, bell, shipped=False, unsent=rest[::-1])
+            if len(message) <= LONG:
+                far.calls.send_bytes(message)
+            else:
+                self._in_helper(run, far, number, bell, lambda: far.calls.send_bytes(message))
             while True:
-                reply = self._await(run, far, number, bell)
+                reply = self._receive(run, far, number, bell)
                 self._size = len(message) + len(reply)
                 try:
                     answer: tuple[Any, ...] = pickle.loads(reply)
                 except BaseException:  # one of the values; each by itself, then
                     far.calls.send_bytes(pickle.dumps(("again",), PROTOCOL))
-                    answer = pickle.loads(self._await(run, far, number, bell))
+                    answer = pickle.loads(self._receive(run, far, number, bell))
                 if answer[0] == "set":
                     self._set(run, number, *answer[1:])
                 elif answer[0] == "ordered":
@@ -681,6 +691,39 @@ class _Lane(Lane):
                     return answer
         except (EOFError, OSError) as error:
             raise _Died from error
+
+    def _receive(self, run: Run, far: _Far, number: int, bell: Descriptor) -> bytes:
+        reply = self._await(run, far, number, bell)
+        if reply == FOLLOWS:
+            reply = self._in_helper(run, far, number, bell, far.calls.recv_bytes)
+        return reply
+
+    def _in_helper(
+        self, run: Run, far: _Far, number: int, bell: Descriptor, call: Callable[[], T]
+    ) -> T:
+        """Send or receive much in a helper; meanwhile it is heard here what else there is."""
+        done = Descriptor()
+        values: list[T] = []
+        errors: list[BaseException] = []
+
+        def make() -> None:
+            try:
+                values.append(call())
+            except BaseException as error:
+                errors.append(error)
+            done.open()
+
+        _clock.run_in_helper(make)
+        try:
+            self._await(run, far, number, bell, shipped=False, until=done)
+        except BaseException as error:
+            far.hang_up()
+            connection.wait([done.fileno()])
+            if not isinstance(error, EOFError):  # it has died; all of an answer may have come
+                raise
+        if errors:
+            raise errors[0]
+        return values[0]
 
     def _set(self, run: Run, number: int, of: int, failed: bool, reason: Far) -> None:
         """A task has set its group's token over there."""
@@ -700,20 +743,20 @@ class _Lane(Lane):
         bell: Descriptor,
         *,
         shipped: bool = True,
-        unsent: list[bytes | memoryview] | None = None,
+        until: Descriptor | None = None,
     ) -> bytes:
         """
         What the worker answers; meanwhile it is told of cancels, and killed in the end.
 
         Args:
             shipped: Whether it has the batch.
-            unsent: What is to be sent as it takes that, the last first; nothing is awaited then.
+            until: Have it that this opens, and not an answer, that is awaited.
         """
         poll = select.poll()
-        calls = far.calls.fileno()
-        poll.register(calls, select.POLLOUT if unsent else select.POLLIN)
-        for fd in (far.sentinel, bell.fileno()):
+        awaited = far.calls.fileno() if until is None else until.fileno()
+        for fd in (awaited, far.sentinel, bell.fileno()):
             poll.register(fd, select.POLLIN)
+        untold = False
         kill_after = self._backend._kill_after
         deadline = held = math.inf
         spared = -math.inf
@@ -747,21 +790,23 @@ class _Lane(Lane):
                 self._overdue = True
                 far.kill()
             moment = min(deadline, held, *(max(due, spared) for due, _ in self._due.values()))
-            if shipped and self._untold:  # it has yet to read those before
-                moment = min(moment, now + SLICE)
+            if untold is not bool(self._untold):
+                if untold:
+                    poll.unregister(far.control.fileno())
+                else:
+                    poll.register(far.control.fileno(), select.POLLOUT)
+                untold = not untold
             left = None if moment == math.inf else max(0.0, moment - time.monotonic()) * 1000
             ready = {fd for fd, _ in poll.poll(left)}
             if bell.fileno() in ready:
                 bell.clear()
-            if not unsent and (calls in ready or far.calls.poll()):
+            if until is not None and awaited in ready:
+                return b""
+            if until is None and (awaited in ready or far.calls.poll()):
                 reply: bytes = far.calls.recv_bytes()
                 return reply
             if far.sentinel in ready:
                 raise EOFError
-            if unsent and calls in ready:
-                far.calls.send_bytes(unsent.pop())
-                if not unsent:
-                    return b""
 
     def _recall(self, run: Run, far: _Far) -> None:
         """
