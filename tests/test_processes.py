@@ -690,22 +690,22 @@ def test_death_of_an_idle_worker_is_no_failure(one):
         assert after != worker
 
 
-def test_program_that_a_task_starts_has_its_ctrl_c(one):
+def test_program_that_a_task_starts_has_its_ctrl_c():
     """
     As that of a thread would, though the worker itself hears none.
     """
-    with TaskGroup(pool=one) as group:
+    with TaskGroup(pool=Processes(1)) as group:
         blocked, ignored = group.submit(far.interrupts_of_a_program).result()
 
     assert not blocked
     assert not ignored
 
 
-def test_task_that_computes_lets_the_thread_in_that_brings_a_cancel(one):
+def test_task_that_computes_lets_the_thread_in_that_brings_a_cancel():
     """
     Five times as often as threads take turns otherwise.
     """
-    with TaskGroup(pool=one) as group:
+    with TaskGroup(pool=Processes(1)) as group:
         interval = group.submit(sys.getswitchinterval).result()
 
     assert interval == pytest.approx(0.001)

@@ -60,6 +60,12 @@ class Near:
         """Whether the worker has sent nothing."""
         return not self._calls.poll()
 
+    def run_alike(self, fn, number=1, first=0):
+        """What comes of as many calls of one function, which is all that there is to say."""
+        message = "run", 1, first, None, 60, {0: pickle.dumps(fn)}, 0, [()] * number
+        self.worker._answer(pickle.dumps(message))
+        return self.heard()
+
     def run(self, *fns, **options):
         """What comes of functions without arguments."""
         functions = {key: pickle.dumps(fn) for key, fn in enumerate(fns)}
@@ -114,12 +120,13 @@ def fail():
     raise LookupError("no")
 
 
-def test_call_of_a_group_that_was_cancelled_does_not_begin(near):
+@pytest.mark.parametrize("run", [Near.run, Near.run_alike])
+def test_call_of_a_group_that_was_cancelled_does_not_begin(near, run):
     """
     Though it is the first that has come.
     """
     near.worker._cancel(1, WHY, failed=False)
-    word, _, values, outcome = near.run(note)
+    word, _, values, outcome = run(near, note)
 
     assert (word, values, outcome, done) == ("stopped", [], ("cancelled", None), [])
 
@@ -132,6 +139,18 @@ def test_call_that_was_cancelled_itself_does_not_begin(near):
     word, _, values, outcome = near.run(note, note)
 
     assert (word, values, outcome, done) == ("stopped", [None], ("cancelled", None), ["ran"])
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_call_among_some_alike_that_was_cancelled_does_not_begin(near, number):
+    """
+    Those before it run.
+    """
+    near.worker._cancel_task(number, WHY)
+    word, _, values, outcome = near.run_alike(note, 3)
+
+    assert (word, values, outcome) == ("stopped", [None] * number, ("cancelled", None))
+    assert done == ["ran"] * number
 
 
 def test_worker_that_is_told_of_orders_waits_for_them(near):
@@ -166,7 +185,17 @@ def test_failure_that_cancels_a_group_is_the_cause_of_what_its_tasks_raise(near)
         causes.append(type(cancelled.value.__cause__))
         assert type(cancelled.value.reason) is LookupError
 
-    assert causes == [LookupError, type(None)]
+    def cancelled_itself():
+        near.worker._cancel_task(0, dump_reason(LookupError("no")))
+        try:
+            current_token().check()
+        except Cancelled as error:
+            causes.append(type(error.__cause__))
+
+    near.worker._functions[0] = cancelled_itself
+    near.give((0, ()), run=2)
+
+    assert causes == [LookupError, type(None), type(None)]
 
 
 def test_group_that_a_task_cancels_is_cancelled_here_at_once(near):
@@ -237,16 +266,16 @@ def test_values_that_cannot_be_sent_do_not_hide_the_failure_behind_them(near):
     assert [pickle.loads(outcome)[0] for outcome in outcomes] == ["unsent", "error"]
 
 
-@pytest.mark.parametrize("when", ["in the same message", "after it"])
+@pytest.mark.parametrize("when", ["in the same message", "after it", "after many alike"])
 def test_context_of_a_call_that_is_over_has_a_token_that_is_over(near, when):
     """
     Though nobody asked for it before.
     """
-    if when == "after it":
-        near.run(keep_context)
-        look_at_the_one_before()
-    else:
+    if when == "in the same message":
         near.run(keep_context, look_at_the_one_before)
+    else:
+        (near.run if when == "after it" else near.run_alike)(keep_context)
+        look_at_the_one_before()
 
     assert done == [(False, False)]
 
@@ -298,6 +327,21 @@ def test_word_of_a_call_may_come_when_nothing_runs(near):
     near.worker._cancel_task(1, WHY)
 
     assert done == ["ran"]
+
+
+def test_child_of_a_fork_says_nothing_and_waits_for_nobody(near):
+    """
+    Not for the lock either that another thread had as it was forked.
+    """
+    near.worker._answering.acquire()
+    near.worker.disown()
+    thread, outcome = start(functools.partial(near.worker._token_of(1).cancel, "why"))
+    thread.join(60)
+
+    assert outcome == [True]
+    for end in (near._calls, near._control):
+        with pytest.raises(EOFError):
+            end.recv_bytes()
 
 
 def test_where_the_worker_is_begins_with_its_task(near):
