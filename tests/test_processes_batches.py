@@ -5,6 +5,7 @@ Calls that go to a worker process many at a time, and what one of them may do to
 import contextlib
 import contextvars
 import os
+import select
 import signal
 import threading
 import time
@@ -27,6 +28,7 @@ from fastpool import (
 )
 from fastpool._run import Run
 from fastpool.backends import processes
+from fastpool.backends._wire import dump_reason
 from fastpool.backends.processes import Processes
 
 MANY = 100
@@ -423,6 +425,30 @@ def test_large_arguments_go_one_by_one(one, tmp_path):
     assert not early
 
 
+def test_large_arguments_go_one_by_one_after_a_batch_that_was_cut_short(tmp_path, monkeypatch):
+    """
+    Which has come far, but with too much.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    with (
+        contextlib.suppress(ExceptionGroup),
+        TaskGroup(pool=Processes(1), policy=CollectAll()) as group,
+    ):
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        group.map(ignore, [Heavy(tmp_path / "before") for _ in range(10)])
+        group.submit(far.fail, ValueError("no"))
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        group.map(ignore, [Heavy(tmp_path / "behind") for _ in range(200)])
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        behind = (tmp_path / "behind").read_text()
+        far.note(tmp_path / "release")
+
+    assert len(behind) == 64 - 10 - 2  # all of them were read once
+
+
 @pytest.mark.parametrize("way", ["map", "submit"])
 def test_every_call_has_a_token_of_its_own(one, tmp_path, way):
     """
@@ -490,6 +516,26 @@ def test_forked_child_of_a_task_ends_with_it_and_says_nothing(one, tmp_path, mon
     assert after == [*range(MANY)]
 
 
+def test_worker_is_killed_for_a_late_call_though_one_before_has_forked(tmp_path, monkeypatch):
+    """
+    The child's end is not taken for the worker's.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: what comes after is in its batch
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        group.submit(far.forks)
+        child = group.submit(os.wait)
+        late = group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        group.map(abs, range(200))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        late.cancel()
+
+    assert late.cancelled()
+    assert child.result()[1] == 0
+
+
 def test_forked_child_of_an_argument_ends_and_says_nothing(one, tmp_path):
     """
     One that is forked as that is read.
@@ -532,7 +578,7 @@ def test_message_that_is_not_read_holds_up_nobody(way, tmp_path):
         worker = group.submit(far.leaves_child, tmp_path / "release").result()
         os.kill(worker, signal.SIGSTOP)
         sent = group.submit(len, bytes(10_000_000))
-        until(lambda: is_blocked(lane_of(group).native_id, among=None))
+        until(lambda: is_blocked(lane_of(group).native_id))
         if way == "killed":
             os.kill(worker, signal.SIGKILL)
         else:
@@ -547,26 +593,30 @@ def test_message_that_is_not_read_holds_up_nobody(way, tmp_path):
     assert sent.cancelled() if way == "cancelled" else sent.result() == 10_000_000
 
 
+def at_the_long_answer(monkeypatch, act):
+    """Have something happen, once, just before a helper receives a long answer."""
+    receive = Connection.recv_bytes
+    acts = [act]
+
+    def received(end):
+        if acts and threading.current_thread().name == "fastpool-helper":
+            acts.pop()()
+        return receive(end)
+
+    monkeypatch.setattr(Connection, "recv_bytes", received)
+    return acts
+
+
 @pytest.mark.parametrize("way", [signal.SIGKILL, signal.SIGSTOP])
 def test_answer_that_is_cut_short_holds_up_nobody(way, monkeypatch, tmp_path):
     """
     Whether the worker has died, and a child of it keeps its pipe open, or does not go on.
     """
-    receive = Connection.recv_bytes
-    workers = []
-
-    def receive_from_stopped(end):
-        if workers and threading.current_thread().name == "fastpool-helper":
-            os.kill(workers[0], way)
-            workers.clear()
-        return receive(end)
-
     with contextlib.suppress(WorkerDiedError), TaskGroup(pool=Processes(1, kill_after=0)) as group:
         worker = group.submit(far.leaves_child, tmp_path / "release").result()
-        monkeypatch.setattr(Connection, "recv_bytes", receive_from_stopped)
-        workers.append(worker)
+        acts = at_the_long_answer(monkeypatch, lambda: os.kill(worker, way))
         sent = group.submit(bytes, 10_000_000)
-        until(lambda: not workers)
+        until(lambda: not acts)
         if way == signal.SIGSTOP:
             group.cancel()
         with shield():
@@ -579,34 +629,118 @@ def test_answer_that_is_cut_short_holds_up_nobody(way, monkeypatch, tmp_path):
     assert sent.cancelled() or type(sent.exception()) is WorkerDiedError
 
 
-def test_answer_that_has_come_whole_counts_though_its_worker_has_died(monkeypatch, tmp_path):
+def test_answer_that_has_come_whole_counts_though_its_worker_has_died(monkeypatch):
     """
-    And the helper that receives it was not quick enough to have all of it by then.
+    And the helper that receives it has yet to begin when that is seen.
     """
-    receive = Connection.recv_bytes
-    workers = []
-
-    def receive_late(end):
-        if workers and threading.current_thread().name == "fastpool-helper":
-            reply = receive(end)
-            worker = workers.pop()
-            os.kill(worker, signal.SIGKILL)
-            until(lambda: hung_up)
-            return reply
-        return receive(end)
-
     hung_up = []
     hang_up = processes._Far.hang_up
     monkeypatch.setattr(
         processes._Far, "hang_up", lambda worker: hung_up.append(hang_up(worker)) or None
     )
+
+    def die():
+        until(lambda: is_blocked(worker, process=worker))  # all is sent: it waits for more
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: hung_up)
+
     with TaskGroup(pool=Processes(1)) as group:
         worker = group.submit(far.process).result()
-        monkeypatch.setattr(Connection, "recv_bytes", receive_late)
-        workers.append(worker)
+        at_the_long_answer(monkeypatch, die)
+        sent = group.submit(bytes, 100_000)  # which the pipe takes at once
+
+    assert hung_up
+    assert sent.result() == bytes(100_000)
+
+
+def test_values_that_are_on_their_way_are_not_lost_to_a_task_that_was_late(monkeypatch, tmp_path):
+    """
+    It is over, so its worker is not killed for it any more.
+    """
+    ahead = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    with TaskGroup(pool=Processes(1, kill_after=300)) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        large = group.submit(bytes, 10_000_000)
+        late = group.submit(far.waits, "sleep", tmp_path / "begun", tmp_path / "ended")
+        group.map(abs, range(200))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+
+        def be_late():
+            assert lane._due
+            ahead[0] = 10_000  # seconds
+            lane._bell.open()
+            until(lambda: not lane._due)
+
+        acts = at_the_long_answer(monkeypatch, be_late)
+        late.cancel()
+
+    assert not acts
+    assert late.cancelled()
+    assert large.result() == bytes(10_000_000)
+
+
+def test_values_that_are_on_their_way_are_not_cut_off_for_a_task_that_is_late(
+    monkeypatch, tmp_path
+):
+    """
+    Its worker is killed once they have had time to come.
+    """
+    ahead = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(processes, "time", clock)
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 1000)  # ...until it is taken back
+    with TaskGroup(pool=Processes(1, kill_after=1500)) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        large = group.submit(bytes, 10_000_000)
+        late = group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        group.map(abs, range(200))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        thread = lane_of(group)
+
+        def let_pass(span):
+            ahead[0] += span
+            lane._bell.open()
+            until(lambda: not select.select([lane._bell], [], [], 0)[0])
+            until(lambda: is_blocked(thread.native_id))
+
+        acts = at_the_long_answer(monkeypatch, lambda: let_pass(500))
+        late.cancel()
+        until(lambda: lane._due)
+        let_pass(1100)
+        until(lambda: not acts)
+
+    assert late.cancelled()
+    assert large.result() == bytes(10_000_000)
+
+
+def test_lane_sleeps_while_much_is_received(monkeypatch):
+    """
+    Also with something that it has yet to tell its worker, which hears it no more then.
+    """
+    with TaskGroup(pool=Processes(1)) as group:
+        group.submit(abs, 1).result()
+
+        def have_more_to_tell():
+            (lane,) = group._run.lanes
+            lane._untold.append((lane._first, dump_reason("too late")))
+            lane._bell.open()
+            until(lambda: is_blocked(lane_of(group).native_id))
+
+        at_the_long_answer(monkeypatch, have_more_to_tell)
         sent = group.submit(bytes, 10_000_000)
 
-    assert len(sent.result()) == 10_000_000
+    assert sent.result() == bytes(10_000_000)
 
 
 def test_worker_that_asks_is_told_of_all(monkeypatch, tmp_path):

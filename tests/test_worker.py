@@ -37,7 +37,7 @@ class Near:
     def __init__(self):
         self._calls, calls = Pipe()
         self._control, control = Pipe()
-        self.shared = SimpleNamespace(at=-1, ordered=False, recalled=False)
+        self.shared = SimpleNamespace(at=-1, ordered=False, recalled=False, over=False)
         self.worker = Worker(calls, control, self.shared)
         self._ends = [self._calls, calls, self._control, control]
 

@@ -44,18 +44,21 @@ class Shared(ctypes.Structure):
         at: The number of the call that the worker is at.
         ordered: Whether there are orders that it is to hear before it begins another one.
         recalled: Whether it is to begin no other one of those that it has.
+        over: Whether the last one is over, and what they came to on its way home.
     """
 
     _fields_ = [
         ("at", ctypes.c_longlong),
         ("ordered", ctypes.c_bool),
         ("recalled", ctypes.c_bool),
+        ("over", ctypes.c_bool),
     ]
 
     if TYPE_CHECKING:
         at: int
         ordered: bool
         recalled: bool
+        over: bool
 
 
 class Far(NamedTuple):

@@ -26,6 +26,7 @@ from fastpool.backends._wire import (
     LONG,
     PROTOCOL,
     Far,
+    Shared,
     dump_error,
     dump_reason,
     load_reason,
@@ -181,6 +182,7 @@ class Worker:
     def disown(self) -> None:
         """In a forked child, which must not answer in this process's name, nor keep its pipes."""
         self._answering = threading.Lock()
+        self._shared = Shared()  # one that nobody else sees
         self._calls.close()
         self._control.close()
         if self._batch is not None:
@@ -310,6 +312,7 @@ class Worker:
             # could be over before the parent knew why.
             token._deadline = time.monotonic() + span
         batch = self._batch = Calls(token, calls)
+        self._shared.over = False
         self._learn(functions)
         begun = time.monotonic()
         batch.last = self._run_calls(batch, first, key, begun + slice_)
@@ -325,6 +328,7 @@ class Worker:
                     answer = pickle.dumps(("stopped", took, values, last), PROTOCOL)
             except BaseException:
                 answer = self._each(batch)
+            self._shared.over = True
             with self._answering:
                 if batch.sent == sent:  # else some of it has gone home meanwhile
                     batch.over = True

@@ -489,10 +489,10 @@ class _Lane(Lane):
                 done = self._ship(run, number, batch, bell)
                 if run.observers:
                     continue
-                if done < len(batch):
+                if self._size >= BULK:
+                    most = max(1, min(done, len(batch) * BULK // self._size))
+                elif done < len(batch):
                     most = max(1, done)
-                elif self._size >= BULK:
-                    most = max(1, len(batch) * BULK // self._size)
                 elif self._took < SLICE:
                     fair = len(run.queue) // (2 * self._backend.slots)
                     most = max(1, min(GROWTH * most, fair, MOST))
@@ -756,10 +756,11 @@ class _Lane(Lane):
         awaited = far.calls.fileno() if until is None else until.fileno()
         for fd in (awaited, far.sentinel, bell.fileno()):
             poll.register(fd, select.POLLIN)
-        untold = False
+        told = untold = False
         kill_after = self._backend._kill_after
         deadline = held = math.inf
-        spared = -math.inf
+        # While much comes home, as well: so that what has come so far is not cut off.
+        spared = -math.inf if until is None else time.monotonic() + HELD
         if shipped and len(self._batch) == 1:
             self._limit_last(kill_after)
         elif shipped and not far.shared.recalled:
@@ -767,7 +768,6 @@ class _Lane(Lane):
             # What is behind it is taken back by then, so that the kill meets no other call; and
             # what is before it had time to come home.
             spared = held + HELD
-        told = False
         while True:
             now = time.monotonic()
             if self._killed or run.abandoned is not None or now >= deadline:
@@ -790,7 +790,7 @@ class _Lane(Lane):
                 self._overdue = True
                 far.kill()
             moment = min(deadline, held, *(max(due, spared) for due, _ in self._due.values()))
-            if untold is not bool(self._untold):
+            if untold is not (shipped and bool(self._untold)):
                 if untold:
                     poll.unregister(far.control.fileno())
                 else:
@@ -851,7 +851,7 @@ class _Lane(Lane):
         for number, (due, span) in list(self._due.items()):
             if now >= due:
                 del self._due[number]
-                if far.shared.at == number:
+                if far.shared.at == number and not far.shared.over:
                     return True
                 if far.shared.at < number:  # it was not even begun yet
                     self._due[number] = now + span, span
