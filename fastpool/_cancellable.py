@@ -355,7 +355,7 @@ def cancellable(fn: Any = None, /, *, param: str | None = None) -> Any:
     Give a function a cancel token, and take the token's parameter out of its signature.
 
     A direct call, `fetch(url)`, fills it with the current token, and checks nothing by itself.
-    `fetch.with_token(token, url)` names one.
+    `fetch.with_token(token, url)` names one, and sets it if the call fails.
 
     The token is gone for type checkers too; one among the keywords stays, as optional. They know
     `with_token` of functions, not of methods, and before `**kwargs: T` they want the token to be
