@@ -3512,17 +3512,24 @@ def test_group_whose_entry_fails_midway_is_not_open(error, monkeypatch):
     """
     Wherever that is; nothing of it is left, and the stack may grow as far as before.
     """
-    limit = sys.getrecursionlimit()
+    limit, limits = sys.getrecursionlimit(), []
 
     def fails(*arguments):
-        monkeypatch.undo()
+        entering.undo()
         raise error
 
-    monkeypatch.setattr("fastpool._scope.enter", fails)
-    with pytest.raises(error), TaskGroup(1):
-        pass
+    def set_limit(limit, set_it=sys.setrecursionlimit):
+        limits.append(limit)
+        set_it(limit)
+
+    monkeypatch.setattr(sys, "setrecursionlimit", set_limit)
+    with monkeypatch.context() as entering:
+        entering.setattr("fastpool._scope.enter", fails)
+        with pytest.raises(error), TaskGroup(1):
+            pass
 
     assert fastpool.dump() == ()
+    assert limits == ([limit + 200, limit] if error is RecursionError else [])
     assert sys.getrecursionlimit() == limit
 
 
