@@ -364,6 +364,10 @@ class Ledger:
             late = TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
             late.__cause__ = error
             error = BaseException.with_traceback(late, traceback)
+        if own is not None:
+            # First: who meets the failure sets the group's token, and this one would hear that
+            # and hold what its task has raised, whose frames may hold it: a cycle.
+            own._seal()
         # In this order: the failure is recorded, the task is done, the token is set, waiters
         # wake, callbacks run. Were the token set first, the echo of a woken sibling could be
         # recorded before the failure itself. Who is to tell of the cancel is settled before, too,

@@ -834,14 +834,12 @@ def test_end_of_a_group_reaches_every_future(end):
             waits = start(concurrent.futures.wait, futures)
             gives = start(lambda: set(concurrent.futures.as_completed(futures)))
             until(lambda: all(len(future._waiters) == 2 for future in futures))
+            group.token.on_cancel(release.set)  # not before: it would make room for the pending
             if end is fails:
-                release.set()  # makes room for what fails; it takes none of the pending first
                 for future in pending:
                     future.cancel()
-            try:
-                end(group)
-            finally:
-                release.set()
+                release.set()  # makes room for what fails
+            end(group)
             group.wait(LONG)
     except (ValueError, Cancelled):
         pass

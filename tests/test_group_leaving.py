@@ -8,6 +8,7 @@ import signal
 import threading
 import traceback
 import weakref
+from contextlib import suppress
 
 import pytest
 from staging import fail, is_asleep, sleeper, started_sleeper, until
@@ -1393,6 +1394,44 @@ def test_locals_of_a_failed_task_die_without_the_collector(run):
         gc.enable()
 
     assert len(witnesses) >= 1
+    assert alive == []
+
+
+def test_token_of_a_failed_task_does_not_hear_of_that_failure(monkeypatch):
+    """
+    Though a submit meets it just as the task is done: its locals would hold what they died of.
+    """
+    witnesses, met = [], []
+
+    def submit_late():
+        with suppress(GroupClosedError):
+            group.submit(abs, 404)
+
+    def close_late(ledger, task, close=Ledger.close_token):
+        if not met:
+            met.append(threading.Thread(target=submit_late))
+            met[0].start()
+            met[0].join(60)
+            assert group.token.cancelled()
+        close(ledger, task)
+
+    monkeypatch.setattr(Ledger, "close_token", close_late)
+    gc.collect()
+    gc.disable()
+    try:
+        try:
+            with TaskGroup(1) as group:
+                group.submit(fail_under_a_token, witnesses)
+        except ValueError as error:
+            clear_frames(error)
+        group = None
+        fastpool.shutdown()
+        alive = [witness() for witness in witnesses if witness() is not None]
+    finally:
+        gc.enable()
+
+    assert met
+    assert len(witnesses) == 1
     assert alive == []
 
 

@@ -869,6 +869,8 @@ def test_death_under_collect_all_ends_one_task(two, tmp_path):
     with pytest.raises(ExceptionGroup) as raised, TaskGroup(pool=two, policy=CollectAll()) as group:
         batch = group.map(operator.call, [far.process] * 20)
         dying = [group.submit(far.die_by, "SIGKILL") for _ in range(3)]
+        for task in dying:
+            task.wait()
         after = group.map(operator.call, [far.process] * 20)
 
     failed = [task for task in [*batch.tasks, *dying, *after.tasks] if task.exception()]
