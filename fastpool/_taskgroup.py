@@ -82,6 +82,8 @@ class TaskGroup(Submitter):
         token: One more token to hear, besides the one that is current on entry.
         pool: A `ThreadPool` of yours, which is left open and usable; a backend; or a backend's
             name, `"threads"`. `None`: threads that fastpool keeps warm from group to group.
+            A thread of yours that waits for a task of the group, or for room in its queue, may
+            run what is queued, on top of the task that waits: hold no lock then that it takes.
         observers: Called with an `Event` for each thing that happens. structlog's is one more,
             if the application has configured structlog; see `StructlogObserver`.
         grace: Seconds a task may go on after the cancel before it is reported by a

@@ -654,7 +654,9 @@ def test_variable_whose_value_cannot_be_sent_fails_the_task():
         ("SIGTERM", "killed by SIGTERM"),
         ("40", "killed by signal 40"),  # which has no name
         ("segfault", "killed by SIGSEGV"),
-        ("exit", "exit code 3"),
+        ("SIGHUP", "killed by SIGHUP"),  # the lowest
+        ("exit 3", "exit code 3"),
+        ("exit 0", "exit code 0"),
     ],
 )
 def test_death_of_a_worker_fails_the_task_that_it_ran(two, way, how, begun, ended):
@@ -1450,7 +1452,8 @@ def test_shutdown_leaves_no_process_thread_or_descriptor(begun):
 
 @pytest.fixture
 def no_more_processes(monkeypatch):
-    """Has the system refuse to start one, until it is called."""
+    """Has the system refuse to start one, until it is called; their server is there by then."""
+    Processes(1).start_worker().close()
 
     def fails(process):
         raise OSError("there is no room for more")
@@ -1474,22 +1477,36 @@ def test_lane_whose_worker_has_gone_keeps_nothing_of_it_open(way, no_more_proces
     backend = Processes(1, kill_after=0.05, **settings.get(way, {}))
     with pytest.raises(OSError, match="no room"), TaskGroup(pool=backend) as group:
         group.submit(far.square, 3)
+    fastpool.shutdown()  # nothing that goes meanwhile is to make up for what stays
     gc.collect()
     before = descriptors()
     no_more_processes()
     with contextlib.suppress(LookupError, WorkerDiedError), TaskGroup(pool=backend) as group:
         if way == "dies idle":
             for _ in range(2):
-                os.kill(group.submit(far.process).result(), signal.SIGKILL)
+                worker = group.submit(far.process).result()
+                os.kill(worker, signal.SIGKILL)
+                until(lambda: not alive(worker))
         if way == "does not stop":
             stuck = group.submit(far.stubborn, begun)
             seen(begun)
             stuck.cancel()
         else:
             group.submit(far.die_by, "SIGKILL")
+    (lane,) = (lane for pool in backend._crew.idle for lane in pool.reserve)
     gc.collect()
 
+    assert lane._far is None
     until(lambda: descriptors() <= before)
+
+
+def test_worker_that_is_closed_ends_by_itself(idle):
+    """
+    It runs what is to run as a process exits.
+    """
+    idle.close()
+
+    assert idle.process.exitcode == 0
 
 
 def test_worker_that_cannot_be_started_leaves_nothing_open(no_more_processes):
