@@ -136,6 +136,23 @@ class Note(str):
     settled = False
 
 
+def in_words(error: BaseException) -> str:
+    """What an exception is and says. Raises nothing, though it be somebody's."""
+    kind = type(error).__name__
+    try:
+        return f"{kind}: {error}"
+    except BaseException:
+        return kind
+
+
+def add_note(error: BaseException, line: str) -> None:
+    """As `error.add_note`, also where the exception takes no attributes."""
+    names: dict[str, Any] = _DICT.__get__(error)
+    notes = names.setdefault("__notes__", [])
+    if type(notes) is list:
+        notes.append(line)  # pyright: ignore[reportUnknownMemberType] # of anything
+
+
 def annotate(error: BaseException, lines: list[str], *, outermost: bool) -> None:
     """
     Add our notes to an exception, after those of the groups inside ours.

@@ -1092,7 +1092,11 @@ def test_worker_is_not_taken_away_from_who_asks_where_it_is(idle):
     control = idle.control
     idle._asking = Lock()
     idle.control = SimpleNamespace(
-        poll=poll, close=close, send_bytes=control.send_bytes, recv_bytes=control.recv_bytes
+        poll=poll,
+        close=close,
+        fileno=control.fileno,
+        send_bytes=control.send_bytes,
+        recv_bytes=control.recv_bytes,
     )
     asker, _ = start(idle.stack)
     asks.wait(100)
@@ -1486,7 +1490,7 @@ def test_lane_whose_worker_has_gone_keeps_nothing_of_it_open(way, no_more_proces
             for _ in range(2):
                 worker = group.submit(far.process).result()
                 os.kill(worker, signal.SIGKILL)
-                until(lambda: not alive(worker))
+                until(lambda number=worker: not alive(number))
         if way == "does not stop":
             stuck = group.submit(far.stubborn, begun)
             seen(begun)

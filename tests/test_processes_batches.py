@@ -662,6 +662,7 @@ def test_values_that_are_on_their_way_are_not_lost_to_a_task_that_was_late(monke
     monkeypatch.setattr(processes, "time", clock)
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
     monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    monkeypatch.setattr(processes, "HOMEWARD", 300)
     with TaskGroup(pool=Processes(1, kill_after=300)) as group:
         group.submit(wait_for, tmp_path / "go")
         group.map(abs, range(8))  # in one batch, and then in one of 64:
@@ -676,7 +677,7 @@ def test_values_that_are_on_their_way_are_not_lost_to_a_task_that_was_late(monke
             assert lane._due
             ahead[0] = 10_000  # seconds
             lane._bell.open()
-            until(lambda: not lane._due)
+            until(lambda: [span for _, span in lane._due.values()] == [None])
 
         acts = at_the_long_answer(monkeypatch, be_late)
         late.cancel()
@@ -697,6 +698,7 @@ def test_values_that_are_on_their_way_are_not_cut_off_for_a_task_that_is_late(
     monkeypatch.setattr(processes, "time", clock)
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
     monkeypatch.setattr(processes, "HELD", 1000)  # ...until it is taken back
+    monkeypatch.setattr(processes, "HOMEWARD", 1000)
     with TaskGroup(pool=Processes(1, kill_after=1500)) as group:
         group.submit(wait_for, tmp_path / "go")
         group.map(abs, range(8))  # in one batch, and then in one of 64:

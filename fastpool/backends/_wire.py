@@ -12,14 +12,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fastpool._cancellable import Cancellable, Injecting, rewrap
-from fastpool._errors import strip
+from fastpool._errors import add_note, in_words, strip
 from fastpool._task import label
 from fastpool.exceptions import describe
 
 __all__ = [
     "FOLLOWS",
-    "LONG",
     "PROTOCOL",
+    "SHORT",
     "Far",
     "Shared",
     "cannot_return",
@@ -31,8 +31,9 @@ __all__ = [
 ]
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
-SHORT = 16_384  # bytes, which a pipe takes without waiting for its reader
-LONG = 65_536  # bytes; to send or receive more takes as long as the other side does
+# Bytes, which go in one piece and which a pipe takes without waiting for its reader; to send or
+# receive more takes as long as the other side does.
+SHORT = 16_384
 FOLLOWS = b"long"  # the message before a long one
 
 
@@ -44,7 +45,7 @@ class Shared(ctypes.Structure):
         at: The number of the call that the worker is at.
         ordered: Whether there are orders that it is to hear before it begins another one.
         recalled: Whether it is to begin no other one of those that it has.
-        over: Whether the last one is over, and what they came to on its way home.
+        over: Whether the last one is over, and what they came to is on its way home.
     """
 
     _fields_ = [
@@ -94,14 +95,15 @@ def dump_function(fn: Callable[..., Any]) -> bytes:
             cloudpickle = importlib.import_module("cloudpickle")
         except ModuleNotFoundError:
             raise TypeError(
-                f"{label(fn)}() cannot be sent to a worker process: {error}; define it at the top"
-                " of a module, or have it sent by value: pip install fastpool[processes]"
+                f"{label(fn)}() cannot be sent to a worker process: {in_words(error)}; define it at"
+                " the top of a module, or have it sent by value: pip install fastpool[processes]"
             ) from error
         file = io.BytesIO()
         try:
             _by_value(cloudpickle)(file, PROTOCOL).dump(fn)
         except Exception as wrong:
-            raise TypeError(f"{label(fn)}() cannot be sent to a worker process: {wrong}") from wrong
+            why = in_words(wrong)
+            raise TypeError(f"{label(fn)}() cannot be sent to a worker process: {why}") from wrong
         return file.getvalue()
 
 
@@ -145,7 +147,7 @@ def _dump(error: BaseException) -> Far:
             return Far(pickled, kind, text, "", "")
         why = "it comes out of its pickle as something else"
     except BaseException as wrong:
-        why = f"{type(wrong).__name__}: {wrong}"
+        why = in_words(wrong)
     return Far(None, kind, text, why, "")
 
 
@@ -185,10 +187,10 @@ def load_error(far: Far, task: str, worker: str) -> BaseException:
             if isinstance(loaded, BaseException):
                 error = loaded
         except BaseException as wrong:
-            why = f"{type(wrong).__name__}: {wrong}"
+            why = in_words(wrong)
     if error is None:
         error = cannot_return(task, f"raised {far.kind}: {far.text}", why)
-    error.add_note(f"the traceback in {worker}:\n{far.traceback.rstrip()}")
+    add_note(error, f"the traceback in {worker}:\n{far.traceback.rstrip()}")
     return error
 
 

@@ -13,18 +13,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator
 from multiprocessing.connection import Connection
 from typing import Any
 
 from fastpool import _clock
-from fastpool._errors import is_a
+from fastpool._errors import in_words, is_a
 from fastpool._scope import current, this_thread
 from fastpool._token import CancelToken, Cause, messages
 from fastpool.backends._wire import (
     FOLLOWS,
-    LONG,
     PROTOCOL,
+    SHORT,
     Far,
     Shared,
     dump_error,
@@ -36,6 +37,7 @@ from fastpool.exceptions import Cancelled
 __all__ = ["main"]
 
 SWITCH = 0.001  # seconds: a task that computes lets the thread in that brings a cancel
+INNERMOST = 50  # calls of a stack that are told
 LAST_WORDS = 0.2  # seconds that tasks have to clean up when the parent has gone
 
 Message = tuple[Any, ...]
@@ -170,8 +172,10 @@ class Worker:
         self._shared = shared
         self._main = threading.get_ident()
         self._told = threading.Event()  # of all that was ordered
-        # Guards the writing to `calls`: what runs may set a group's token in any thread.
+        # Guards the writing to `calls`: what runs may set a group's token in any thread. Held while
+        # something is written; who may come in the middle of that leaves its message in `_outbox`.
         self._answering = threading.Lock()
+        self._outbox: deque[bytes] = deque()
         self._functions: dict[int, Callable[..., Any]] = {}
         self._unreadable: dict[int, Far] = {}  # functions that could not be read, and why
         # By the number of the run: set by the thread that hears, used by the one that runs.
@@ -206,7 +210,7 @@ class Worker:
                     if batch is not None:  # code of theirs may run in pickling: not here
                         _clock.run_in_helper(functools.partial(self._send_so_far, batch))
                 elif word == "where":
-                    self._control.send_bytes(pickle.dumps(self._where(), PROTOCOL))
+                    self._control.send_bytes(pickle.dumps((*rest, self._where()), PROTOCOL))
         except (EOFError, OSError):
             for run in list(self._tokens):
                 self._cancel(run, dump_reason("the process that wanted it has gone"), failed=False)
@@ -237,15 +241,37 @@ class Worker:
         """A task has set its group's token: the parent is to know."""
         reason = dump_reason(cause.reason)
         message = pickle.dumps(("set", run, cause.failure is not None, reason), PROTOCOL)
-        with contextlib.suppress(OSError), self._answering:
-            self._calls.send_bytes(message)
+        self._outbox.append(message)
+        self._empty_outbox()
+
+    def _empty_outbox(self) -> None:
+        """Send what is there, unless who is at it does."""
+        while self._outbox and self._answering.acquire(blocking=False):
+            try:
+                self._send_outbox()
+            finally:
+                self._answering.release()
+
+    def _send_outbox(self) -> None:
+        while self._outbox:
+            with contextlib.suppress(OSError, IndexError):
+                self._calls.send_bytes(self._outbox.popleft())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Generator[None, None, None]:
+        """Write to `calls`, after what is to go ahead of it."""
+        with self._answering:
+            self._send_outbox()
+            yield
+        self._empty_outbox()
 
     def _where(self) -> str:
-        """The main thread's stack."""
+        """The main thread's stack, the innermost of it."""
         frame = sys._current_frames().get(self._main)
         stack = traceback.extract_stack(frame)
         ours = [at for at, entry in enumerate(stack) if entry.filename == __file__]
-        return "".join(traceback.format_list(stack[max(ours, default=-1) + 1 :]))
+        theirs = stack[max(ours, default=-1) + 1 :]
+        return "".join(traceback.format_list(theirs[-INNERMOST:]))[-SHORT:]
 
     # --- Running ---------------------------------------------------------------------------
 
@@ -282,11 +308,11 @@ class Worker:
             belongings.clear()
 
     def _send(self, answer: bytes) -> None:
-        with self._answering:
+        with self._writing():
             self._send_now(answer)
 
     def _send_now(self, answer: bytes) -> None:
-        if len(answer) > LONG:
+        if len(answer) > SHORT:
             self._calls.send_bytes(FOLLOWS)
         self._calls.send_bytes(answer)
 
@@ -312,7 +338,6 @@ class Worker:
             # could be over before the parent knew why.
             token._deadline = time.monotonic() + span
         batch = self._batch = Calls(token, calls)
-        self._shared.over = False
         self._learn(functions)
         begun = time.monotonic()
         batch.last = self._run_calls(batch, first, key, begun + slice_)
@@ -329,7 +354,7 @@ class Worker:
             except BaseException:
                 answer = self._each(batch)
             self._shared.over = True
-            with self._answering:
+            with self._writing():
                 if batch.sent == sent:  # else some of it has gone home meanwhile
                     batch.over = True
                     self._send_now(answer)
@@ -346,7 +371,7 @@ class Worker:
         values = batch.values.copy()
         outcomes = [self._encoded(("value", value)) for value in values]
         message = pickle.dumps(("so far", outcomes), PROTOCOL)
-        with contextlib.suppress(OSError), self._answering:
+        with contextlib.suppress(OSError), self._writing():
             if not batch.over:
                 batch.sent = len(values)
                 self._send_now(message)
@@ -423,7 +448,7 @@ class Worker:
         """Hear which tasks have been cancelled by now: what is cancelled does not begin after."""
         self._shared.ordered = False  # first: what is ordered from here on is seen the next time
         self._told.clear()
-        with contextlib.suppress(OSError), self._answering:
+        with contextlib.suppress(OSError), self._writing():
             self._calls.send_bytes(pickle.dumps(("ordered",), PROTOCOL))
         self._told.wait()  # if the parent has gone, the process ends meanwhile
 
@@ -463,7 +488,7 @@ class Worker:
 
 
 def _why(value: object, error: BaseException) -> tuple[str, str]:
-    return f"returned a {type(value).__name__}", f"{type(error).__name__}: {error}"
+    return f"returned a {type(value).__name__}", in_words(error)
 
 
 def _cause(token: CancelToken, reason: Far, *, failed: bool) -> Cause:

@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpool import _clock, _token
 from fastpool._descriptor import Descriptor
+from fastpool._errors import in_words, strip
 from fastpool._lane import At, Lane, handle
 from fastpool._task import NOTHING, PLAIN, Task
 from fastpool.backends import _worker
 from fastpool.backends._wire import (
     FOLLOWS,
-    LONG,
     PROTOCOL,
+    SHORT,
     Far,
     Shared,
     cannot_return,
@@ -56,7 +57,10 @@ MOST = 1024  # calls that are shipped at once
 GROWTH = 8  # times as many the next time, as long as they are quick; the slice bounds the rest
 BULK = 1 << 16  # bytes that a batch is to come to, with what it brings home
 MOST_WORKERS = 10_000
+HOMEWARD = 5.0  # seconds that what tasks came to has to come home though its worker is overdue
+DAY = 86_400.0  # seconds; `poll` takes no more than 24 of them
 ANSWER = 1.0  # seconds that a worker has to say where it is
+UNANSWERED = 3  # times that it may have been asked in vain: its pipe takes so many answers
 FAREWELL = 2.0  # seconds that a worker has to end by itself
 PATIENCE = 300  # hundredths of a second in which the server of forked processes is replaced
 KNOWN = 256  # functions that a worker is trusted to remember, beyond those of one message
@@ -251,6 +255,8 @@ class _Far:
         # answered. Who reports may be a signal handler, above one that holds it: none waits for
         # ever, and it takes the other lock with this one held.
         self._asking = threading.Lock()
+        self._questions = itertools.count(1)
+        self._unanswered: deque[int] = deque()  # with `_asking` held
         self.process = context.Process(
             target=_worker.main,
             args=(calls, control, self.shared, start),
@@ -326,8 +332,12 @@ class _Far:
 
     def hang_up(self) -> None:
         """Have who sends or receives by the pipe of the calls fail."""
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self.calls.fileno())) as end:
-            end.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            end = socket.socket(fileno=self.calls.fileno())  # no other one: there may be none left
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            finally:
+                end.detach()
 
     def rest(self, word: bytes) -> None:
         """Have it forget what is over: the batch before, or the group."""
@@ -336,25 +346,42 @@ class _Far:
 
     def stack(self) -> str:
         """The stack of what it runs, as text; empty if it does not answer, or another asks."""
-        text = ""
-        if self._asking.acquire(timeout=ANSWER):
-            try:
-                self.tell("where")
-                with contextlib.suppress(EOFError, OSError):
-                    if self.control.poll(ANSWER):
-                        text = pickle.loads(self.control.recv_bytes())
-            finally:
-                self._asking.release()
-        return text
+        if not self._asking.acquire(timeout=ANSWER):
+            return ""
+        try:
+            with contextlib.suppress(EOFError, OSError):
+                return self._ask_where()
+            return ""
+        finally:
+            self._asking.release()
+
+    def _ask_where(self) -> str:
+        unanswered = self._unanswered
+        question = next(self._questions)
+        if len(unanswered) < UNANSWERED and self.hears():
+            self.tell("where", question)
+            unanswered.append(question)
+        deadline = time.monotonic() + ANSWER
+        while self.control.poll(max(0.0, deadline - time.monotonic())):
+            answered, text = pickle.loads(self.control.recv_bytes())
+            while unanswered and unanswered[0] <= answered:
+                unanswered.popleft()
+            if answered == question:  # else of a report that was made without it
+                return str(text)
+        return ""
 
     def kill(self) -> None:
-        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            if self._pidfd is None:
+                self.process.kill()
+            else:  # its number may be another's by now
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def close(self) -> None:
         """Have it end, and wait for that."""
         self.calls.close()
         if self.exit_code(FAREWELL) is None:
-            self.process.kill()
+            self.kill()
             self.exit_code(None)
         with self._asking:
             self.control.close()
@@ -389,6 +416,7 @@ class _Lane(Lane):
         "_backend",
         "_batch",
         "_bell",
+        "_done",
         "_due",
         "_far",
         "_first",
@@ -411,13 +439,14 @@ class _Lane(Lane):
         self._took = 0.0  # seconds of the worker's, for the batch before
         self._size = 0  # bytes that it came to, there and back
         self._bell: Descriptor | None = None
+        self._done: Descriptor | None = None  # opened by a helper that has sent or received
         self._orders: deque[tuple[Task[Any], object]] = deque()
         self._untold: deque[tuple[int, Far]] = deque()  # those that the worker is yet to hear of
         self._asked = False  # it wants to know when it has heard of all
         self._killed = False
         # When the worker is killed for a call that was cancelled or is late, and how long that
         # may go on, by the call's number.
-        self._due: dict[int, tuple[float, float]] = {}
+        self._due: dict[int, tuple[float, float | None]] = {}
         self._overdue = False  # it was
 
     # --- Asked by others ---------------------------------------------------------------------
@@ -476,6 +505,7 @@ class _Lane(Lane):
         number = self._backend.number_of(run)
         self._killed = False
         self._bell = bell = Descriptor()
+        self._done = Descriptor()
         self._backend._serving[self] = run
         key = run.token._add_sleeper(bell)
         most = 1
@@ -498,7 +528,8 @@ class _Lane(Lane):
                     most = max(1, min(GROWTH * most, fair, MOST))
         finally:
             self._backend._serving.pop(self, None)
-            self._bell = None
+            self._bell = self._done = None
+            self._orders.clear()
             run.token._remove(key)
             if self._far is not None:
                 self._far.rest(REST)
@@ -515,14 +546,16 @@ class _Lane(Lane):
                 try:
                     far = self._ready_worker(run, number, bell)
                 except WorkerDiedError as error:
+                    strip(error)
                     died = error
                     if self._killed:
                         break
                     continue
                 try:
                     ended = self._take_home(run, far, number, bell)
-                except _Died:
-                    early = self._bury(run, far)
+                except BaseException as error:
+                    # Whatever it was: what the worker says next would be taken for something else.
+                    early = self._bury(run, far, error)
                     if early is not None and not self._killed:
                         died = early
                         continue
@@ -530,9 +563,14 @@ class _Lane(Lane):
             else:
                 raise died
         except BaseException as error:
-            if not run.stopping():  # or another lane has said so already
-                run.failed(handle(batch[0]), self, error)
+            BaseException.with_traceback(error, None)  # ours, which holds all that this frame does
+            first = next((task for task in map(handle, self._batch) if not task._state), None)
+            if first is None:
+                run.broken(self, error)
+            elif not run.stopping():  # or another lane has said so already
+                run.failed(first, self, error)
         finally:
+            del died  # it refers to this frame
             rest = [task for task in map(handle, self._batch[ended:]) if not task._state]
         if rest and run.observers and run.stopping():
             run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
@@ -554,9 +592,15 @@ class _Lane(Lane):
                 hello = self._await(run, far, number, bell, shipped=False)
                 word, what = pickle.loads(hello)
             except (EOFError, OSError):
+                word, what = "died", None  # not raised here: the one would hold the other
+            except BaseException:
+                far.kill()
+                self.leave()
+                raise
+            if word == "died":
                 why = far.never_came()
                 self.leave()
-                raise why from None
+                raise why
             if word == "failed":
                 self.leave()
                 raise load_error(what, "initializer", far.name)
@@ -564,7 +608,7 @@ class _Lane(Lane):
 
     def _take_home(self, run: Run, far: _Far, number: int, bell: Descriptor) -> int:
         """Have the worker run the batch; how many of it have ended."""
-        far.shared.recalled = False
+        far.shared.recalled = far.shared.over = False
         self._due.clear()
         self._overdue = self._asked = False
         self._untold.clear()
@@ -578,6 +622,8 @@ class _Lane(Lane):
             if word == "unread":
                 far.known.clear()  # the functions were not read, either
                 message = self._encode(run, far, number, singly=True)
+                if not self._batch:
+                    return 0
                 word, self._took, *rest = self._ask(run, far, number, message, bell)
         finally:
             _token.messages.writing = None
@@ -654,7 +700,7 @@ class _Lane(Lane):
             except BaseException as error:
                 wrong = TypeError(
                     f"the arguments of task {task.name!r} cannot be sent to a worker process: "
-                    f"{type(error).__name__}: {error}"
+                    f"{in_words(error)}"
                 )
                 wrong.__cause__ = error
                 run.failed(task, self, wrong)
@@ -667,7 +713,7 @@ class _Lane(Lane):
         self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
     ) -> tuple[Any, ...]:
         try:
-            if len(message) <= LONG:
+            if len(message) <= SHORT:
                 far.calls.send_bytes(message)
             else:
                 self._in_helper(run, far, number, bell, lambda: far.calls.send_bytes(message))
@@ -702,7 +748,8 @@ class _Lane(Lane):
         self, run: Run, far: _Far, number: int, bell: Descriptor, call: Callable[[], T]
     ) -> T:
         """Send or receive much in a helper; meanwhile it is heard here what else there is."""
-        done = Descriptor()
+        done = self._done
+        assert done is not None  # while it serves
         values: list[T] = []
         errors: list[BaseException] = []
 
@@ -721,6 +768,8 @@ class _Lane(Lane):
             connection.wait([done.fileno()])
             if not isinstance(error, EOFError):  # it has died; all of an answer may have come
                 raise
+        finally:
+            done.clear()
         if errors:
             raise errors[0]
         return values[0]
@@ -756,22 +805,21 @@ class _Lane(Lane):
         awaited = far.calls.fileno() if until is None else until.fileno()
         for fd in (awaited, far.sentinel, bell.fileno()):
             poll.register(fd, select.POLLIN)
-        told = untold = False
+        told = untold = homeward = False
         kill_after = self._backend._kill_after
         deadline = held = math.inf
-        # While much comes home, as well: so that what has come so far is not cut off.
-        spared = -math.inf if until is None else time.monotonic() + HELD
+        spared = -math.inf if until is None else time.monotonic() + HOMEWARD
         if shipped and len(self._batch) == 1:
             self._limit_last(kill_after)
         elif shipped and not far.shared.recalled:
             held = time.monotonic() + HELD
-            # What is behind it is taken back by then, so that the kill meets no other call; and
-            # what is before it had time to come home.
-            spared = held + HELD
+            spared = math.inf  # until what is behind is taken back: the kill is to meet no other
         while True:
             now = time.monotonic()
+            if now >= deadline and far.shared.over and not homeward:
+                homeward, deadline = True, deadline + HOMEWARD
             if self._killed or run.abandoned is not None or now >= deadline:
-                self._killed = True
+                self._killed, deadline = True, math.inf
                 far.kill()
             elif run.token.cancelled() and not told:
                 told = True
@@ -786,6 +834,7 @@ class _Lane(Lane):
                 held = math.inf
                 self._recall(run, far)
                 self._limit_last(kill_after)
+                spared = now + HOMEWARD if len(self._batch) > 1 else now  # what is before it
             if now >= spared and self._is_overdue(far, now):
                 self._overdue = True
                 far.kill()
@@ -796,8 +845,8 @@ class _Lane(Lane):
                 else:
                     poll.register(far.control.fileno(), select.POLLOUT)
                 untold = not untold
-            left = None if moment == math.inf else max(0.0, moment - time.monotonic()) * 1000
-            ready = {fd for fd, _ in poll.poll(left)}
+            left = min(max(0.0, moment - time.monotonic()), DAY)
+            ready = {fd for fd, _ in poll.poll(left * 1000)}
             if bell.fileno() in ready:
                 bell.clear()
             if until is not None and awaited in ready:
@@ -821,6 +870,8 @@ class _Lane(Lane):
         with contextlib.suppress(RuntimeError, MemoryError, OSError, ValueError):
             run.give_back(rest)  # if no lane is to be had for it, those there are come to it
         self._batch = self._batch[:begun]
+        for number in [number for number in self._due if number >= self._first + begun]:
+            del self._due[number]
 
     def _pass_on(self, far: _Far) -> None:
         """Tell the worker which of its tasks have been cancelled."""
@@ -840,6 +891,8 @@ class _Lane(Lane):
 
     def _limit_last(self, kill_after: float | None) -> None:
         """See to it that a call which has a timeout of its own does not go on for ever."""
+        if not self._batch:
+            return
         at, number = self._batch[-1], self._first + len(self._batch) - 1
         options = at[1].items.options if isinstance(at, tuple) else at._options
         if options.timeout is not None and kill_after is not None and number not in self._due:
@@ -849,12 +902,16 @@ class _Lane(Lane):
     def _is_overdue(self, far: _Far, now: float) -> bool:
         """Whether the worker is at a call that should have stopped long since."""
         for number, (due, span) in list(self._due.items()):
-            if now >= due:
-                del self._due[number]
-                if far.shared.at == number and not far.shared.over:
-                    return True
-                if far.shared.at < number:  # it was not even begun yet
-                    self._due[number] = now + span, span
+            if now < due:
+                continue
+            del self._due[number]
+            at = far.shared.at
+            if span is None or (at == number and not far.shared.over):
+                return True
+            if at == number:  # what it came to is on its way
+                self._due[number] = now + HOMEWARD, None
+            elif at < number:  # it was not even begun yet
+                self._due[number] = now + max(span, HELD), span
         return False
 
     def _report_each(self, run: Run, far: _Far, outcomes: list[bytes]) -> None:
@@ -863,7 +920,7 @@ class _Lane(Lane):
             try:
                 how, what = pickle.loads(outcome)
             except BaseException as error:
-                how, what = "unsent", ("returned a value", f"{type(error).__name__}: {error}")
+                how, what = "unsent", ("returned a value", in_words(error))
             self._report(run, far, handle(at), how, what)
 
     def _report(self, run: Run, far: _Far, task: Task[Any], how: str, what: Any) -> None:
@@ -879,7 +936,7 @@ class _Lane(Lane):
             error = load_error(why, task.name, far.name)
             wrong = TypeError(
                 f"the {which} of task {task.name!r} cannot be read in its worker process: "
-                f"{type(error).__name__}: {error}"
+                f"{in_words(error)}"
             )
             wrong.__cause__ = error
             run.failed(task, self, wrong)
@@ -893,22 +950,36 @@ class _Lane(Lane):
     def _late(self, task: Task[Any]) -> TimeoutError:
         return TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
 
-    def _bury(self, run: Run, far: _Far) -> WorkerDiedError | None:
+    def _bury(self, run: Run, far: _Far, error: BaseException) -> WorkerDiedError | None:
         """
         The worker has died: what it was at has failed, or was killed by us for not stopping.
 
+        Args:
+            error: A `_Died`, or what went wrong on our side: then it is ended here.
+
         Returns:
             What to say of it if it had begun nothing; what it had is run elsewhere then.
+
+        Raises:
+            BaseException: The error, if that was on our side and no task of the worker's has it.
         """
-        at: int = far.shared.at - self._first
+        lost = not isinstance(error, _Died)
+        if lost:
+            far.kill()
         how = far.how_it_ended()
         self.leave()
+        # Only now: without its pipes it may have gone on for a while.
+        at: int = far.shared.at - self._first
+        if lost and (at < 0 or all(task._state for task in map(handle, self._batch))):
+            raise error
         if not self._batch:
             return None  # all of it has come home before the answer
         if at < 0:
             return WorkerDiedError(f"{far.name} died before it began a task: {how}")
         *before, last = map(handle, self._batch[: at + 1])
         for task in (last, *before):
+            if task._state:
+                continue  # it had come home
             own = run.tokens.get(task)
             overdue = task is last and self._overdue
             if self._killed or (overdue and own is not None and own.cancelled()):
@@ -920,11 +991,12 @@ class _Lane(Lane):
                 run.failed(task, self, late)
                 continue
             what = "ran" if task is last else "was about to bring home what it came to"
-            run.failed(
-                task,
-                self,
-                WorkerDiedError(f"{far.name} died while task {task.name!r} {what}: {how}"),
-            )
+            why = f"{far.name} died while task {task.name!r} {what}: {how}"
+            if lost:
+                why = f"what task {task.name!r} came to in {far.name} is lost: {in_words(error)}"
+            failure = WorkerDiedError(why)
+            failure.__cause__ = error if lost else None
+            run.failed(task, self, failure)
         return None
 
     def leave(self) -> None:
@@ -970,7 +1042,7 @@ def _start_with(initializer: Callable[..., object] | None, initargs: tuple[Any, 
         function = None if initializer is None else dump_function(initializer)
         return pickle.dumps((function, initargs), PROTOCOL)
     except Exception as error:
-        raise TypeError(f"the initializer or initargs cannot be sent: {error}") from error
+        raise TypeError(f"the initializer or initargs cannot be sent: {in_words(error)}") from error
 
 
 def _preload(context: Any) -> bool:
