@@ -11,6 +11,7 @@ import pickle
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -29,6 +30,7 @@ from fastpool import (
     shield,
     timeout,
 )
+from fastpool.backends._worker import Worker
 
 VARIABLE = contextvars.ContextVar("VARIABLE", default="nothing")
 UNSET = contextvars.ContextVar("UNSET")
@@ -455,6 +457,50 @@ class UnloadableThere:
             refuse_to_load()
 
 
+class Mute(Exception):
+    """Says nothing: its own text fails."""
+
+    def __str__(self):
+        raise LookupError("no text")
+
+
+class RefusesMutely(Exception):
+    """Cannot be pickled, for a reason that says nothing."""
+
+    def __reduce__(self):
+        raise Mute
+
+
+class TakesNoAttribute(Exception):
+    """As a frozen dataclass."""
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"cannot assign to field {name!r}")
+
+
+class HoldsUpWhoReadsIt:
+    """Takes its time to be read, and then cannot be."""
+
+    def __init__(self, begun, release):
+        self.paths = begun, release
+
+    def __reduce__(self):
+        return read_slowly, self.paths
+
+
+def read_slowly(begun, release):
+    begin_and_hold(begun, release)
+    refuse_to_load()
+
+
+def raise_mutely():
+    raise RefusesMutely
+
+
+def raise_and_take_no_note():
+    raise TakesNoAttribute("no")
+
+
 def make(kind):
     return kind()
 
@@ -480,6 +526,32 @@ def die_by(way):
     os.kill(os.getpid(), int(way) if way.isdigit() else getattr(signal, way))
     while True:
         time.sleep(1)
+
+
+def worker_of_this_process():
+    """The worker that runs what calls this."""
+    frame = sys._getframe()
+    while not isinstance(frame.f_locals.get("self"), Worker):
+        frame = frame.f_back
+    return frame.f_locals["self"]
+
+
+def stop_at_the_answer(size):
+    """Return something, and stop for good just before it is sent."""
+    worker = worker_of_this_process()
+    send = worker._send_now
+
+    def stop(answer):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        send(answer)
+
+    worker._send_now = stop
+    return bytes(size)
+
+
+def hang_up():
+    """As a task does that closes what is not its own."""
+    worker_of_this_process()._calls.close()
 
 
 def die_once(path):

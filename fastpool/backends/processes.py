@@ -356,19 +356,25 @@ class _Far:
             self._asking.release()
 
     def _ask_where(self) -> str:
-        unanswered = self._unanswered
+        while self.control.poll(0):
+            self._hear_where()  # of reports that were made without it
+        if len(self._unanswered) >= UNANSWERED or not self.hears():
+            return ""
         question = next(self._questions)
-        if len(unanswered) < UNANSWERED and self.hears():
-            self.tell("where", question)
-            unanswered.append(question)
+        self.tell("where", question)
+        self._unanswered.append(question)
         deadline = time.monotonic() + ANSWER
         while self.control.poll(max(0.0, deadline - time.monotonic())):
-            answered, text = pickle.loads(self.control.recv_bytes())
-            while unanswered and unanswered[0] <= answered:
-                unanswered.popleft()
-            if answered == question:  # else of a report that was made without it
-                return str(text)
+            answered, text = self._hear_where()
+            if answered == question:
+                return text
         return ""
+
+    def _hear_where(self) -> tuple[int, str]:
+        answer: tuple[int, str] = pickle.loads(self.control.recv_bytes())
+        while self._unanswered and self._unanswered[0] <= answer[0]:
+            self._unanswered.popleft()
+        return answer
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
@@ -608,6 +614,7 @@ class _Lane(Lane):
 
     def _take_home(self, run: Run, far: _Far, number: int, bell: Descriptor) -> int:
         """Have the worker run the batch; how many of it have ended."""
+        self._first = self._next  # where the worker is, is before that until it has begun
         far.shared.recalled = far.shared.over = False
         self._due.clear()
         self._overdue = self._asked = False

@@ -1,0 +1,479 @@
+"""
+What goes wrong on one side of a worker's pipes, and concerns one task, and no other.
+"""
+
+import contextlib
+import gc
+import os
+import resource
+import signal
+import threading
+import weakref
+from multiprocessing.connection import Connection, Pipe
+
+import far
+import pytest
+from blocked import is_blocked
+from staging import until
+
+from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
+from fastpool.backends import _wire, processes
+from fastpool.backends.processes import Processes
+
+MONTH = 2_678_400  # seconds
+ALL = [*range(20)]
+
+
+@pytest.fixture
+def one():
+    """A backend with one worker, so that there are batches."""
+    return Processes(1)
+
+
+def echoes(backend):
+    """What a group gets after another, which must be its own."""
+    with TaskGroup(pool=backend) as group:
+        return group.map(far.echo, ALL).results()
+
+
+@contextlib.contextmanager
+def no_more_descriptors():
+    """All that the process may have are in use."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = []
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1 + highest, limits[1]))
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                used.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for fd in used:
+            os.close(fd)
+
+
+# --- What users' code says and raises -------------------------------------------------------------
+
+
+def test_limit_of_a_month_is_waited_for(tmp_path):
+    """
+    The system's own calls take no more than 24 days at once.
+    """
+    backend = Processes(1, kill_after=MONTH)
+    with TaskGroup(pool=backend) as group:
+        quick = group.with_options(timeout=MONTH).submit(far.square, 3)
+        quick.wait()
+        slow = group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release", 404)
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        group.cancel()
+        until(lambda: is_blocked(lane.of_thread.native_id))
+        done = slow.done()
+        far.note(tmp_path / "release")
+
+    assert quick.result() == 9
+    assert not done
+    assert slow.result() == 404
+    assert echoes(backend) == ALL
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        ((far.raise_mutely,), "'raise_mutely' raised far.RefusesMutely: , which cannot.*: Mute\\b"),
+        ((far.make, far.RefusesMutely), "'make' returned a RefusesMutely, which cannot.*: Mute\\b"),
+        ((far.echo, far.RefusesMutely()), "arguments of task 'echo' cannot be sent.*: Mute\\b"),
+    ],
+)
+def test_error_that_says_nothing_fails_its_task_alone(one, bad, says, tmp_path):
+    """
+    Whichever side meets it as it pickles something.
+    """
+    with pytest.raises(ExceptionGroup) as raised, TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(far.return_after, tmp_path / "go")
+        before = group.map(far.echo, ALL)
+        failing = group.submit(*bad)
+        behind = [group.submit(far.square, number) for number in ALL]
+        far.note(tmp_path / "go")
+
+    (error,) = raised.value.exceptions
+    assert failing.exception() is error
+    assert type(error) is TypeError
+    with pytest.raises(TypeError, match=says):
+        raise error
+    assert before.results() == ALL
+    assert [task.result() for task in behind] == [number**2 for number in ALL]
+    assert echoes(one) == ALL
+
+
+def test_reason_that_cannot_even_say_why_it_cannot_be_sent(one, tmp_path):
+    """
+    The task hears that it is cancelled, and what comes after is not mixed up.
+    """
+    with TaskGroup(pool=one) as group:
+        held = group.submit(far.notes_reason, tmp_path / "begun", tmp_path / "ended")
+        far.seen(tmp_path / "begun")
+        group.cancel(far.RefusesMutely())
+
+    assert held.done()
+    assert far.lines(tmp_path / "ended") == ["far.RefusesMutely: "]
+    assert echoes(one) == ALL
+
+
+def test_exception_that_takes_no_attribute_takes_our_note(one, tmp_path):
+    """
+    And no other task has anything of it.
+    """
+    with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(far.return_after, tmp_path / "go")
+        before = group.map(far.echo, ALL)
+        failing = group.submit(far.raise_and_take_no_note)
+        behind = group.map(far.echo, ALL)
+        far.note(tmp_path / "go")
+
+    error = failing.exception()
+    assert type(error) is far.TakesNoAttribute
+    assert "raise_and_take_no_note" in error.__notes__[0]
+    assert before.results() + behind.results() == ALL * 2
+
+
+def test_nothing_is_sent_for_what_is_cancelled_as_it_is_unreadable(one, tmp_path, monkeypatch):
+    """
+    A message without a task is one that nobody answers for.
+    """
+    sent = []
+    ask = processes._Lane._ask
+
+    def note(lane, *arguments):
+        sent.append(len(lane._batch))
+        return ask(lane, *arguments)
+
+    monkeypatch.setattr(processes._Lane, "_ask", note)
+    with TaskGroup(pool=one) as group:
+        bad = group.submit(
+            far.echo, far.HoldsUpWhoReadsIt(tmp_path / "begun", tmp_path / "release")
+        )
+        far.seen(tmp_path / "begun")
+        bad.cancel()
+        far.note(tmp_path / "release")
+
+    assert bad.cancelled()
+    assert sent == [1]
+    assert echoes(one) == ALL
+
+
+# --- What goes wrong in this process --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", ["_encode", "_receive"])
+def test_error_of_ours_ends_the_worker_that_it_was_about(one, step, monkeypatch, tmp_path):
+    """
+    Its next answer would be taken for that of another task. What it had begun is lost, and says
+    so; what it had not is run by another.
+    """
+    lost = MemoryError("no room")
+    calls = []
+    real = getattr(processes._Lane, step)
+
+    def fail_once(lane, *arguments, **options):
+        if len(lane._batch) > 8:
+            calls.append([*lane._batch])
+            if len(calls) == 1:
+                if step == "_receive":
+                    far.seen(tmp_path / "ran")
+                raise lost
+        return real(lane, *arguments, **options)
+
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
+        worker = group.submit(far.process).result()
+        monkeypatch.setattr(processes._Lane, step, fail_once)
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        first = group.submit(far.noted, tmp_path / "ran", 0)
+        held = group.submit(far.return_after, tmp_path / "never")
+        behind = [group.submit(far.noted, tmp_path / "ran", number) for number in range(1, 200)]
+        far.note(tmp_path / "go")
+        if step == "_receive":
+            with shield():
+                held.wait()
+        else:
+            far.note(tmp_path / "never")
+    with TaskGroup(pool=one) as group:
+        another = group.submit(far.process).result()
+
+    if step == "_receive":
+        assert [type(task.exception()) for task in (first, held)] == [WorkerDiedError] * 2
+        assert held.exception().__cause__ is lost
+        assert "what task 'return_after' came to in worker process" in str(held.exception())
+    else:
+        assert first.exception() is lost
+    assert [task.result() for task in behind] == [*range(1, 200)]
+    assert sorted(map(int, far.lines(tmp_path / "ran"))) == [*range(step == "_encode", 200)]
+    assert another != worker
+    assert echoes(one) == ALL
+
+
+def test_error_as_a_worker_starts_ends_it(one, monkeypatch):
+    """
+    Its greeting would be taken for an answer.
+    """
+    real = processes._Lane._await
+    started = []
+
+    def fail_once(lane, run, worker, *arguments, **options):
+        started.append(worker)
+        if len(started) == 1:
+            raise MemoryError("no room")
+        return real(lane, run, worker, *arguments, **options)
+
+    monkeypatch.setattr(processes._Lane, "_await", fail_once)
+    with pytest.raises(MemoryError), TaskGroup(pool=one) as group:
+        group.submit(far.square, 3)
+
+    assert started[0].process.exitcode == -signal.SIGKILL
+    assert echoes(one) == ALL
+
+
+def test_long_value_comes_though_no_descriptor_is_left(one, tmp_path):
+    """
+    Nothing is opened for it.
+    """
+    with TaskGroup(pool=one) as group:
+        value = group.submit(
+            far.begin_and_hold, tmp_path / "begun", tmp_path / "go", bytes(1_000_000)
+        )
+        far.seen(tmp_path / "begun")
+        with (tmp_path / "go").open("a") as file, no_more_descriptors():
+            file.write("go\n")
+            file.flush()
+            value.wait()
+
+    assert value.result() == bytes(1_000_000)
+
+
+def test_message_that_is_not_read_is_given_up_though_no_descriptor_is_left(tmp_path):
+    """
+    Its pipe is shut, for which none is needed.
+    """
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        worker = group.submit(far.leaves_child, tmp_path / "release").result()
+        os.kill(worker, signal.SIGSTOP)
+        sent = group.submit(len, bytes(10_000_000))
+        (lane,) = group._run.lanes
+        until(lambda: is_blocked(lane.of_thread.native_id))
+        with no_more_descriptors(), shield():
+            group.cancel()
+            came = sent.wait(timeout=60)
+        far.note(tmp_path / "release")
+
+    assert came
+    assert sent.cancelled()
+
+
+# --- What goes wrong in the worker ----------------------------------------------------------------
+
+
+def test_what_is_short_goes_in_one_piece(monkeypatch):
+    """
+    So that whoever receives it waits for no second one, from a worker that may have stopped.
+    """
+    pieces = []
+    send = Connection._send
+
+    def note(end, piece, *arguments):
+        pieces.append(len(piece))
+        return send(end, piece, *arguments)
+
+    monkeypatch.setattr(Connection, "_send", note)
+    near, there = Pipe()
+    with near, there:
+        near.send_bytes(bytes(_wire.SHORT))
+
+    assert len(pieces) == 1
+
+
+def test_worker_that_stops_at_its_answer_is_killed_for_its_late_task(monkeypatch):
+    """
+    What a task came to has a while to come home, and no more.
+    """
+    monkeypatch.setattr(processes, "HOMEWARD", 0.2)
+    with (
+        pytest.raises(TimeoutError, match="'stop_at_the_answer' timed out"),
+        TaskGroup(pool=Processes(1, kill_after=0.1)) as group,
+    ):
+        stopped = group.with_options(timeout=0.1).submit(far.stop_at_the_answer, 9)
+        came = stopped.wait(timeout=60)
+        if not came:
+            group._run.backend.abandon(group._run)
+
+    assert came
+
+
+@pytest.mark.parametrize("way", ["stops", "sends on"])
+def test_answer_of_a_cancelled_group_has_a_while_to_come(way, monkeypatch):
+    """
+    Its task is over, and has a value. A worker that stops all the same is killed in the end.
+    """
+    homeward = 0.2 if way == "stops" else 300
+    monkeypatch.setattr(processes, "HOMEWARD", homeward)
+    receive = Connection.recv_bytes
+    acts = []
+
+    def received(end):
+        if acts and threading.current_thread().name == "fastpool-helper":
+            acts.pop()()
+        return receive(end)
+
+    def cancel():
+        if way == "stops":
+            os.kill(worker, signal.SIGSTOP)
+        group.cancel()
+        until(lambda: is_blocked(lane.of_thread.native_id))
+
+    monkeypatch.setattr(Connection, "recv_bytes", received)
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        worker = group.submit(far.process).result()
+        (lane,) = group._run.lanes
+        acts.append(
+            (lambda: (os.kill(worker, signal.SIGSTOP), cancel())) if way == "stops" else cancel
+        )
+        large = group.submit(bytes, 10_000_000)
+
+    assert not acts
+    assert large.cancelled() if way == "stops" else large.result() == bytes(10_000_000)
+
+
+def test_nothing_runs_twice_that_a_worker_runs_without_its_pipes(one, monkeypatch, tmp_path):
+    """
+    Which it may until it is ended: where it is, is looked at after that.
+    """
+    ran = tmp_path / "ran"
+    how_it_ended = processes._Far.how_it_ended
+
+    def late(worker):
+        far.note(tmp_path / "seen")
+        far.seen(ran, 5)
+        return how_it_ended(worker)
+
+    monkeypatch.setattr(processes._Far, "how_it_ended", late)
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: what comes after is in its batch
+    monkeypatch.setattr(processes, "HELD", 300)
+    with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        group.submit(far.hang_up)
+        group.submit(far.return_after, tmp_path / "seen")
+        for number in range(200):
+            group.submit(far.noted, ran, number)
+        far.note(tmp_path / "go")
+
+    assert sorted(map(int, far.lines(ran))) == [*range(200)]
+
+
+def test_late_answer_to_a_report_is_not_that_to_the_next(monkeypatch):
+    """
+    And a worker that answers none is not asked for ever: its pipes would be full.
+    """
+    worker = Processes(1).start_worker()
+    assert worker.calls.poll(100)
+    os.kill(worker.process.pid, signal.SIGSTOP)
+    monkeypatch.setattr(processes, "ANSWER", 0.001)
+    told = [worker.stack() for _ in range(10)]
+    asked = len(worker._unanswered)
+    monkeypatch.setattr(processes, "ANSWER", 100)
+    os.kill(worker.process.pid, signal.SIGCONT)
+    until(lambda: worker.stack() or not worker._unanswered)
+    last = worker.stack()
+    left = [*worker._unanswered]
+    worker.close()
+
+    assert told == [""] * 10
+    assert asked == processes.UNANSWERED
+    assert last.startswith("  File ")
+    assert left == []
+
+
+# --- How the lane waits ---------------------------------------------------------------------------
+
+
+def test_lane_sleeps_while_a_call_goes_on_before_one_that_was_cancelled(monkeypatch, tmp_path):
+    """
+    Though it is killed at once for what does not stop.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        ahead = group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release", 404)
+        behind = [group.submit(abs, number) for number in range(200)]
+        far.note(tmp_path / "go")
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        behind[0].cancel()
+        until(lambda: lane._due)
+        until(lambda: is_blocked(lane.of_thread.native_id))
+        far.note(tmp_path / "release")
+
+    assert ahead.result() == 404
+    assert behind[0].cancelled()
+
+
+def test_what_was_taken_back_is_no_reason_to_kill(tmp_path):
+    """
+    It runs elsewhere, or nowhere.
+    """
+    with TaskGroup(pool=Processes(1, kill_after=300)) as group:
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        behind = [group.submit(abs, number) for number in range(200)]
+        far.note(tmp_path / "go")
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        until(lambda: len(lane._batch) == 1)
+        with_its_own = len(lane._due)
+        behind[0].cancel()
+        until(lambda: is_blocked(lane.of_thread.native_id))
+        due = len(lane._due)
+        far.note(tmp_path / "release")
+
+    assert (with_its_own, due) == (0, 0)
+
+
+def test_reason_of_a_cancel_is_kept_by_no_lane(tmp_path):
+    """
+    Though the task was with it as its worker started.
+    """
+
+    class Reason:
+        """To be kept, or not."""
+
+    backend = Processes(1, initializer=far.return_after, initargs=(tmp_path / "go",))
+    reason = Reason()
+    kept = weakref.ref(reason)
+    with TaskGroup(pool=backend) as group:
+        task = group.submit(abs, 1)
+        until(lambda: group._run.lanes)
+        (lane,) = group._run.lanes
+        until(lambda: lane._batch)
+        task.cancel(reason)
+        far.note(tmp_path / "go")
+    task = group = reason = None
+    gc.collect()
+
+    assert kept() is None
+
+
+def test_lane_waits_for_nothing_where_all_has_come_home():
+    """
+    Word of a call that takes its time may come as late as that.
+    """
+    lane = processes._Lane(None, 1, Processes(1))
+    lane._limit_last(1.0)
+
+    assert not lane._due
