@@ -45,12 +45,15 @@ from fastpool import (
     shield,
     use_token,
 )
+from fastpool._items import Items
+from fastpool._run import Run
 
 __all__ = ["main"]
 
 POLICIES = {"fail fast": FailFast(), "collect": CollectAll(), "first": FirstSuccess()}
 POOLS: dict[str, Any] = {"threads": None}  # and one of ours, by "shared"
 TALLY: collections.Counter[str] = collections.Counter()  # of what was looked at
+WRONG: list[BaseException] = []  # what was found, whoever found it
 HANG = 120  # seconds after which a round hangs
 PATIENCE = 20  # seconds for what was abandoned to end
 LOOK = 200  # rounds between two looks for what is left behind
@@ -91,10 +94,25 @@ class Wrong(AssertionError):
     """A promise was broken."""
 
 
+# What a task or a body may fail with.
+KNOWN = (
+    Failed,
+    SystemExit,
+    Cancelled,
+    TaskCancelledError,
+    GroupClosedError,
+    TimeoutError,
+    StuckTaskError,
+    BaseExceptionGroup,
+)
+
+
 def wants(holds: object, what: str, *seen: object) -> None:
     """Say what should hold, if it does not."""
     if not holds:
-        raise Wrong(f"{what}: {', '.join(map(repr, seen))}")
+        wrong = Wrong(f"{what}: {', '.join(map(repr, seen))}")
+        WRONG.append(wrong)  # a policy may have no use for what is raised in a task or a body
+        raise wrong
 
 
 # --- The trees -----------------------------------------------------------------------------
@@ -118,7 +136,7 @@ def tree(chance: random.Random, pools: list[str]) -> Block:
     """A tree of groups, up to four deep."""
     numbers = itertools.count(1)
 
-    def block(depth: int, pool: str) -> Block:
+    def block(depth: int, pool: str, pools: list[str]) -> Block:
         number = next(numbers)
         workers = chance.choice([1, 1, 2, 3])
         feed = chance.choice(["submit", "submit", "map", "imap", "imap unordered"])
@@ -140,20 +158,21 @@ def tree(chance: random.Random, pools: list[str]) -> Block:
             kinds = [*kinds, *["stuck"] * chance.choice([0, 0, 0, 1])]
         if chance.random() < 0.02:
             kinds = [*kinds, "exits"]
+        inside = ["threads"] if pool == "processes" else pools  # a worker opens groups of threads
         calls = tuple(
-            call(depth, chance.choice(kinds), pool) for _ in range(chance.choice([0, 2, 5, 10, 30]))
+            call(depth, chance.choice(kinds), inside)
+            for _ in range(chance.choice([0, 2, 5, 10, 30]))
         )
         policy = chance.choice(["fail fast"] * 3 + ["collect", "collect", "first"])
         return Block(number, workers, policy, timeout, max_queued, pool, feed, calls, ending)
 
-    def call(depth: int, kind: str, pool: str) -> Call:
+    def call(depth: int, kind: str, pools: list[str]) -> Call:
         number, inner = next(numbers), None
         if kind == "nested":
-            # A worker process opens groups of threads.
-            inner = block(depth + 1, "threads" if pool == "processes" else chance.choice(pools))
+            inner = block(depth + 1, chance.choice(pools), pools)
         return Call(number, kind, inner, chance.choice([None] * 49 + [0.005]))
 
-    return block(0, chance.choice(pools))
+    return block(0, chance.choice(pools), pools)
 
 
 # --- A round -----------------------------------------------------------------------------------
@@ -181,27 +200,23 @@ class Round:
     handles: dict[int, list[tuple[Call, Task[Any]]]] = field(default_factory=dict)
     late: collections.Counter[int] = field(default_factory=collections.Counter)
     released: threading.Event = field(default_factory=threading.Event)  # those that are stuck
-    wrong: list[BaseException] = field(default_factory=list)
+    # How often a call had begun when its group had ended, by its number.
+    over: dict[int, int] = field(default_factory=dict)
 
     def run(self) -> None:
         """Run the tree, and look what became of it."""
-        try:
+        with contextlib.suppress(BaseException):  # what leaves it has been looked at
             self.open(self.top)
-        except Wrong:
-            raise
-        except BaseException:
-            pass  # what left it has been looked at
-        finally:
-            self.released.set()
-        if self.wrong:
-            raise self.wrong[0]
+        self.released.set()
+        for number, begun in self.over.copy().items():  # those abandoned may go on
+            wants(self.seen[number].begun == begun, "begun after its group", number)
 
     # --- Blocks --------------------------------------------------------------------------------
 
     def open(self, block: Block) -> None:
         """Run one group, and look what became of it; what left it leaves."""
         outer = current_token()
-        stuck = any(call.kind == "stuck" for call in block.calls)
+        stuck = abandons(block)
         group = TaskGroup(
             block.workers,
             timeout=block.timeout,
@@ -226,12 +241,15 @@ class Round:
             left = error
         try:
             self.look(block, group, left, outer)
+            noted = broken in [failure.exception for failure in group.failures]
+            echo = isinstance(broken, Cancelled) and group.token.cancelled()
+            wants(noted or echo or broken is None, "what left the body is lost", broken)
             reason = group.token.reason
             if block.policy != "fail fast" and isinstance(reason, Failed) and reason is not broken:
                 own = [each.exception for each in group.failures if each.task is not None]
                 wants(reason not in own, "cancelled by a task's failure", reason)
         except BaseException as error:
-            self.wrong.append(error)
+            WRONG.append(error)
         finally:
             if left is not None:
                 try:
@@ -271,7 +289,7 @@ class Round:
             raise Failed(block.number)
         elif block.ending == "cancel":
             fastpool.sleep(0.002)
-            group.cancel("enough")
+            group.cancel(enough(block))
 
     def stream(self, block: Block, group: TaskGroup, act: Callable[[Call], Any]) -> None:
         """Take values until the last one, or until every fourth block has had enough."""
@@ -306,6 +324,7 @@ class Round:
         """What a task does, and a note of it."""
         seen = self.seen[call.number]
         seen.begun += 1
+        wants(call.number not in self.over, "begun after its group", call)
         if call.number > 0:
             block, group = self.around(call)
             self.late[block.number] += bool(group.failures)
@@ -340,9 +359,9 @@ class Round:
         block, group = self.around(call)
         others = self.handles[block.number].copy()
         if call.kind == "cancel-group":
-            group.cancel("enough")
+            group.cancel(enough(block))
         elif call.kind == "submit":
-            more = Call(-call.number - 1, "value")
+            more = Call(~call.number, "value")
             with contextlib.suppress(GroupClosedError):
                 self.handles[block.number].append((more, group.submit(self.act, more)))
         elif others:
@@ -352,6 +371,11 @@ class Round:
             else:
                 with contextlib.suppress(Failed, TaskCancelledError, RuntimeError, TimeoutError):
                     task.result(timeout=0.005)
+
+    def numbers(self, block: Block) -> set[int]:
+        """Those of all the calls of a block, and of those that these submit."""
+        more = [~call.number for call in block.calls if call.kind == "submit"]
+        return {call.number for call in block.calls}.union(more)
 
     def around(self, call: Call) -> tuple[Block, TaskGroup]:
         """The block that a call is of."""
@@ -369,26 +393,28 @@ class Round:
     ) -> None:
         """Look what became of a group that has ended, and of all its tasks."""
         TALLY["groups"] += 1
-        abandoned = isinstance(left, StuckTaskError) or any(
-            call.kind == "stuck" and task.cancelled() for call, task in self.handles[block.number]
-        )
+        abandoned: set[int] = set()
         for call, task in self.handles[block.number]:
-            self.look_at(call, task, far=block.pool == "processes")
-        if block.pool != "processes" and not abandoned:
-            for call in block.calls:
-                seen = self.seen[call.number]
-                wants(seen.begun == seen.ended <= 1, "it runs, or ran twice", call, seen)
+            if abandons(block) and was_abandoned(task):
+                TALLY["abandoned"] += 1
+                abandoned.add(call.number)
+            else:
+                self.look_at(call, task, far=block.pool == "processes")
+        if block.pool != "processes":
+            for number in self.numbers(block) - abandoned:
+                self.over[number] = begun = self.seen[number].begun
+                wants(begun == self.seen[number].ended <= 1, "it runs, or ran twice", number)
         if block.policy == "fail fast":
             late = self.late[block.number]
             wants(late <= block.workers, "begun after a failure", late, block.workers)
         self.look_at_failures(block, group)
-        self.look_at_leaving(block, group, left, outer)
+        self.look_at_leaving(block, group, left, outer, abandoned=bool(abandoned))
         wants(not group.cancel("late"), "a cancel after the end")
         try:
             group.submit(abs, 1)
         except GroupClosedError:
             return
-        raise Wrong("an ended group takes a task")
+        wants(False, "an ended group takes a task")
 
     def look_at(self, call: Call, task: Task[Any], *, far: bool) -> None:
         """Exactly one outcome, which is that of the body."""
@@ -401,6 +427,8 @@ class Round:
         except (TaskCancelledError, Cancelled):
             TALLY["cancelled"] += 1
             wants(far or task.cancelled() or seen.raised, "told as cancelled", call, task)
+            cut = seen.raised and isinstance(seen.left, Cancelled)
+            wants(cut or not (seen.begun and task.cancelled()), "not cut short", call, seen)
         except BaseException as raised:
             TALLY["failed"] += 1
             error = raised
@@ -418,15 +446,23 @@ class Round:
         wants(len({id(task) for task in noted}) == len(noted), "noted twice", group.failures)
         for task in noted:
             wants(not task.cancelled() and task.exception() is not None, "has not failed", task)
+        for failure in group.failures:
+            wants(isinstance(failure.exception, KNOWN), "nobody raises that", failure)
         errors = {id(failure.exception) for failure in group.failures}
         for call, task in self.handles[block.number]:
             error = None if task.cancelled() else task.exception()
             wants(error is None or id(error) in errors, "a failure is lost", call, error)
 
     def look_at_leaving(
-        self, block: Block, group: TaskGroup, left: BaseException | None, outer: CancelToken
+        self,
+        block: Block,
+        group: TaskGroup,
+        left: BaseException | None,
+        outer: CancelToken,
+        *,
+        abandoned: bool,
     ) -> None:
-        """What left the block is what the rules make of its record."""
+        """What left the block is what the rules make of its record, and nothing if that is it."""
         failures = group.failures
         errors = [failure.exception for failure in failures]
         for error in errors:
@@ -449,16 +485,42 @@ class Round:
             assert isinstance(left, BaseExceptionGroup)
             wants(list(left.exceptions) == errors, "not these failures", left.exceptions, errors)
             return
+        wanted: type[BaseException] | None = None
         reason = group.token.reason
-        if isinstance(left, StuckTaskError):
-            TALLY["abandoned"] += 1
-        elif isinstance(left, TimeoutError):
+        if reason is not None and reason is outer.reason:
+            wanted = Cancelled
+        elif isinstance(reason, TimeoutError):
             TALLY["timed out"] += 1
-            wants(block.timeout is not None and group.token.cancelled(), "no deadline", left)
-        elif isinstance(left, Cancelled):
-            wants(outer.cancelled(), "cancelled by nobody outside", left, reason)
-        else:
-            wants(left is None, "left by what is not on record", left, failures)
+            wants(block.timeout is not None, "no deadline", reason)
+            wanted = TimeoutError
+        elif reason is not None and group.winner is None:
+            wants(reason == enough(block), "cancelled by nobody", reason)
+        if wanted is None and abandons(block) and isinstance(left, StuckTaskError):
+            return
+        wants(wanted is not None or not abandoned, "nothing says what was abandoned", left)
+        wants(type(left) is (wanted or type(None)), "not what the token says left", left, reason)
+
+
+def enough(block: Block) -> str:
+    """Why its body or a task of its own cancels a group."""
+    return f"block {block.number} has had enough"
+
+
+def abandons(block: Block) -> bool:
+    """Whether a group is left without those that are stuck."""
+    return any(call.kind == "stuck" for call in block.calls)
+
+
+def was_abandoned(task: Task[Any]) -> bool:
+    """Whether its block was left without it."""
+    try:
+        with shield():
+            task.result(timeout=0)
+    except TaskCancelledError as error:
+        return str(error.reason).startswith("it had not stopped")
+    except BaseException:
+        pass
+    return False
 
 
 def sleep() -> None:
@@ -483,7 +545,7 @@ def shielded() -> None:
 
 def endless() -> None:
     fastpool.sleep(HANG)
-    raise Wrong("nobody has cancelled it")
+    wants(False, "nobody has cancelled it")
 
 
 ALONE: dict[str, Callable[[], None]] = {
@@ -505,8 +567,8 @@ def far_act(token: CancelToken, call: Call) -> int:
             there.open(call.inner)
         finally:
             there.released.set()
-            if there.wrong:
-                raise there.wrong[0]
+            if WRONG:
+                raise WRONG.pop(0)
     elif call.kind == "fails":
         raise Failed(call.number)
     elif call.kind in ALONE:
@@ -528,18 +590,18 @@ def left_behind() -> dict[str, int]:
         time.sleep(0.01)
     for _ in range(3):
         gc.collect()
-    objects = collections.Counter(
-        type(thing).__name__
-        for thing in gc.get_objects()
-        if str(type(thing).__module__).startswith("fastpool")
-    )
+    classes = collections.Counter(type(thing) for thing in gc.get_objects())
+
+    def objects(*kinds: type) -> int:
+        return sum(count for kind, count in classes.items() if issubclass(kind, kinds))
+
     return {
         "threads": len(threads),
         "processes": len(multiprocessing.active_children()),
         "descriptors": len(os.listdir("/proc/self/fd")),
-        "groups": objects["TaskGroup"] + objects["Run"],
-        "tasks": objects["Call"] + objects["CallWith"] + objects["Item"] + objects["Items"],
-        "tokens": objects["CancelToken"],
+        "groups": objects(TaskGroup, Run),
+        "tasks": objects(Task, Items),  # the handles of all kinds
+        "tokens": objects(CancelToken),
     }
 
 
@@ -571,8 +633,9 @@ def one(seed: str, number: int, pools: list[str], complaints: list[BaseException
         timer.cancel()
         if timer.ident is not None:
             timer.join()
-    if complaints:
-        raise Wrong(f"nobody was given {complaints!r}")
+    wants(not complaints, "nobody was given", complaints)
+    if WRONG:
+        raise WRONG[0]
 
 
 def elsewhere(fn: Callable[..., object], *args: object) -> None:
@@ -634,6 +697,10 @@ def main(arguments: list[str]) -> int:
                     return 1
                 if not middle and time.monotonic() > end - 30 * options.minutes:
                     middle = resident()
+    fastpool.shutdown()  # what was abandoned ends, and what is begun too late begins
+    if WRONG:
+        print(f"after round {rounds} of seed {seed}: {WRONG[0]}")
+        return 1
     faulthandler.cancel_dump_traceback_later()
     grown_by = resident() - middle if middle else 0
     print(", ".join(f"{count} {what}" for what, count in [("rounds", rounds), *TALLY.items()]))

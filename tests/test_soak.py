@@ -37,6 +37,18 @@ def test_rounds_are_counted_and_what_is_left_is_shown():
     assert re.match(r"seed one, threads, shared\n[1-9]\d* rounds, .*\d+ tasks", ended.stdout)
 
 
+KEEP = """
+from fastpool._run import Run
+from fastpool._task import Call
+kept, let_go, end = {}, Run.let_go, Run.end
+def keep(self, task, reason):
+    args = task._args if isinstance(task, Call) and not self.over else ()
+    if args and getattr(args[0], "kind", None) == "value":
+        kept.setdefault(self, []).append((task._fn, args))
+    let_go(self, task, reason)
+Run.let_go = keep
+"""
+
 BREAK = {
     "the last failure leaves": """
 from fastpool.policies import FirstFailure
@@ -74,6 +86,69 @@ from fastpool._run import Run
 from fastpool import TaskGroup
 kept, end = [], Run.end
 Run.end = lambda self: (kept.append(self), end(self))[1]
+""",
+    "a group's deadline is swallowed": """
+from fastpool import TaskGroup
+ended_by = TaskGroup._ended_by
+def swallow(self, *around):
+    error = ended_by(self, *around)
+    return None if isinstance(error, TimeoutError) else error
+TaskGroup._ended_by = swallow
+""",
+    "a cancel from outside is swallowed": """
+from fastpool import Cancelled, TaskGroup
+ended_by = TaskGroup._ended_by
+def swallow(self, *around):
+    error = ended_by(self, *around)
+    return None if isinstance(error, Cancelled) else error
+TaskGroup._ended_by = swallow
+""",
+    "what never began runs as its block ends": KEEP
+    + """
+def run_late(self):
+    failures = end(self)
+    for fn, args in kept.pop(self, ()):
+        if not failures:
+            fn(*args)
+    return failures
+Run.end = run_late
+""",
+    "what never began begins after its block": KEEP
+    + """
+import threading, fastpool
+timers, shutdown = [], fastpool.shutdown
+def begin_late(self):
+    failures = end(self)
+    for call in kept.pop(self, ()):
+        if not failures:
+            timers.append(threading.Timer(0.05, *call))
+            timers[-1].start()
+    return failures
+def wait():  # so that nothing is left when that is looked for
+    while timers:
+        timers.pop().join()
+    shutdown()
+Run.end, fastpool.shutdown = begin_late, wait
+""",
+    "a stream repeats its values where all failures are collected": """
+import contextlib
+from fastpool import _taskgroup
+from fastpool.policies import Collector
+in_order = _taskgroup.in_order
+def twice(source):
+    collects = isinstance(source.run.judge, Collector)
+    with contextlib.closing(in_order(source)) as values:
+        for value in values:
+            yield from [value] * (1 + collects)
+_taskgroup.in_order = twice
+""",
+    "handles of a map's tasks are kept": """
+from fastpool._items import _Item
+kept, init = [], _Item.__init__
+def keep(self, *arguments):
+    init(self, *arguments)
+    kept.append(_Item.__new__(_Item))
+_Item.__init__ = keep
 """,
 }
 
