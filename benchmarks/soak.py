@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextvars import copy_context
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from typing import Any
 
@@ -47,15 +49,18 @@ from fastpool import (
 )
 from fastpool._items import Items
 from fastpool._run import Run
+from fastpool.backends import Processes
 
 __all__ = ["main"]
 
 POLICIES = {"fail fast": FailFast(), "collect": CollectAll(), "first": FirstSuccess()}
-POOLS: dict[str, Any] = {"threads": None}  # and one of ours, by "shared"
+POOLS: dict[str, Any] = {"threads": None}  # and ours: "shared", and "killing" processes
 TALLY: collections.Counter[str] = collections.Counter()  # of what was looked at
 WRONG: list[BaseException] = []  # what was found, whoever found it
 HANG = 120  # seconds after which a round hangs
 PATIENCE = 20  # seconds for what was abandoned to end
+DEAF = 5  # seconds that a task in a worker process hears nothing, if nobody kills it
+KILL_AFTER = 0.03  # seconds
 LOOK = 200  # rounds between two looks for what is left behind
 CACHED = ("descriptors", "tokens")
 MARGIN = 8 * 2**20  # bytes that the process may grow by over the second half of a run
@@ -67,7 +72,7 @@ class Call:
 
     number: int
     kind: str
-    inner: Block | None = None
+    inner: Block | None = field(default=None, repr=False)
     timeout: float | None = None  # of the task
 
 
@@ -84,6 +89,7 @@ class Block:
     feed: str
     calls: tuple[Call, ...]
     ending: str
+    kills: bool  # those that are stuck are killed, and not left behind
 
 
 class Failed(Exception):
@@ -154,8 +160,9 @@ def tree(chance: random.Random, pools: list[str]) -> Block:
         ends = ending == "cancel" and max_queued is None and feed in ("submit", "map")
         if ends or timeout is not None:
             kinds = [*kinds, "endless", "endless"]
-        if ends and pool == "threads":
-            kinds = [*kinds, *["stuck"] * chance.choice([0, 0, 0, 1])]
+        if ends and pool != "shared":
+            often = chance.choice([0, 0, 0, 1]) if pool == "threads" else 3
+            kinds = [*kinds, *["stuck"] * often]
         if chance.random() < 0.02:
             kinds = [*kinds, "exits"]
         inside = ["threads"] if pool == "processes" else pools  # a worker opens groups of threads
@@ -164,7 +171,8 @@ def tree(chance: random.Random, pools: list[str]) -> Block:
             for _ in range(chance.choice([0, 2, 5, 10, 30]))
         )
         policy = chance.choice(["fail fast"] * 3 + ["collect", "collect", "first"])
-        return Block(number, workers, policy, timeout, max_queued, pool, feed, calls, ending)
+        kills = pool == "processes" and chance.random() < 0.5
+        return Block(number, workers, policy, timeout, max_queued, pool, feed, calls, ending, kills)
 
     def call(depth: int, kind: str, pools: list[str]) -> Call:
         number, inner = next(numbers), None
@@ -184,8 +192,37 @@ class Outcome:
 
     begun: int = 0
     ended: int = 0
+    process: int = 0  # the worker process that it ran in
     left: Any = None  # what it returned or raised
     raised: bool = False
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What the tasks of a round note that run in worker processes: lines of a file."""
+
+    path: str
+    round: int
+
+    def add(self, what: str, *more: object) -> None:
+        """Add a line, in one piece."""
+        line = " ".join(map(str, (self.round, what, *more)))
+        with open(self.path, "ab", buffering=0) as file:
+            file.write(line.replace("\n", " ").encode() + b"\n")
+
+    def read(self) -> dict[int, Outcome]:
+        """What became of the tasks, by the number of the call."""
+        seen: dict[int, Outcome] = collections.defaultdict(Outcome)
+        with open(self.path, encoding="utf-8") as file:
+            *lines, _ = file.read().split("\n")  # the last may still be written
+        for line in lines:
+            number, what, more = line.split(" ", 2)
+            wants(int(number) == self.round and what != "wrong", "in a worker process", line)
+            call, process = map(int, more.split())
+            seen[call].process = process
+            seen[call].begun += what == "begun"
+            seen[call].ended += what == "ended"
+        return seen
 
 
 @dataclass
@@ -193,6 +230,7 @@ class Round:
     """One tree at work."""
 
     top: Block
+    notes: Notes
     seen: dict[int, Outcome] = field(
         default_factory=lambda: collections.defaultdict(Outcome)  # by the number of the call
     )
@@ -200,31 +238,34 @@ class Round:
     handles: dict[int, list[tuple[Call, Task[Any]]]] = field(default_factory=dict)
     late: collections.Counter[int] = field(default_factory=collections.Counter)
     released: threading.Event = field(default_factory=threading.Event)  # those that are stuck
-    # How often a call had begun when its group had ended, by its number.
-    over: dict[int, int] = field(default_factory=dict)
+    # How often a call had begun and ended when its group had ended, by its number.
+    over: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def run(self) -> None:
         """Run the tree, and look what became of it."""
         with contextlib.suppress(BaseException):  # what leaves it has been looked at
             self.open(self.top)
         self.released.set()
+        far = self.notes.read()
         for number, begun in self.over.copy().items():  # those abandoned may go on
-            wants(self.seen[number].begun == begun, "begun after its group", number)
+            seen = far.get(number) or self.seen[number]
+            wants((seen.begun, seen.ended) == begun, "it went on after its group", number, seen)
 
     # --- Blocks --------------------------------------------------------------------------------
 
     def open(self, block: Block) -> None:
         """Run one group, and look what became of it; what left it leaves."""
         outer = current_token()
-        stuck = abandons(block)
+        abandon = abandons(block)
+        pool = "killing" if block.kills and stuck(block) else block.pool
         group = TaskGroup(
             block.workers,
             timeout=block.timeout,
             max_queued=block.max_queued,
             policy=POLICIES[block.policy],
-            pool=POOLS.get(block.pool, block.pool),
-            grace=0.02 if stuck else 60.0,
-            on_stuck="abandon" if stuck else "wait",
+            pool=POOLS.get(pool, pool),
+            grace=0.02 if abandon else 60.0,
+            on_stuck="abandon" if abandon else "wait",
         )
         self.groups[block.number] = group
         self.handles[block.number] = []
@@ -259,7 +300,8 @@ class Round:
 
     def body(self, block: Block, group: TaskGroup) -> None:
         handles = self.handles[block.number]
-        act: Callable[[Call], Any] = far_act if block.pool == "processes" else self.act
+        far = block.pool == "processes"
+        act: Callable[[Call], Any] = partial(far_act, self.notes) if far else self.act
         if block.feed == "submit":
             for call in block.calls:
                 submitter = (
@@ -288,7 +330,8 @@ class Round:
         elif block.ending == "raises":
             raise Failed(block.number)
         elif block.ending == "cancel":
-            fastpool.sleep(0.002)
+            # A process takes its time to start, and what is stuck is to begin.
+            fastpool.sleep(0.1 if far and stuck(block) else 0.002)
             group.cancel(enough(block))
 
     def stream(self, block: Block, group: TaskGroup, act: Callable[[Call], Any]) -> None:
@@ -393,17 +436,22 @@ class Round:
     ) -> None:
         """Look what became of a group that has ended, and of all its tasks."""
         TALLY["groups"] += 1
+        far = block.pool == "processes"
+        seen = self.notes.read() if far else self.seen
         abandoned: set[int] = set()
         for call, task in self.handles[block.number]:
             if abandons(block) and was_abandoned(task):
                 TALLY["abandoned"] += 1
                 abandoned.add(call.number)
             else:
-                self.look_at(call, task, far=block.pool == "processes")
-        if block.pool != "processes":
+                self.look_at(call, task, seen[call.number], far=far)
+        if far:
+            self.look_at_far(block, abandoned)
+        else:
             for number in self.numbers(block) - abandoned:
-                self.over[number] = begun = self.seen[number].begun
-                wants(begun == self.seen[number].ended <= 1, "it runs, or ran twice", number)
+                body = seen[number]
+                self.over[number] = body.begun, body.ended
+                wants(body.begun == body.ended <= 1, "it runs, or ran twice", number, body)
         if block.policy == "fail fast":
             late = self.late[block.number]
             wants(late <= block.workers, "begun after a failure", late, block.workers)
@@ -416,10 +464,25 @@ class Round:
             return
         wants(False, "an ended group takes a task")
 
-    def look_at(self, call: Call, task: Task[Any], *, far: bool) -> None:
+    def look_at_far(self, block: Block, abandoned: set[int]) -> None:
+        """Each has run once at most, and has ended or was killed; of those abandoned, soon."""
+        end = time.monotonic() + PATIENCE
+        seen = self.notes.read()
+        while any(runs(seen[number]) for number in abandoned):
+            wants(time.monotonic() < end, "abandoned and not killed", block.number)
+            time.sleep(0.001)
+            seen = self.notes.read()
+        for call in block.calls:
+            outcome = seen[call.number]
+            self.over[call.number] = outcome.begun, outcome.ended
+            wants(outcome.begun <= 1 and not runs(outcome), "it runs, or ran twice", call, outcome)
+            if call.kind == "stuck":
+                wants(not outcome.ended, "not killed", call)
+                TALLY["killed"] += outcome.begun and call.number not in abandoned
+
+    def look_at(self, call: Call, task: Task[Any], seen: Outcome, *, far: bool) -> None:
         """Exactly one outcome, which is that of the body."""
         wants(task.done() and not task.running(), "not done", call, task)
-        seen = self.seen[call.number]
         TALLY["tasks"] += 1
         error = None
         try:
@@ -427,7 +490,7 @@ class Round:
         except (TaskCancelledError, Cancelled):
             TALLY["cancelled"] += 1
             wants(far or task.cancelled() or seen.raised, "told as cancelled", call, task)
-            cut = seen.raised and isinstance(seen.left, Cancelled)
+            cut = far or (seen.raised and isinstance(seen.left, Cancelled))
             wants(cut or not (seen.begun and task.cancelled()), "not cut short", call, seen)
         except BaseException as raised:
             TALLY["failed"] += 1
@@ -438,7 +501,8 @@ class Round:
             wants(seen.raised and seen.left is error, "an error that it has not raised", call)
         else:
             wants(value == call.number, "another's value", call, value)
-            wants(far or seen.left == call.number, "a value of no body", call, seen)
+            wants(seen.ended == 1, "a value of no body", call, seen)
+            wants(far or seen.left == call.number, "not what the body returned", call, seen)
 
     def look_at_failures(self, block: Block, group: TaskGroup) -> None:
         """Each task that failed is among the failures once, and no other."""
@@ -506,9 +570,25 @@ def enough(block: Block) -> str:
     return f"block {block.number} has had enough"
 
 
+def stuck(block: Block) -> bool:
+    """Whether any of its tasks does not stop."""
+    return any(call.kind == "stuck" for call in block.calls)
+
+
 def abandons(block: Block) -> bool:
     """Whether a group is left without those that are stuck."""
-    return any(call.kind == "stuck" for call in block.calls)
+    return stuck(block) and not block.kills
+
+
+def runs(seen: Outcome) -> bool:
+    """Whether a task runs in a worker process that is alive."""
+    if seen.ended or not seen.begun:
+        return False
+    try:
+        with open(f"/proc/{seen.process}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def was_abandoned(task: Task[Any]) -> bool:
@@ -558,22 +638,29 @@ ALONE: dict[str, Callable[[], None]] = {
 
 
 @cancellable
-def far_act(token: CancelToken, call: Call) -> int:
-    """What a task does in a worker process, where its notes stay."""
+def far_act(token: CancelToken, notes: Notes, call: Call) -> int:
+    """What a task does in a worker process, and a note of it."""
     warnings.simplefilter("ignore", RuntimeWarning)  # of those that are stuck
-    if call.inner is not None:
-        there = Round(call.inner)
-        try:
-            there.open(call.inner)
-        finally:
-            there.released.set()
-            if WRONG:
-                raise WRONG.pop(0)
-    elif call.kind == "fails":
-        raise Failed(call.number)
-    elif call.kind in ALONE:
-        ALONE[call.kind]()
-    return call.number
+    notes.add("begun", call.number, os.getpid())
+    try:
+        if call.inner is not None:
+            there = Round(call.inner, notes)
+            try:
+                there.open(call.inner)
+            finally:
+                there.released.set()
+        elif call.kind == "fails":
+            raise Failed(call.number)
+        elif call.kind == "stuck":
+            time.sleep(DEAF)
+        elif call.kind in ALONE:
+            ALONE[call.kind]()
+        return call.number
+    finally:
+        for wrong in WRONG:
+            notes.add("wrong", wrong)
+        WRONG.clear()
+        notes.add("ended", call.number, os.getpid())
 
 
 # --- What is left behind ---------------------------------------------------------------------
@@ -615,10 +702,12 @@ def resident() -> int:
 # --- The run -----------------------------------------------------------------------------------
 
 
-def one(seed: str, number: int, pools: list[str], complaints: list[BaseException]) -> None:
+def one(
+    seed: str, number: int, pools: list[str], complaints: list[BaseException], notes: Notes
+) -> None:
     """One round."""
     chance = random.Random(f"{seed}/{number}")
-    round_ = Round(tree(chance, pools))
+    round_ = Round(tree(chance, pools), notes)
     token = CancelToken()
     timer = threading.Timer(chance.uniform(0, 0.02), token.cancel, ["from outside"])
     if chance.random() < 0.15:
@@ -633,6 +722,7 @@ def one(seed: str, number: int, pools: list[str], complaints: list[BaseException
         timer.cancel()
         if timer.ident is not None:
             timer.join()
+    os.truncate(notes.path, 0)
     wants(not complaints, "nobody was given", complaints)
     if WRONG:
         raise WRONG[0]
@@ -675,13 +765,14 @@ def main(arguments: list[str]) -> int:
     rounds, end = 0, time.monotonic() + 60 * options.minutes
     first: dict[str, int] = {}
     middle = 0
-    with contextlib.closing(ThreadPool(2)) as shared:
+    with contextlib.closing(ThreadPool(2)) as shared, tempfile.NamedTemporaryFile() as noted:
         POOLS["shared"] = shared
+        POOLS["killing"] = Processes(kill_after=KILL_AFTER)
         while time.monotonic() < end:
             number = rounds if options.round is None else options.round
             faulthandler.dump_traceback_later(2 * HANG, exit=True)
             try:
-                one(seed, number, pools, complaints)
+                one(seed, number, pools, complaints, Notes(noted.name, rounds))
             except BaseException as error:
                 print(f"round {number} of seed {seed}: {type(error).__name__}: {error}", flush=True)
                 traceback.print_exception(error)

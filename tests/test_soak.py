@@ -150,6 +150,32 @@ def keep(self, *arguments):
     kept.append(_Item.__new__(_Item))
 _Item.__init__ = keep
 """,
+    "what is abandoned on processes runs on": """
+from fastpool._run import Run
+from fastpool.backends.processes import _Far
+abandoned, abandon, kill = [], Run.abandon, _Far.kill
+def note(self, why):
+    abandoned.append(why)
+    return abandon(self, why)
+Run.abandon = note
+_Far.kill = lambda self: None if abandoned else kill(self)
+""",
+    "what is stuck on processes is not killed": """
+from fastpool.backends.processes import _Far
+_Far.kill = lambda self: None
+""",
+    "a failure is lost in the groups of worker processes": """
+from fastpool.backends import processes
+WORSE = '''
+from fastpool._ledger import Ledger
+record = Ledger.record
+Ledger.record = lambda self, task, error: (
+    record(self, task, error) if len(self.failures) < 1 else 0
+)
+'''
+worse = processes.Processes(initializer=exec, initargs=(WORSE, {}))
+processes.default = lambda: worse
+""",
 }
 
 
@@ -158,7 +184,8 @@ def test_broken_promise_is_found_and_its_round_is_named(what):
     """
     Each by the same seed, within a minute.
     """
-    ended = soak("--minutes", "1", "--seed", "one", first=BREAK[what])
+    pools = "processes" if "processes" in what else "threads,shared"
+    ended = soak("--minutes", "1", "--seed", "one", "--pools", pools, first=BREAK[what])
 
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert re.search(r"^(after )?round \d+ of seed one", ended.stdout, re.MULTILINE)
