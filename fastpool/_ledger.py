@@ -91,6 +91,7 @@ class Ledger:
         "judge",
         "judge_error",
         "judging",
+        "late",
         "loose",
         "name",
         "observers",
@@ -131,6 +132,9 @@ class Ledger:
         self.winner: Task[Any] | None = None  # like `judge_error` written with `judging` held
         self.judge: Judge = FirstFailure()
         self.judge_error: BaseException | None = None
+        # Whether what the judge is told of came after somebody had cancelled the group. Looked at
+        # once, for judge and winner alike; written with `judging` held.
+        self.late = False
         # Guards the judge, which gets one outcome at a time. Held by workers only, while they
         # have an outcome in hand; nothing that cancels takes it. None with the default policy,
         # where the first failure decides. It is re-entrant, since a finalizer may run in the
@@ -452,6 +456,7 @@ class Ledger:
 
     def consult(self, task: Task[Any], error: BaseException | None) -> bool:
         """Tell the judge of an outcome; whether to cancel the rest. With `judging` held."""
+        self.late = self.stopping()
         try:
             stop = bool(self.judge.outcome(task, error))
         except BaseException as broken:  # it leaves the block in place of what `end` says
@@ -461,7 +466,7 @@ class Ledger:
             stop = True
         if is_a(error, KeyboardInterrupt, SystemExit):
             stop = True
-        if stop and error is None and self.judge_error is None and not self.stopping():
+        if stop and error is None and self.judge_error is None and not self.late:
             self.winner = task
         if stop:
             self.halt(f"task {task.name!r} was enough" if error is None else error)

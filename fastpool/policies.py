@@ -139,7 +139,7 @@ class FirstValue:
     def outcome(self, task: Task[Any], error: BaseException | None) -> bool:
         """Any value is enough."""
         # One that comes after the group was cancelled by others has won nothing.
-        if error is None and not task._run.stopping():
+        if error is None and not task._run.late:
             self._won = True
         return error is None
 

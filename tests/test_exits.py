@@ -746,3 +746,25 @@ with TaskGroup(1) as group:
     )
 
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "-15", "")
+
+
+def test_threads_leave_no_semaphore_behind_in_a_process_that_is_killed():
+    """
+    They have none that others could find by a name, whatever way processes are started.
+    """
+    ended = run_script(
+        """
+import multiprocessing
+from multiprocessing import resource_tracker
+multiprocessing.set_start_method("spawn")
+kinds = []
+resource_tracker.register = lambda name, kind: kinds.append(kind)
+
+import fastpool
+with fastpool.TaskGroup() as group:
+    group.submit(abs, -1)
+print(kinds)
+"""
+    )
+
+    assert (ended.stdout, ended.stderr) == ("[]\n", "")

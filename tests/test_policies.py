@@ -2,6 +2,7 @@
 When a group gives up, what leaves it then, and what its tasks have come to: by policy.
 """
 
+import contextlib
 import gc
 import threading
 import traceback
@@ -596,6 +597,35 @@ def test_none_is_a_value_too():
         winner = group.submit(resize, None)
 
     assert group.winner is winner
+
+
+def test_value_that_comes_with_a_cancel_has_won_or_not():
+    """
+    For all who ask: there is a winner, or the failures leave.
+    """
+
+    class Cancelling(FirstSuccess):
+        """As a cancel from another thread between two looks."""
+
+        def start(self):
+            judge = super().start()
+
+            class Judge:
+                def outcome(self, task, error):
+                    enough = judge.outcome(task, error)
+                    if error is None:
+                        group.token.cancel("enough")
+                    return enough
+
+                end = judge.end
+
+            return Judge()
+
+    with contextlib.suppress(ExceptionGroup), TaskGroup(1, policy=Cancelling()) as group:
+        group.submit(fail)
+        first = group.submit(abs, 1)
+
+    assert group.winner is first
 
 
 def test_of_two_successes_at_once_one_wins():

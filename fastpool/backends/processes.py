@@ -754,7 +754,7 @@ class _Lane(Lane):
     def _in_helper(
         self, run: Run, far: _Far, number: int, bell: Descriptor, call: Callable[[], T]
     ) -> T:
-        """Send or receive much in a helper; meanwhile it is heard here what else there is."""
+        """Send or receive much in a helper, and hear meanwhile what else there is."""
         done = self._done
         assert done is not None  # while it serves
         values: list[T] = []

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import multiprocessing
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable
 from multiprocessing.dummy import DummyProcess
-from multiprocessing.pool import ThreadPool
+from multiprocessing.pool import Pool, ThreadPool
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,13 @@ class _WorkerThread(DummyProcess):
         """The pool numbers its threads; ours have names."""
 
 
+_CONTEXT = (
+    multiprocessing.get_context("fork")
+    if "fork" in multiprocessing.get_all_start_methods()
+    else None
+)
+
+
 class _GrowingPool(ThreadPool):
     """A `ThreadPool` that starts with one thread and gets more as they are needed."""
 
@@ -63,7 +71,9 @@ class _GrowingPool(ThreadPool):
 
     def __init__(self) -> None:
         try:
-            super().__init__(1)
+            # As its parent does, but with locks that no other process is to find: those of
+            # another context have names, which stay behind if the process is killed.
+            Pool.__init__(self, 1, context=_CONTEXT)
         except BaseException:
             self._give_up()
             raise
