@@ -603,6 +603,7 @@ def""",
         processes,
         "                    self._first, self._batch = self._first + ended, self._batch[ended:]\n",
         "                    str(ended)\n",
+        rare=True,
     ),
     Mutant(
         "half a batch is dropped",
