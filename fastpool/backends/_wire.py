@@ -18,6 +18,7 @@ from fastpool.exceptions import describe
 
 __all__ = [
     "FOLLOWS",
+    "LONG",
     "PROTOCOL",
     "SHORT",
     "Far",
@@ -31,9 +32,8 @@ __all__ = [
 ]
 
 PROTOCOL = pickle.HIGHEST_PROTOCOL
-# Bytes, which go in one piece and which a pipe takes without waiting for its reader; to send or
-# receive more takes as long as the other side does.
-SHORT = 16_384
+SHORT = 16_384  # bytes, which go in one piece: to receive more takes as long as its sender does
+LONG = 65_536  # bytes, which a pipe takes: to send more takes as long as its reader does
 FOLLOWS = b"long"  # the message before a long one
 
 

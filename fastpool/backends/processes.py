@@ -30,8 +30,8 @@ from fastpool._task import NOTHING, PLAIN, Task
 from fastpool.backends import _worker
 from fastpool.backends._wire import (
     FOLLOWS,
+    LONG,
     PROTOCOL,
-    SHORT,
     Far,
     Shared,
     cannot_return,
@@ -720,7 +720,7 @@ class _Lane(Lane):
         self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
     ) -> tuple[Any, ...]:
         try:
-            if len(message) <= SHORT:
+            if len(message) <= LONG:
                 far.calls.send_bytes(message)
             else:
                 self._in_helper(run, far, number, bell, lambda: far.calls.send_bytes(message))
