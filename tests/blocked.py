@@ -3,9 +3,11 @@ How a test knows that a thread is blocked, and sets its token then.
 """
 
 import os
+import select
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 from staging import look, start, until
 
@@ -34,6 +36,29 @@ def is_blocked(number, among=FOR_FILES, process="self"):
         return False
     time.sleep(0.005)
     return look(number, process) == seen
+
+
+def rests(monkeypatch, module):
+    """What says whether no thread of a module's goes on polling: one that spins always does."""
+    began = []
+
+    class Poll:
+        def __init__(self):
+            poll = select.poll()
+            self.register, self.unregister, self._poll = poll.register, poll.unregister, poll.poll
+
+        def poll(self, *arguments):
+            began.append(None)
+            return self._poll(*arguments)
+
+    def at_rest():
+        before = len(began)
+        time.sleep(0.05)  # seconds
+        return len(began) == before
+
+    names = {"poll": Poll, "POLLIN": select.POLLIN, "POLLOUT": select.POLLOUT}
+    monkeypatch.setattr(module, "select", SimpleNamespace(**names))
+    return at_rest
 
 
 def is_inside(thread, fn):

@@ -229,6 +229,17 @@ def tells_reason(token: CancelToken, begun, ended):
 
 
 @cancellable
+def notes_cause(token: CancelToken, begun, path):
+    """Note what kind of failure it was cancelled by."""
+    note(begun)
+    try:
+        token.sleep(300)
+    except Cancelled as error:
+        note(path, type(error.__cause__).__name__)
+        raise
+
+
+@cancellable
 def calls_back(token: CancelToken, begun, called):
     token.on_cancel(functools.partial(note, called, "first"))
     token.on_cancel(functools.partial(note, called, "second"))
@@ -486,6 +497,16 @@ class HoldsUpWhoReadsIt:
 
     def __reduce__(self):
         return read_slowly, self.paths
+
+
+class ReadSlowly:
+    """Takes its time to be read."""
+
+    def __init__(self, begun, release):
+        self.paths = begun, release
+
+    def __reduce__(self):
+        return begin_and_hold, self.paths
 
 
 def read_slowly(begun, release):

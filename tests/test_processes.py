@@ -158,6 +158,13 @@ def test_settings_that_cannot_be_meant_are_refused(arguments, kind, says):
         Processes(**arguments)
 
 
+def test_ten_thousand_workers_are_not_too_many():
+    """
+    There are as many as tasks need them.
+    """
+    assert Processes(10_000).slots == 10_000
+
+
 def test_initializer_that_cannot_be_sent_is_refused(no_cloudpickle):
     """
     At once, and by name.

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import far
 import pytest
-from blocked import ended, is_blocked
+from blocked import ended, is_blocked, rests
 from staging import start, until
 
 from fastpool import (
@@ -730,6 +730,7 @@ def test_lane_sleeps_while_much_is_received(monkeypatch):
     """
     Also with something that it has yet to tell its worker, which hears it no more then.
     """
+    comes_to_rest = rests(monkeypatch, processes)
     with TaskGroup(pool=Processes(1)) as group:
         group.submit(abs, 1).result()
 
@@ -737,7 +738,7 @@ def test_lane_sleeps_while_much_is_received(monkeypatch):
             (lane,) = group._run.lanes
             lane._untold.append((lane._first, dump_reason("too late")))
             lane._bell.open()
-            until(lambda: is_blocked(lane_of(group).native_id))
+            until(comes_to_rest)
 
         at_the_long_answer(monkeypatch, have_more_to_tell)
         sent = group.submit(bytes, 10_000_000)
@@ -839,3 +840,401 @@ def test_who_waits_for_what_a_cancelled_group_takes_back_hears_of_it(tmp_path):
 
     assert heard == [True]
     assert task.cancelled()
+
+
+# --- What a batch is made of ----------------------------------------------------------------------
+
+
+def seconds_left(_):
+    """What the call's own token says."""
+    return current_token().remaining()
+
+
+@pytest.mark.parametrize("way", ["map", "submit"])
+def test_timeout_of_a_call_goes_along(one, way):
+    """
+    Also where many calls of one function do.
+    """
+    with TaskGroup(pool=one) as group:
+        limited = group.with_options(timeout=300)  # seconds
+        if way == "map":
+            left = limited.map(seconds_left, range(MANY)).results()
+        else:
+            left = [
+                task.result() for task in [limited.submit(seconds_left, 0) for _ in range(MANY)]
+            ]
+
+    assert all(seconds is not None and 0 < seconds <= 300 for seconds in left)
+
+
+@pytest.fixture
+def shipped(monkeypatch):
+    """How many tasks each batch has, in order."""
+    sizes = []
+    ship = processes._Lane._ship
+
+    def noted(lane, run, number, batch, bell):
+        sizes.append(len(batch))
+        return ship(lane, run, number, batch, bell)
+
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: however slow the machine is
+    monkeypatch.setattr(processes, "HELD", 300)
+    monkeypatch.setattr(processes._Lane, "_ship", noted)
+    return sizes
+
+
+def test_batches_shrink_to_what_is_to_go_at_once(one, shipped):
+    """
+    By what the last one came to: 64 of 8 KiB are eight times as much.
+    """
+    with TaskGroup(pool=one) as group:
+        group.map(len, [bytes(8192) for _ in range(400)])
+
+    assert shipped[:4] == [1, 8, 64, 7]
+    assert sum(shipped) == 400
+
+
+def test_calls_whose_values_are_large_go_one_by_one(one, shipped):
+    """
+    What comes home counts, too.
+    """
+    with TaskGroup(pool=one) as group:
+        group.map(bytes, [100_000] * 50)
+
+    assert shipped == [1] * 50
+
+
+def test_second_of_two_calls_is_not_held_up_by_the_first(tmp_path, monkeypatch):
+    """
+    However short the batch is.
+    """
+    backend = Processes(2)
+    take = Run.take_places
+    taken = []
+
+    def take_two(run, lane, most):
+        places = take(run, lane, 2 if run.queue else most)
+        taken.append(len(places))
+        return places
+
+    monkeypatch.setattr(Run, "take_places", take_two)
+    with TaskGroup(pool=backend) as group:
+        first = group.submit(wait_for, tmp_path / "met")
+        second = group.submit((tmp_path / "met").touch)
+        came = first.wait(timeout=60)
+        if not came:
+            (tmp_path / "met").touch()
+
+    assert came
+    assert second.done()
+
+
+def batched(monkeypatch, at, first=5, count=4):
+    """A lane that has so many tasks, and whose worker is at the one with that number."""
+    lane = processes._Lane(None, 1, Processes(1))
+    lane._batch = [SimpleNamespace(_state=0, number=number) for number in range(count)]
+    lane._first = first
+    if at is not None:
+        lane._far = SimpleNamespace(shared=SimpleNamespace(at=at))
+    monkeypatch.setattr(processes, "handle", lambda at: at)
+    return lane
+
+
+@pytest.mark.parametrize(
+    ("at", "number"), [(None, 0), (-1, 0), (4, 0), (5, 0), (6, 1), (7, 2), (8, 3), (9, 3), (99, 3)]
+)
+def test_lane_is_at_the_task_that_its_worker_is_at(at, number, monkeypatch):
+    """
+    At the first before it has begun, and at the last when all are over.
+    """
+    assert batched(monkeypatch, at).task.number == number
+
+
+@pytest.mark.parametrize(("timeout", "span"), [(0.25, 1.75), (0, 1.5), (-9, 1.5), (None, None)])
+def test_last_call_of_a_batch_has_its_timeout_and_then_a_while(timeout, span, monkeypatch):
+    """
+    A timeout of less than nothing is over at once, and no sooner.
+    """
+    lane = batched(monkeypatch, 8)
+    lane._batch[-1]._options = SimpleNamespace(timeout=timeout)
+    lane._limit_last(1.5)
+
+    assert [given for _, given in lane._due.values()] == ([] if span is None else [span])
+    assert [*lane._due] == ([] if span is None else [8])
+
+
+@pytest.mark.parametrize("way", ["is sent", "is read"])
+def test_time_of_a_call_does_not_begin_before_it_does(way, tmp_path, monkeypatch):
+    """
+    However long it takes until the worker has it, and has read it.
+    """
+    ahead, looks = [0], []
+
+    def look():
+        looks.append(threading.get_ident())
+        return time.monotonic() + ahead[0]
+
+    monkeypatch.setattr(processes, "time", SimpleNamespace(monotonic=look))
+    send = Connection.send_bytes
+    acts = []
+
+    def comes_to_rest():
+        before = len(looks)
+        time.sleep(0.05)  # seconds: one that never rests looks a thousand times
+        return len(looks) == before
+
+    def let_pass(span):
+        ahead[0] += span
+        lane._bell.open()
+        until(lambda: not select.select([lane._bell], [], [], 0)[0])
+        until(comes_to_rest)
+
+    def send_late(end, *arguments):
+        if acts and threading.current_thread().name == "fastpool-helper":
+            acts.pop()()
+        return send(end, *arguments)
+
+    monkeypatch.setattr(Connection, "send_bytes", send_late)
+    with TaskGroup(pool=Processes(1, kill_after=300)) as group:
+        group.submit(abs, 1).wait()
+        until(lambda: group._run.idle)
+        (lane,) = group._run.idle
+        paths = [tmp_path / name for name in ("begun", "release")]
+        if way == "is sent":
+            acts.append(lambda: let_pass(500))
+            large = bytes(1_000_000)
+            task = group.with_options(timeout=300).submit(far.begin_and_hold, *paths, large)
+        else:
+            slow = far.ReadSlowly(tmp_path / "reads", tmp_path / "has read")
+            task = group.with_options(timeout=300).submit(far.begin_and_hold, *paths, slow)
+            far.seen(tmp_path / "reads")
+            let_pass(700)
+            far.note(tmp_path / "has read")
+        far.seen(paths[0])
+        let_pass(500)
+        far.note(paths[1])
+
+    assert not acts
+    assert task.exception() is None
+
+
+def test_batch_whose_worker_cannot_be_replaced_fails_one_by_one(one, monkeypatch, tmp_path):
+    """
+    Each of its tasks says why, and none is forgotten.
+    """
+    ready = processes._Lane._ready_worker
+
+    def refuse(lane, *arguments):
+        if len(lane._batch) > 8 or far.lines(tmp_path / "refused"):
+            far.note(tmp_path / "refused")
+            raise OSError("there is no room for more")
+        return ready(lane, *arguments)
+
+    monkeypatch.setattr(processes._Lane, "_ready_worker", refuse)
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)
+    with pytest.raises(ExceptionGroup) as raised, TaskGroup(pool=one, policy=CollectAll()) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        tasks = [group.submit(abs, number) for number in range(200)]
+        (tmp_path / "go").touch()
+
+    assert {type(task.exception()) for task in tasks} == {OSError}
+    assert len(raised.value.exceptions) == 200
+
+
+def test_who_waits_for_what_is_not_sent_any_more_hears_of_it(one, monkeypatch, tmp_path):
+    """
+    The group is cancelled as the message is made.
+    """
+    encode = processes._Lane._encode
+
+    def cancel(lane, *arguments, **options):
+        message = encode(lane, *arguments, **options)
+        if len(lane._batch) > 8:
+            until(lambda: is_blocked(thread.native_id, among=None))
+            group.cancel()
+        return message
+
+    monkeypatch.setattr(processes._Lane, "_encode", cancel)
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        tasks = [group.submit(abs, number) for number in range(200)]
+        thread, outcome = start(tasks[9].wait)
+        (tmp_path / "go").touch()
+        with shield():
+            came = ended(thread, outcome)
+
+    assert came is True
+    assert all(task.cancelled() for task in tasks)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What lanes tell their workers."""
+    words = []
+    tell = processes._Far.tell
+
+    def noted(worker, word, *rest):
+        words.append(word)
+        tell(worker, word, *rest)
+
+    monkeypatch.setattr(processes._Far, "tell", noted)
+    return words
+
+
+def test_worker_that_asks_is_told_once_that_this_was_all(one, told, monkeypatch, tmp_path):
+    """
+    And one that has not asked, never: it could take that for the answer to its next question.
+    """
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    paths = [tmp_path / name for name in ("begun", "release", "then", "at last")]
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        group.submit(far.begin_and_hold, *paths[:2])
+        cancelled = group.submit(far.noted, tmp_path / "ran", 1)
+        group.submit(abs, 1)
+        group.submit(far.begin_and_hold, *paths[2:])
+        group.map(abs, range(200))
+        (tmp_path / "go").touch()
+        far.seen(paths[0])
+        (lane,) = group._run.lanes
+
+        def look():
+            lane._bell.open()
+            until(lambda: not select.select([lane._bell], [], [], 0)[0])
+            until(lambda: is_blocked(lane.of_thread.native_id))
+
+        cancelled.cancel()
+        look()
+        before = [*told]
+        far.note(paths[1])
+        cancelled.wait()
+        look()
+        far.note(paths[3])
+
+    assert before == ["cancel task"]
+    assert told.count("all told") == 1
+
+
+def test_what_holds_up_a_batch_is_taken_back_once(one, told, monkeypatch, tmp_path):
+    """
+    Its worker is asked for what it has so far, and not again and again.
+    """
+    ahead = [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    monkeypatch.setattr(processes, "time", clock)
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        quick = group.submit(far.square, 3)
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        group.map(abs, range(200))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        quick.wait()
+        (lane,) = group._run.lanes
+        before = told.count("so far")
+        ahead[0] = 1000  # seconds
+        lane._bell.open()
+        until(lambda: not select.select([lane._bell], [], [], 0)[0])
+        until(lambda: is_blocked(lane.of_thread.native_id))
+        after = told.count("so far")
+        far.note(tmp_path / "release")
+
+    assert before == after
+
+
+def test_call_is_cancelled_behind_what_came_home_early(one, tmp_path):
+    """
+    It has the number that it had.
+    """
+    with TaskGroup(pool=one) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        before = [group.submit(far.square, number) for number in range(9)]
+        slow = group.submit(far.waits, "sleep", tmp_path / "begun", tmp_path / "ended")
+        group.map(abs, range(200))
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        values = [task.result() for task in before]
+        (lane,) = group._run.lanes
+        until(lambda: len(lane._batch) == 1)
+        slow.cancel()
+        came = slow.wait(timeout=60)
+        if not came:
+            group.cancel()
+
+    assert values == [number**2 for number in range(9)]
+    assert came
+    assert len(far.lines(tmp_path / "ended")) == 1
+
+
+def test_nothing_that_was_said_of_a_batch_concerns_the_next(monkeypatch, tmp_path):
+    """
+    Neither when the worker would be killed for one of its calls, nor what it is yet to be told.
+    """
+    with TaskGroup(pool=Processes(1, kill_after=300)) as group:
+        cancelled = group.submit(far.waits, "sleep", tmp_path / "begun", tmp_path / "ended")
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        cancelled.cancel()
+        until(lambda: lane._due)
+        lane._untold.append((lane._first, dump_reason("too late")))
+        monkeypatch.setattr(processes._Far, "hears", lambda _: False)
+        cancelled.wait()
+        group.submit(far.begin_and_hold, tmp_path / "then", tmp_path / "release")
+        far.seen(tmp_path / "then")
+        left = [*lane._due, *lane._untold]
+        far.note(tmp_path / "release")
+
+    assert left == []
+
+
+def test_lane_sleeps_when_it_has_told_all(monkeypatch, tmp_path):
+    """
+    Though its worker could not take it at once.
+    """
+    comes_to_rest = rests(monkeypatch, processes)
+    full = [True]
+    hears = processes._Far.hears
+    monkeypatch.setattr(processes._Far, "hears", lambda worker: not full and hears(worker))
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
+    monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
+    with TaskGroup(pool=Processes(1, kill_after=None)) as group:
+        group.submit(wait_for, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        behind = [group.submit(abs, number) for number in range(200)]
+        (tmp_path / "go").touch()
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        behind[0].cancel()
+        until(lambda: lane._untold)
+        full.clear()
+        until(lambda: not lane._untold)
+        until(comes_to_rest)
+        far.note(tmp_path / "release")
+
+    assert behind[0].cancelled()
+
+
+def test_failure_that_cancels_a_group_is_the_cause_in_its_workers(tmp_path):
+    """
+    And a reason that somebody gave is none.
+    """
+    for way in ("fails", "is cancelled"):
+        with contextlib.suppress(LookupError), TaskGroup(pool=Processes(2)) as group:
+            group.submit(far.notes_cause, tmp_path / f"{way} begun", tmp_path / way)
+            far.seen(tmp_path / f"{way} begun")
+            if way == "fails":
+                group.submit(far.fail, LookupError("no"))
+            else:
+                group.cancel(LookupError("no"))
+
+    assert far.lines(tmp_path / "fails") == ["LookupError"]
+    assert far.lines(tmp_path / "is cancelled") == ["NoneType"]

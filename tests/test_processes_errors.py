@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection, Pipe
 
 import far
 import pytest
-from blocked import is_blocked
+from blocked import is_blocked, rests
 from staging import until
 
 from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
@@ -404,6 +404,7 @@ def test_lane_sleeps_while_a_call_goes_on_before_one_that_was_cancelled(monkeypa
     """
     Though it is killed at once for what does not stop.
     """
+    comes_to_rest = rests(monkeypatch, processes)
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
     monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
     with TaskGroup(pool=Processes(1, kill_after=0)) as group:
@@ -416,7 +417,7 @@ def test_lane_sleeps_while_a_call_goes_on_before_one_that_was_cancelled(monkeypa
         (lane,) = group._run.lanes
         behind[0].cancel()
         until(lambda: lane._due)
-        until(lambda: is_blocked(lane.of_thread.native_id))
+        until(comes_to_rest)
         far.note(tmp_path / "release")
 
     assert ahead.result() == 404
