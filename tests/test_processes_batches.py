@@ -885,12 +885,12 @@ def shipped(monkeypatch):
 
 def test_batches_shrink_to_what_is_to_go_at_once(one, shipped):
     """
-    By what the last one came to: 64 of 8 KiB are eight times as much.
+    By what the last one came to: 64 of 4 KiB are four times as much.
     """
     with TaskGroup(pool=one) as group:
-        group.map(len, [bytes(8192) for _ in range(400)])
+        group.map(len, [bytes(4096) for _ in range(400)])
 
-    assert shipped[:4] == [1, 8, 64, 7]
+    assert shipped[:4] == [1, 8, 64, 15]
     assert sum(shipped) == 400
 
 

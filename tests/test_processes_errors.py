@@ -424,6 +424,25 @@ def test_lane_sleeps_while_a_call_goes_on_before_one_that_was_cancelled(monkeypa
     assert behind[0].cancelled()
 
 
+def test_lane_sleeps_while_its_worker_reads_what_it_may_not_run(monkeypatch, tmp_path):
+    """
+    It has no time at all, from when it begins.
+    """
+    comes_to_rest = rests(monkeypatch, processes)
+    monkeypatch.setattr(processes, "HELD", 300)  # seconds until it is looked at again
+    with (
+        contextlib.suppress(TimeoutError),
+        TaskGroup(pool=Processes(1, kill_after=0)) as group,
+    ):
+        slow = far.ReadSlowly(tmp_path / "reads", tmp_path / "has read")
+        task = group.with_options(timeout=0).submit(far.echo, slow)
+        far.seen(tmp_path / "reads")
+        until(comes_to_rest)
+        far.note(tmp_path / "has read")
+
+    assert task.done()
+
+
 def test_what_was_taken_back_is_no_reason_to_kill(tmp_path):
     """
     It runs elsewhere, or nowhere.
