@@ -437,7 +437,8 @@ def test_lane_sleeps_while_its_worker_reads_what_it_may_not_run(monkeypatch, tmp
         slow = far.ReadSlowly(tmp_path / "reads", tmp_path / "has read")
         task = group.with_options(timeout=0).submit(far.echo, slow)
         far.seen(tmp_path / "reads")
-        until(comes_to_rest)
+        until(comes_to_rest, within=10)
+        assert comes_to_rest()
         far.note(tmp_path / "has read")
 
     assert task.done()
