@@ -80,6 +80,34 @@ def test_failing_at_the_same_instant_on_all_workers_records_them_all():
         assert {failure.task for failure in group.failures} == set(batch.tasks)
 
 
+@pytest.mark.parametrize("count", [2, 100])
+def test_of_failures_at_the_same_instant_the_one_recorded_first_leaves(monkeypatch, count):
+    """
+    Workers come to the record one at a time here, so that it is known which was there first.
+    """
+    record, turn = Ledger.record, threading.Lock()
+    barrier = threading.Barrier(count)
+    errors = []
+
+    def in_turn(run, task, error):
+        with turn:
+            errors.append(error)
+            return record(run, task, error)
+
+    def fails():
+        barrier.wait(timeout=60)
+        raise ValueError
+
+    monkeypatch.setattr(Ledger, "record", in_turn)
+    with pytest.raises(ValueError) as raised, TaskGroup(count) as group:  # noqa: PT011
+        for _ in range(count):
+            group.submit(fails)
+
+    assert raised.value is errors[0]
+    assert [failure.exception for failure in group.failures] == errors
+    assert len(errors) == count
+
+
 def test_failure_that_is_recorded_but_not_told_is_the_only_one(monkeypatch):
     """
     Who reads a sibling before the failing worker has come to set the token hears of the cancel.
@@ -216,17 +244,18 @@ def test_failure_is_told_in_order(watched):
 )
 def test_failure_of_any_class_leaves_as_it_is(error):
     """
-    The very object leaves, its handle gives it, and the thread serves the next group.
+    The very object leaves, its handle gives it, and the same thread serves the next group.
     """
     with pytest.raises(type(error)) as raised, TaskGroup(1) as group:
+        worker = group.submit(threading.current_thread)
         task = group.submit(fail, error)
     with TaskGroup(1) as after:
-        goes_on = after.submit(pow, 2, 3)
+        goes_on = after.submit(threading.current_thread)
 
     assert raised.value is error
     assert task.exception() is error
     assert not task.cancelled()
-    assert goes_on.result() == 8
+    assert goes_on.result() is worker.result()  # not its number, which a new one may be given
 
 
 class Hostile(Exception):

@@ -104,18 +104,24 @@ def test_callback_registered_against_a_cancel_runs_once(how):
 
     def register(each):
         each.late = []
-        each.made = each.token.on_cancel(lambda: each.late.append(1))
+        each.made = each.token.on_cancel(lambda: each.late.append(threading.get_ident()))
+        each.registered_in = threading.get_ident()
+
+    def cancel_here(each):
+        each.cancelled_in = threading.get_ident()
+        cancel(each)
 
     def take_back(each):
         each.won = getattr(each.registration, how)()
         each.by_then = len(each.ran)
 
     rounds = [Round() for _ in range(ROUNDS)]
-    hammer(rounds, cancel, register, take_back)
+    hammer(rounds, cancel_here, register, take_back)
 
     for each in rounds:
         assert each.told == [True]
-        assert each.late == [1]
+        assert len(each.late) == 1
+        assert each.late[0] in (each.cancelled_in, each.registered_in)
         if how == "unregister":
             assert each.won is (each.ran == [])
         else:

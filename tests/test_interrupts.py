@@ -202,6 +202,33 @@ def test_sleeping_main_thread_hears_a_signal_that_does_not_wake_it(watched, slee
     assert heard == [signal.SIGUSR1]
 
 
+@pytest.mark.parametrize("sleep", [Gate.wait, lambda gate: gate.wait(60), Gate.sit_out])
+def test_main_thread_looks_for_signals_ten_times_a_second(sleep):
+    """
+    It asks for no longer sleep at a time, whatever it waits for; another thread for one long one.
+    """
+
+    class Lock:
+        """Stands where the gate's own stood, and opens when it has been asked three times."""
+
+        def __init__(self):
+            self.spans = []
+
+        def acquire(self, blocking, timeout):
+            self.spans.append(timeout)
+            return len(self.spans) == 3
+
+    def spans():
+        gate = Gate()
+        gate._lock = Lock()
+        sleep(gate)
+        return gate._lock.spans
+
+    assert spans() == [0.1, 0.1, 0.1]
+    if sleep is not Gate.sit_out:  # which does not ask in which thread it is
+        assert min(in_thread(spans)) > 50
+
+
 def test_held_interrupt_comes_before_its_echo():
     """
     The next check, or the next submit, raises it, and not the `Cancelled` that it has caused.

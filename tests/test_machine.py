@@ -126,16 +126,16 @@ def test_task_that_runs_out_of_memory_fails():
         return bytearray(1 << 62)
 
     with pytest.raises(MemoryError), TaskGroup(1) as group:
-        worker = group.submit(threading.get_ident)
+        worker = group.submit(threading.current_thread)
         group.submit(hungry)
     with TaskGroup(1) as after:
-        assert after.submit(threading.get_ident).result() == worker.result()
+        assert after.submit(threading.current_thread).result() is worker.result()
 
 
 @pytest.mark.parametrize("left", range(1, 60, 3))
 def test_task_that_fails_near_the_end_of_the_stack_is_recorded(left):
     """
-    Its failure leaves the block, however few frames there were for it; the worker goes on.
+    Its failure leaves the block, however few frames it had left itself; the worker goes on.
     """
 
     def deeper(depth):
@@ -144,10 +144,58 @@ def test_task_that_fails_near_the_end_of_the_stack_is_recorded(left):
         raise ValueError("at the bottom")
 
     with pytest.raises((ValueError, RecursionError)), TaskGroup(1) as group:
-        worker = group.submit(threading.get_ident)
+        worker = group.submit(threading.current_thread)
         group.submit(deeper, sys.getrecursionlimit() - left)
     with TaskGroup(1) as after:
-        assert after.submit(threading.get_ident).result() == worker.result()
+        assert after.submit(threading.current_thread).result() is worker.result()
+
+
+def test_task_on_top_of_a_waiting_one_near_the_end_of_the_stack_is_recorded():
+    """
+    The one worker runs what it waits for down there: what has run is on record as the first
+    failure, what has not is cancelled, wherever the stack ends.
+    """
+    outcomes = []
+
+    def fails(ran):
+        ran.append(True)
+        raise ValueError("on top")
+
+    def deeper(depth, group, ran, tasks):
+        if depth:
+            return deeper(depth - 1, group, ran, tasks)
+        tasks.append(group.submit(fails, ran))
+        return tasks[0].result()
+
+    for left in range(1, 80):
+        ran, tasks = [], []
+        with pytest.raises((ValueError, RecursionError)) as raised, TaskGroup(1) as group:
+            worker = group.submit(threading.current_thread)
+            outer = group.submit(deeper, sys.getrecursionlimit() - left, group, ran, tasks)
+        with TaskGroup(1) as after:
+            assert after.submit(threading.current_thread).result() is worker.result()
+
+        first, *others = [(failure.task, failure.exception) for failure in group.failures]
+        assert raised.value is first[1]
+        if ran:
+            (task,) = tasks
+            error = outer.exception()  # that very failure, or there was no room to read it
+            assert first == (task, task.exception())
+            assert type(first[1]) is ValueError
+            assert others == [(outer, error)]
+            outcomes.append(f"recorded, and then {type(error).__name__}")
+        else:
+            assert first == (outer, outer.exception())
+            assert others == []
+            assert all(task.cancelled() for task in tasks)
+            outcomes.append("queued" if tasks else "never submitted")
+
+    assert set(outcomes) == {
+        "never submitted",
+        "queued",
+        "recorded, and then RecursionError",
+        "recorded, and then ValueError",
+    }
 
 
 def test_finalizer_may_wait_for_a_task_in_the_middle_of_a_judge():

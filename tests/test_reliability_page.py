@@ -19,6 +19,18 @@ def names_in(file):
     return {name for name in found if name.startswith("test_")}
 
 
+def models():
+    """The names of the models that threads meet in, and are run in many orders."""
+    tree = ast.parse((ROOT / "tests" / "test_interleavings.py").read_text())
+    return {
+        each.name
+        for each in ast.walk(tree)
+        if isinstance(each, ast.FunctionDef)
+        for decorator in each.decorator_list
+        if isinstance(decorator, ast.Call) and getattr(decorator.func, "id", None) == "model"
+    }
+
+
 def test_catalogue_has_each_of_its_faults():
     """
     Ninety-two, numbered from one.
@@ -29,16 +41,31 @@ def test_catalogue_has_each_of_its_faults():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row[0])
 def test_fault_has_its_tests_or_a_reason(row):
     """
-    Each test is named with its file; a line without one says that it is not tested, and why.
+    Each test, or model, is named with its file; a line without one says that it is not tested,
+    and why.
     """
     _, fault, does, shown = row
-    named = re.findall(r"`(test_\w+\.py)::(test_\w+)`", shown)
+    named = re.findall(r"`(test_\w+\.py)::(\w+)`", shown)
 
     assert fault.strip()
     assert does.strip()
     assert named or shown.startswith(("Not tested: ", "The whole suite, "))
     for file, name in named:
-        assert name in names_in(file), f"{file} has no {name}"
+        if file == "test_interleavings.py" and not name.startswith("test_"):
+            assert name in models(), f"there is no model {name}"
+        else:
+            assert name in names_in(file), f"{file} has no {name}"
+
+
+def test_table_of_models_has_them_all():
+    """
+    Each that there is, and no other.
+    """
+    _, _, table = PAGE.partition("| what meets | models |")
+    table, _, _ = table.partition("\n\n")
+
+    named = re.findall(r"`(\w+_\w+)`", table)
+    assert sorted(named) == sorted(models())
 
 
 def test_tests_that_the_page_names_are_there():

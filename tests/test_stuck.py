@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
+import itertools
 import mmap
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 import warnings
 
@@ -29,6 +31,7 @@ from staging import look, until
 import fastpool._stuck
 import fastpool._syscalls
 from fastpool import TaskGroup, cancellable, shield
+from fastpool._stuck import Vigil
 from fastpool._syscalls import Look, Seat, cure, settle
 
 LINUX = pytest.mark.skipif(
@@ -904,7 +907,7 @@ def test_frames_of_ours_are_left_out(stubborn):
 
 def test_stuck_task_is_reported_again_and_again(unraised):
     """
-    Each time after twice as long; with the warning made an error the block still waits.
+    With the warning made an error the block still waits.
     """
     release = threading.Event()
     events = []
@@ -929,6 +932,46 @@ def test_stuck_task_is_reported_again_and_again(unraised):
     assert [event.task for event in events] == [task, task]
     assert [type(error) for error in unraised] == [RuntimeWarning] * 2
     assert task.result() is None
+
+
+@pytest.mark.parametrize(
+    ("grace", "spans"), [(5.0, [5, 10, 20, 40, 80]), (0.01, [0.01, 1, 2, 4, 8])]
+)
+def test_stuck_task_is_reported_at_growing_intervals(monkeypatch, grace, spans):
+    """
+    First after the time of grace, then after twice as long each time, and a second at the least.
+    """
+    release = threading.Event()
+    patience = Vigil.patience
+    asked, reported = [], []
+    now = None
+
+    def hurry(vigil):
+        # The time it would wait for has passed already.
+        nonlocal now
+        span = patience(vigil)
+        assert span is not None
+        asked.append(span)
+        now += span
+        return 0
+
+    def note(event):
+        if event.name == "task_stuck":
+            reported.append(now - group.token._cause.at)
+            if len(reported) == len(spans):
+                release.set()
+
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    with pytest.warns(RuntimeWarning), TaskGroup(1, grace=grace, observers=[note]) as group:
+        task = group.submit(release.wait, 60)
+        until(task.running)
+        group.cancel()
+        now = group.token._cause.at
+        monkeypatch.setattr(fastpool._stuck, "time", clock)
+        monkeypatch.setattr(Vigil, "patience", hurry)
+
+    assert asked[: len(spans)] == pytest.approx(spans)
+    assert reported == pytest.approx(list(itertools.accumulate(spans)))
 
 
 # --- What the system says, word by word -----------------------------------------------------------
