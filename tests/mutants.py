@@ -63,8 +63,13 @@ MUTANTS = [
         "two cancels win",
         "cancel_against_cancel",
         _token,
-        "        held = self._entries.setdefault(_CAUSE, cause)\n        if held",
-        "        held = self._entries[_CAUSE] = self._entries.get(_CAUSE, cause)\n        if held",
+        """
+        held = self._entries.setdefault(_CAUSE, cause)
+        if held""",
+        """
+        held = self._entries.get(_CAUSE, cause)
+        self._entries[_CAUSE] = held
+        if held""",
     ),
     Mutant(
         "the cancel that lost returns before the token is set",
@@ -433,6 +438,47 @@ MUTANTS = [
                 self.sleep_for_room""",
     ),
     Mutant(
+        "room that was given back is never used up",
+        "producers_against_bound",
+        _bounded,
+        "            del self._freed[0]  #",
+        "            self._freed[0]  #",
+    ),
+    Mutant(
+        "room is given back twice",
+        "producers_against_bound",
+        _bounded,
+        """
+            self._freed.append(None)
+            self.wake()
+""",
+        """
+            self._freed.extend((None, None))
+            self.wake()
+""",
+    ),
+    Mutant(
+        "there is room for one more than the bound",
+        "producers_against_bound",
+        _bounded,
+        "                return number < self.limit\n",
+        "                return number <= self.limit\n",
+    ),
+    Mutant(
+        "who came last gets room first",
+        "producers_in_line",
+        _bounded,
+        "            for gate in self.waiting.copy():\n",
+        "            for gate in reversed(self.waiting.copy()):\n",
+    ),
+    Mutant(
+        "all who wait are told of room at once",
+        "producers_in_line",
+        _bounded,
+        "                gate.open()\n                return\n",
+        "                gate.open()\n",
+    ),
+    Mutant(
         "a worker looks before it says what it takes",
         "cancel_of_task_against_its_start",
         threads,
@@ -643,6 +689,7 @@ def""",
         """
                     far.tell("all told")
 """,
+        rare=True,
     ),
     Mutant(
         "a batch that has come home is sent again when its worker dies",
@@ -656,8 +703,18 @@ def""",
         "a task that is killed for not stopping has failed",
         "cancel_of_task_against_its_answer",
         processes,
-        "            if self._killed or (overdue and own is not None and own.cancelled()):\n",
-        "            if self._killed:\n",
+        """
+            if self._killed or (overdue and own is not None and own.cancelled()):
+                run.stopped(task, self)
+                continue
+            if overdue:
+""",
+        """
+            if self._killed:
+                run.stopped(task, self)
+                continue
+            if overdue and own is None:
+""",
     ),
 ]
 

@@ -6,6 +6,7 @@ import ast
 import re
 
 import pytest
+from mutants import MUTANTS
 from pages import ROOT
 
 PAGE = (ROOT / "docs" / "reliability.md").read_text()
@@ -66,6 +67,18 @@ def test_table_of_models_has_them_all():
 
     named = re.findall(r"`(\w+_\w+)`", table)
     assert sorted(named) == sorted(models())
+
+
+def test_page_counts_the_faults_that_models_find():
+    """
+    All, those that are found in every run, and the rare ones.
+    """
+    (said,) = re.findall(
+        r"(\d+) small faults, .* (\d+) within the same 400 orders and (\d+) rare ones", PAGE
+    )
+    rare = [mutant.rare for mutant in MUTANTS]
+
+    assert tuple(map(int, said)) == (len(rare), rare.count(False), rare.count(True))
 
 
 def test_tests_that_the_page_names_are_there():
