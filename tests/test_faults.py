@@ -19,7 +19,7 @@ import types
 import weakref
 
 import pytest
-from staging import act_at, fail, in_thread, resize, start, started_sleeper, until
+from staging import act_at, fail, in_thread, is_asleep, resize, start, started_sleeper, until
 
 import fastpool
 from fastpool import (
@@ -630,20 +630,14 @@ def test_values_and_arguments_are_handed_over_and_not_copied():
     assert batch.results()[0] is given
 
 
-def test_waiter_keeps_its_token():
+def test_waiter_keeps_its_token(watched):
     """
-    It wakes though everybody else has forgotten the token that it waits on.
+    It wakes though nobody has a name for the token that it waits on, nor for that one's parent.
     """
     root = CancelToken()
-    asleep = threading.Event()
 
-    def waits():
-        token = root.child().child()
-        asleep.set()
-        return token.wait(60)
-
-    thread, outcome = start(waits)
-    asleep.wait(timeout=60)
+    thread, outcome = start(lambda: root.child().child().wait(60))
+    until(lambda: is_asleep(thread))
     gc.collect()
     root.cancel()
     thread.join(timeout=60)

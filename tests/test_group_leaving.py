@@ -1475,7 +1475,17 @@ def clear_frames(error):
         clear_frames(error.__cause__)
 
 
+@pytest.fixture
+def without_collector():
+    """Nothing is freed but by the last name for it."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
 @pytest.mark.parametrize("following", ["submit", "map"])
+@pytest.mark.usefixtures("without_collector")
 def test_arguments_and_results_are_freed_with_the_handle(following):
     """
     A task that is done keeps its value; once the handle is gone, so is everything.

@@ -18,7 +18,16 @@ from multiprocessing.dummy import DummyProcess
 import points
 import pytest
 from blocked import is_blocked
-from staging import have_idle_threads_wait, in_thread, is_asleep, look, sleeping, start, until
+from staging import (
+    fail,
+    have_idle_threads_wait,
+    in_thread,
+    is_asleep,
+    look,
+    sleeping,
+    start,
+    until,
+)
 
 import fastpool
 from fastpool import (
@@ -372,6 +381,43 @@ def test_every_group_of_the_main_thread_hears_it_and_no_other():
 
     assert outer.token.reason is inner.token.reason
     assert answers == [False]
+
+
+def test_interrupt_that_a_task_raises_is_no_ctrl_c():
+    """
+    It is its own group's failure, and the group around it hears nothing.
+    """
+    with TaskGroup(1) as outer:
+        with pytest.raises(KeyboardInterrupt), TaskGroup(1) as inner:
+            inner.submit(fail, KeyboardInterrupt())
+
+        assert inner.token.cancelled()
+        assert not outer.token.cancelled()
+        assert outer.submit(abs, -404).result() == 404
+
+    assert outer.failures == ()
+
+
+def test_ctrl_c_after_an_interrupt_that_a_task_raised_is_the_first():
+    """
+    What runs is waited for, as after one, and not left behind, as after two.
+    """
+
+    def interrupts_and_goes_on():
+        until(lambda: group.failures)
+        os.kill(os.getpid(), signal.SIGINT)
+        until(lambda: len(group.failures) == 2)
+        return "done"
+
+    with pytest.raises(KeyboardInterrupt) as raised, TaskGroup(2) as group:
+        other = group.submit(interrupts_and_goes_on)
+        until(other.running)
+        own = KeyboardInterrupt()
+        failing = group.submit(fail, own)
+
+    assert raised.value is own
+    assert [failure.task for failure in group.failures] == [failing, None]
+    assert other.result() == "done"
 
 
 def test_group_on_another_thread_leaves_signals_alone():
@@ -1395,11 +1441,14 @@ def test_what_a_foreign_handler_raises_at_any_point_tears_nothing(scenario):
         "token-cancel-del",
         "group-cancel-del",
         "unregister-del",
+        "submit-del",
+        "block-del",
     ],
 )
 def test_whatever_happens_at_any_point_hangs_nothing(what):
     """
-    A second interrupt soon after; a cancel or unregister by a signal handler or a finalizer.
+    A second interrupt soon after; a cancel or unregister by a signal handler or a finalizer; a
+    finalizer that submits or opens a group.
     """
     tried("nested", "--what", what, "--every", "41")
 
