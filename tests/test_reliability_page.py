@@ -3,7 +3,10 @@ The page on reliability: the tests that it names are there.
 """
 
 import ast
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from mutants import MUTANTS
@@ -79,6 +82,41 @@ def test_page_counts_the_faults_that_models_find():
     rare = [mutant.rare for mutant in MUTANTS]
 
     assert tuple(map(int, said)) == (len(rare), rare.count(False), rare.count(True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the script is for Linux")
+@pytest.mark.parametrize(
+    ("pythons", "names", "code", "said"),
+    [
+        ("py311 py312", ["mutants", "py312"], 1, ""),
+        ("py311 py312", ["mutants", "py310"], 2, "there is no py310; choose from: py311 py312 mut"),
+        ("py311 py312", ["mutant"], 2, "there is no mutant; choose from: py311 py312 mutants"),
+        ("py311 py312", ["py311 py312"], 2, "; choose from: py311 py312 mutants"),
+        ("py311 py312", [""], 2, "; choose from: py311 py312 mutants"),
+        ("", [], 2, "there is no Python to run it on"),
+    ],
+)
+def test_deep_checks_refuse_what_there_is_not(tmp_path, pythons, names, code, said):
+    """
+    They would run nothing, and pass. The Pythons here cannot be installed, which is found next.
+    """
+    lines = "".join(f"{name}\\t/bin/false\\n" for name in pythons.split())
+    fake = tmp_path / "python3"
+    fake.write_text(f"#!/bin/sh\nprintf '{lines}'\n")
+    fake.chmod(0o755)
+
+    ended = subprocess.run(
+        ["bash", ROOT / ".ci" / "deep", *names],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert ended.returncode == code
+    assert said in ended.stderr
+    assert "Passed" not in ended.stdout
 
 
 def test_tests_that_the_page_names_are_there():
