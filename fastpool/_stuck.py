@@ -90,7 +90,8 @@ def warn(message: str) -> None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and is_ours(frame):
         frame = frame.f_back
-    file, line, module = "<exit>", 0, None
+    file = module = "<exit>"  # without a module, the warning would be dropped in silence
+    line = 0
     if frame is not None:
         file, line, module = frame.f_code.co_filename, frame.f_lineno, module_of(frame)
     try:

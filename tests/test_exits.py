@@ -303,6 +303,48 @@ group.submit(fail)
     assert "still open at exit; in task 'fail', submitted at " in ended.stderr
 
 
+@pytest.mark.parametrize("on_stuck", ["wait", "abandon"])
+def test_task_that_does_not_stop_is_reported_while_the_program_ends(on_stuck):
+    """
+    It was cancelled and goes on: it is waited for, or left by name where that was asked for.
+    """
+    ended = run_script(
+        f"""
+import threading, warnings
+from fastpool import TaskGroup
+
+warnings.simplefilter("default")
+over = threading.Event()
+
+def stubborn():
+    begun.set()
+    over.wait({60 if on_stuck == "wait" else ""})
+
+def tell(event):
+    print(event.name, flush=True)
+    if event.name == "task_stuck" and {on_stuck == "wait"}:
+        over.set()
+
+begun = threading.Event()
+group = TaskGroup(1, name="last", grace=0.01, on_stuck={on_stuck!r}, observers=[tell])
+group.__enter__()
+group.submit(stubborn)
+begun.wait(60)
+group.cancel()
+"""
+    )
+
+    *_, first, second, last = ended.stdout.split()
+    assert "task 'stubborn' of group 'last' still runs in thread 'fastpool-last-1'" in ended.stderr
+    assert last == "group_closed"
+    if on_stuck == "wait":
+        assert {first, second} == {"task_stuck", "task_succeeded"}
+        assert "StuckTaskError" not in ended.stderr
+    else:
+        assert [first, second] == ["task_stuck", "task_abandoned"]
+        assert "StuckTaskError: group 'last' was left while tasks still ran" in ended.stderr
+
+
 def test_daemon_thread_enters_no_group_any_more():
     """
     Its tasks would be cut off.

@@ -19,7 +19,17 @@ import types
 import weakref
 
 import pytest
-from staging import act_at, fail, in_thread, is_asleep, resize, start, started_sleeper, until
+from staging import (
+    act_at,
+    fail,
+    in_thread,
+    is_asleep,
+    resize,
+    start,
+    started_sleeper,
+    trace_this_thread,
+    until,
+)
 
 import fastpool
 from fastpool import (
@@ -504,10 +514,23 @@ def test_idle_thread_keeps_nothing_of_its_last_task(ends, call):
     assert alive == []
 
 
-def test_many_short_tasks_in_one_group_leave_nothing():
+@pytest.mark.parametrize("hook", [None, "trace", "profile"])
+def test_many_short_tasks_in_one_group_leave_nothing(hook, request):
     """
-    Ten thousand of them take no more room than a hundred, in a group that stays open.
+    Ten thousand of them take no more room than a hundred, in a group that stays open; so it is
+    under a debugger or a profiler.
     """
+    called = itertools.count()
+
+    def count(frame, event, argument):
+        next(called)
+
+    if hook is not None:
+        fastpool.shutdown()  # those that run already began without it
+        request.addfinalizer(fastpool.shutdown)
+        set_hook = getattr(threading, f"set{hook}")
+        request.addfinalizer(functools.partial(set_hook, getattr(threading, f"get{hook}")()))
+        set_hook(count)
 
     def run(count):
         for number in range(count):
@@ -532,6 +555,7 @@ def test_many_short_tasks_in_one_group_leave_nothing():
             until(is_flat)
         finally:
             tracemalloc.stop()
+    assert hook is None or next(called) > 10_000
 
 
 def test_hundred_thousand_queued_tasks_are_cancelled():
@@ -552,6 +576,61 @@ def test_hundred_thousand_queued_tasks_are_cancelled():
 
     assert ran == []
     assert all(task.cancelled() for task in tasks)
+
+
+@pytest.mark.parametrize("way", ["submit", "map"])
+def test_failure_goes_through_no_queue(way):
+    """
+    From it to the end of the block there are as many steps with ten thousand queued as with ten.
+    """
+
+    def steps(count):
+        lines = itertools.count()
+        release = threading.Event()
+
+        def trace(frame, event, argument):
+            if not frame.f_globals.get("__name__", "").startswith("fastpool"):
+                return None
+            if event == "line":
+                next(lines)
+            return trace
+
+        def fails():
+            release.wait(timeout=60)
+            raise ValueError("root")
+
+        fastpool.shutdown()  # threads that run already would not be traced
+        threading.settrace(trace)
+        try:
+            with pytest.raises(ValueError, match="root"), TaskGroup(1) as group:
+                group.submit(fails)
+                if way == "map":
+                    tasks = group.map(abs, range(count)).tasks
+                else:
+                    tasks = [group.submit(abs, number) for number in range(count)]
+                trace_this_thread(trace)
+                release.set()
+        finally:
+            sys.settrace(None)
+            threading.settrace(None)
+        assert tasks[-1].cancelled()
+        return next(lines)
+
+    few = steps(10)
+
+    assert few > 100
+    assert abs(steps(10_000) - few) < 1000
+
+
+def test_call_with_wrong_arguments_is_a_failure_of_its_task():
+    """
+    The function itself says so, in the worker, as it does in Python without us.
+    """
+    with pytest.raises(TypeError, match="positional argument") as raised, TaskGroup(1) as group:
+        task = group.submit(resize, 1, 2, 3)
+        task.wait(timeout=60)
+
+    assert raised.value is task.exception()
 
 
 @pytest.mark.parametrize(

@@ -784,13 +784,16 @@ def test_earlier_deadline_ends_its_own_block(outer, inner):
     assert f"'{'outer' if outer < inner else 'inner'}'" in str(raised.value)
 
 
-def test_group_without_time_is_cancelled_from_the_start():
+@pytest.mark.parametrize("span", [0, -1, -1e18])
+def test_group_without_time_is_cancelled_from_the_start(span):
     """
-    A timeout of zero refuses the first submit and raises `TimeoutError`.
+    A timeout of zero or less refuses the first submit and raises `TimeoutError`.
     """
-    with pytest.raises(TimeoutError) as raised, TaskGroup(timeout=0) as group:
-        group.submit(pow, 2, 3)
+    ran = []
+    with pytest.raises(TimeoutError) as raised, TaskGroup(timeout=span) as group:
+        group.submit(ran.append, "begun")
 
+    assert ran == []
     assert group.failures == ()
     assert isinstance(raised.value.__cause__, Cancelled)
 
@@ -1551,14 +1554,18 @@ def test_group_refuses_clearly_after_it_failed():
     """
     From outside, a submit to a cancelled group says why; from inside it is `Cancelled`.
     """
-    outside = []
-    with pytest.raises(ValueError, match="root"), TaskGroup() as group:
+    outside, ran, seen = [], [], []
+    with pytest.raises(ValueError, match="root"), TaskGroup(observers=[seen.append]) as group:
         with shield():
             group.submit(fail, ValueError("root")).wait(timeout=60)
             with pytest.raises(GroupClosedError, match="it was cancelled") as refused:
-                group.submit(pow, 2, 3)
+                group.submit(ran.append, "outside")
             outside.append(refused.value.reason)
         with use_token(group.token), pytest.raises(Cancelled):
-            group.submit(pow, 2, 3)
+            group.submit(ran.append, "inside")
+        queued = list(group._run.queue)
 
     assert isinstance(outside[0], ValueError)
+    assert queued == []
+    assert ran == []
+    assert [event.name for event in seen].count("task_submitted") == 1

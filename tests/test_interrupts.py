@@ -998,6 +998,28 @@ def test_second_interrupt_leaves_at_once_and_names_what_still_runs():
             left.result()
 
 
+def test_third_interrupt_is_as_the_second():
+    """
+    Each is raised in the user's code, what runs is left by name, and the signal is given back.
+    """
+    release = threading.Event()
+    with pytest.raises(KeyboardInterrupt) as caught, TaskGroup(1) as group:
+        task = group.submit(release.wait, 60)
+        until(task.running)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                interrupt()
+        interrupt()
+    given_back = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):  # a fourth one is Python's own
+        interrupt()
+    release.set()
+
+    assert task.cancelled()
+    assert any("left behind in group" in note for note in caught.value.__notes__)
+    assert given_back is signal.default_int_handler
+
+
 def test_second_interrupt_of_a_foreign_handler_leaves_at_once(watched):
     """
     The first one is waited with, though ours is not the handler that raised it.
