@@ -1046,7 +1046,8 @@ def test_smallest_model_finds_mutant(name):
 @pytest.mark.parametrize("number", range(PROGRAMS))
 def test_what_comes_of_a_program_is_allowed(number):
     """
-    What a few threads do to a few tokens at once is what they might have done in turns.
+    What a few threads do to a few tokens at once is what they might have done in turns, a step of
+    the contract at a time.
     """
     program, ends = generate(PROGRAMS, SEED)[number]
 
