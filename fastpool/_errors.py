@@ -46,7 +46,8 @@ def strip(error: BaseException) -> TracebackType | None:
     Take our own frames off the head of an exception's traceback, and empty all of ours in it.
 
     What they refer to leads to the exception in the end. Those that still run let go of their
-    names themselves.
+    names themselves. An object that has left a block before and is raised again has a traceback
+    that goes on with the old one, as in Python without us; of that, ours are taken out, too.
 
     Returns:
         What is left of the traceback.
@@ -55,9 +56,23 @@ def strip(error: BaseException) -> TracebackType | None:
     while traceback is not None and _module_of(traceback.tb_frame) in _CALLERS:
         _empty(traceback.tb_frame)
         traceback = traceback.tb_next
+    if any(isinstance(note, Note) and note.settled for note in _notes(error) or ()):
+        traceback = _without_ours(traceback)
     BaseException.with_traceback(error, traceback)
     for frame in _frames(error):
         _empty(frame)
+    return traceback
+
+
+def _without_ours(traceback: TracebackType | None) -> TracebackType | None:
+    """A traceback without our frames; a copy, since somebody may have kept the other one."""
+    kept: list[TracebackType] = []
+    while traceback is not None:
+        if _module_of(traceback.tb_frame) not in _CALLERS | {__name__}:
+            kept.append(traceback)
+        traceback = traceback.tb_next
+    for entry in reversed(kept):
+        traceback = TracebackType(traceback, entry.tb_frame, entry.tb_lasti, entry.tb_lineno)
     return traceback
 
 
@@ -162,11 +177,10 @@ def annotate(error: BaseException, lines: list[str], *, outermost: bool) -> None
         lines: The notes.
         outermost: Whether it leaves an outermost block now.
     """
-    names: dict[str, Any] = _DICT.__get__(error)
-    notes = names.get("__notes__", [])
-    if type(notes) is not list:
+    kept = _notes(error)
+    if kept is None:
         return  # something of its own: `add_note` would refuse, too
-    kept: list[str] = notes  # pyright: ignore[reportUnknownVariableType]
+    names: dict[str, Any] = _DICT.__get__(error)
     if any(isinstance(note, Note) and note.settled for note in kept):
         kept = [note for note in kept if not isinstance(note, Note)]
     kept = kept + [Note(line) for line in lines]
@@ -178,3 +192,9 @@ def annotate(error: BaseException, lines: list[str], *, outermost: bool) -> None
         for note in kept:
             if isinstance(note, Note):
                 note.settled = True
+
+
+def _notes(error: BaseException) -> list[str] | None:
+    """The notes of an exception; `None` if what it has in their place is no list."""
+    notes: list[str] = _DICT.__get__(error).get("__notes__", [])
+    return notes if type(notes) is list else None

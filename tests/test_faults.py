@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import tracemalloc
 import types
 import weakref
@@ -144,6 +145,60 @@ def test_one_error_of_two_tasks_is_no_cycle():
 
 
 # --- The first failure, order, masking ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_traceback_of_one_error_grows_as_in_python_alone(nested):
+    """
+    In group after group it gets the lines of the user's that it went through, and none of ours.
+    """
+    error = ValueError("one for all")
+
+    def bare():
+        raise error
+
+    def grouped():
+        with TaskGroup(1) as group:
+            group.submit(bare)
+
+    def nests():
+        with TaskGroup(1) as group:
+            group.submit(grouped)
+
+    def frames():
+        return [frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)]
+
+    def leave_block():
+        with pytest.raises(ValueError, match="one for all") as raised:
+            (nests if nested else grouped)()
+        assert raised.value is error
+        return frames()
+
+    own = {leave_block.__code__, nests.__code__, grouped.__code__, bare.__code__}
+    first, *_, last_but_one, last = [leave_block() for _ in range(30)]
+
+    added = [code for code in first if code in own]
+    assert len(added) == (4 if nested else 3)
+    assert len(last) - len(last_but_one) == len(added)
+    assert [code for code in last if code in own] == added * 30
+    assert len(last) - len(added) * 30 == len(first) - len(added)
+
+
+def test_traceback_that_somebody_has_kept_stays_as_it_is():
+    """
+    Whoever has that of an earlier group's handle sees the same in it when the error comes again.
+    """
+    error = ValueError("one for all")
+    kept = []
+    for _ in range(3):
+        with pytest.raises(ValueError, match="one for all") as raised, TaskGroup(1) as group:
+            task = group.submit(fail, error)
+        walked = [line for _, line in traceback.walk_tb(raised.value.__traceback__)]
+        kept.append((raised.value.__traceback__, walked, task))
+
+    for held, walked, task in kept:
+        assert [line for _, line in traceback.walk_tb(held)] == walked
+        assert task.exception() is error
 
 
 def test_of_a_hundred_failures_at_the_same_instant_one_is_first():
