@@ -380,7 +380,7 @@ def submits_against_exit(count, **settings):
     return {0: "all refused", count: "none refused"}.get(len(values), "some refused")
 
 
-@model("recorded", "too late")
+@model("recorded", "too late", within=("_run", "_ledger", "_taskgroup"))
 def report_against_exit():
     """A call that brought a group's token raises its own failure, though the group ends by then."""
     groups = []
