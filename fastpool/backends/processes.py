@@ -594,11 +594,12 @@ class _Lane(Lane):
             far = None
         if far is None:
             far = self._far = self._backend.start_worker()
+            what: Any = None
             try:
                 hello = self._await(run, far, number, bell, shipped=False)
                 word, what = pickle.loads(hello)
             except (EOFError, OSError):
-                word, what = "died", None  # not raised here: the one would hold the other
+                word = "died"  # not raised here: the one would hold the other
             except BaseException:
                 far.kill()
                 self.leave()
