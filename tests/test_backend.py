@@ -100,13 +100,14 @@ def test_processes_are_imported_when_asked_for():
     code = (
         "import sys, fastpool.backends as backends; before = {*sys.modules};"
         "print(backends.Processes.__name__, 'Processes' in dir(backends),"
+        "backends.Processes.remote,"
         "sorted(name for name in {*sys.modules} - before if name.startswith('fastpool.')))"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=200, check=True
     )
 
-    assert ended.stdout.startswith("Processes True ")
+    assert ended.stdout.startswith("Processes True True ")
     assert "fastpool.backends.processes" in ended.stdout
     with pytest.raises(AttributeError, match="no attribute 'Proceses'"):
         fastpool.backends.Proceses  # noqa: B018 - it is looked up

@@ -699,11 +699,12 @@ def test_death_of_an_idle_worker_is_no_failure(one):
         assert after != worker
 
 
-def test_program_that_a_task_starts_has_its_ctrl_c():
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_program_that_a_task_starts_has_its_ctrl_c(method):
     """
     As that of a thread would, though the worker itself hears none.
     """
-    with TaskGroup(pool=Processes(1)) as group:
+    with TaskGroup(pool=Processes(1, start_method=method)) as group:
         blocked, ignored = group.submit(far.interrupts_of_a_program).result()
 
     assert not blocked

@@ -94,6 +94,12 @@ def keep_context():
     kept.append(contextvars.copy_context())
 
 
+def ask_and_keep_context():
+    """Have a token, and a context that has it."""
+    current_token()
+    keep_context()
+
+
 def token_of(context):
     """What the context of a call finds, and whether it is this thread's own there."""
     return context.run(current_token), context.run(lambda: is_own(current_token()))
@@ -278,6 +284,25 @@ def test_context_of_a_call_that_is_over_has_a_token_that_is_over(near, when):
         look_at_the_one_before()
 
     assert done == [(False, False)]
+
+
+def test_token_of_a_call_is_over_with_it(near):
+    """
+    Also among many alike, which mostly have none.
+    """
+    near.run_alike(ask_and_keep_context)
+    look_at_the_one_before()
+
+    assert done == [(False, False)]
+
+
+def test_arguments_go_as_their_calls_have_ended(near):
+    """
+    Though what is kept of the batch is there until the next one.
+    """
+    near.run(note, note)
+
+    assert near.worker._batch.calls == []
 
 
 def test_call_has_a_token_of_its_own(near):

@@ -254,7 +254,7 @@ class Worker:
 
     def _send_outbox(self) -> None:
         while self._outbox:
-            with contextlib.suppress(OSError, IndexError):
+            with contextlib.suppress(OSError):
                 self._calls.send_bytes(self._outbox.popleft())
 
     @contextlib.contextmanager
