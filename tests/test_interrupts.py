@@ -41,6 +41,9 @@ from fastpool import (
     blocking,
     cancellable,
     current_token,
+    shield,
+    timeout,
+    use_token,
 )
 from fastpool._gate import Gate
 
@@ -719,6 +722,52 @@ def test_block_waits_for_an_interruption_that_goes_on_in_a_helper(monkeypatch):
     thread.join(60)
 
     assert outcome == [(asked.times, False)]
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+@pytest.mark.parametrize(
+    "make", [lambda: use_token(CancelToken()), lambda: timeout(60), lambda: shield(60)]
+)
+def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
+    """
+    Whether it is the entry that was torn, or the end: its token is current no more, nor heard of.
+    """
+    around = CancelToken()
+    with use_token(around):
+        for point in itertools.count():
+            scope = make()
+            if leaves:
+                token = scope.__enter__()
+            torn = tear(
+                point,
+                lambda scope=scope: scope.__exit__(*[None] * 3) if leaves else scope.__enter__(),
+            )
+            if not torn:
+                break
+
+            assert current_token() is around
+            assert scope._entered == []
+            assert list(around._children()) == []
+            if leaves:
+                assert token._parents == ()
+        if not leaves:
+            scope.__exit__(*[None] * 3)
+
+    assert point > 3
+
+
+def test_end_of_a_scope_that_was_not_entered_takes_off_no_other():
+    """
+    It is an error, as for any block of Python's.
+    """
+    scope = use_token(CancelToken())
+    with scope as token:
+        scope.__exit__(None, None, None)
+        with pytest.raises(IndexError):
+            scope.__exit__(None, None, None)
+        scope.__enter__()
+
+        assert current_token() is token
 
 
 @pytest.mark.parametrize("leaves", [False, True])
