@@ -431,6 +431,15 @@ def test_deadline_of_a_token_that_is_set_keeps_no_thread(thorough_shutdown):
 # --- Children -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("make", [CancelToken, CancelToken().child])
+def test_timeout_of_a_token_is_named(make):
+    """
+    A number alone could be anything.
+    """
+    with pytest.raises(TypeError, match="positional argument"):
+        make(60)
+
+
 def test_child_hears_every_ancestor_and_tells_none():
     """
     Set alone, it leaves its parents as they were; a diamond is heard once.
