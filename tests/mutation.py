@@ -51,6 +51,7 @@ MODULES = (
 )
 # They run in worker processes, which go from test to test, and do not hear of the next one.
 FAR = ("_worker.py", "_wire.py")
+WATCHED = 120.0  # seconds that a test may take as its lines are noted
 SLOW = 15.0  # seconds; a test that takes longer is not run against mutants
 HANG = 10.0  # seconds more than three times what it took, after which a test is taken to hang
 FEW = 400  # tests; what can be found quickly is found by these
@@ -177,7 +178,8 @@ def start_tests(*arguments, tree=ROOT, path=(), **options):
 
 def reports(folder, arguments, **options):
     """Run tests: the seconds that each took, and which did not pass."""
-    start_tests("-n", "3", *arguments, env={"FASTPOOL_LINES": str(folder)}, **options).wait()
+    ends = f"--timeout={WATCHED:.0f}", "--timeout-method=thread"
+    start_tests("-n", "3", *ends, *arguments, env={"FASTPOOL_LINES": str(folder)}, **options).wait()
     seconds: dict[str, float] = defaultdict(float)
     others = set()
     for line in Path(folder, "reports").read_text().splitlines():
