@@ -3507,6 +3507,25 @@ def test_group_whose_deadline_cannot_be_watched_is_not_entered(monkeypatch):
         group.submit(resize, 404)
 
 
+def test_callback_of_a_task_that_has_ended_is_waited_for_by_nobody():
+    """
+    Nothing sets its token any more, so it never runs.
+    """
+    registered = []
+
+    @cancellable
+    def registers(token):
+        registered.append(token.on_cancel(lambda: registered.append("ran")))
+
+    with TaskGroup(1) as group:
+        group.submit(registers).wait()
+        loose = [*group._run.loose]
+        group.cancel()
+
+    assert loose == []
+    assert len(registered) == 1
+
+
 @pytest.mark.parametrize("error", [MemoryError, RecursionError])
 def test_group_whose_entry_fails_midway_is_not_open(error, monkeypatch):
     """

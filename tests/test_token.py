@@ -21,7 +21,7 @@ from decimal import Decimal
 
 import pytest
 from blocked import is_blocked
-from staging import act_at, until
+from staging import act_at, start, until
 
 import fastpool
 from fastpool import Cancelled, CancelToken, TaskCancelledError, TaskGroup, _token, _wakers
@@ -913,6 +913,26 @@ def test_exit_passes_the_interruption_as_it_is(kind):
         raise leaving
 
     assert raised.value is leaving
+
+
+def test_interruption_runs_where_the_cancel_does():
+    """
+    A callback of yours that is quick needs no helper; one that may block is registered as slow.
+    """
+    token, ran, inside = CancelToken(), [], threading.Event()
+
+    def blocks():
+        with token.interrupts(lambda: ran.append(threading.get_ident())):
+            inside.set()
+            until(lambda: ran)
+
+    thread, outcome = start(blocks)
+    assert inside.wait(60)
+    token.cancel()
+    thread.join(60)
+
+    assert ran == [threading.get_ident()]
+    assert type(outcome[0]) is Cancelled
 
 
 def test_set_token_does_not_let_the_call_begin():
