@@ -756,6 +756,25 @@ def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
     assert point > 3
 
 
+def test_what_a_foreign_handler_raises_as_a_block_is_left_is_on_record():
+    """
+    Also where nothing else is left to do. In the judge's `end` it is taken for the judge's.
+    """
+    others = []
+    for point in itertools.count():
+        group = TaskGroup(1)
+        group.__enter__()
+        if not tear(point, lambda group=group: group.__exit__(None, None, None)):
+            break
+        if [type(failure.exception) for failure in group.failures] != [Stop]:
+            others.append(group.failures)
+
+        assert fastpool.dump() == ()
+
+    assert others == [(), ()]
+    assert point > 10
+
+
 def test_end_of_a_scope_that_was_not_entered_takes_off_no_other():
     """
     It is an error, as for any block of Python's.
