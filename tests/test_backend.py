@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from multiprocessing.pool import Pool
 
@@ -91,6 +92,46 @@ def test_group_runs_on_any_backend():
     assert all(task.done() for task in batch.tasks)
     assert any(task.cancelled() for task in batch.tasks)
     assert backend.ended == 2
+
+
+def test_pool_is_idle_from_when_its_group_has_ended():
+    """
+    Its ten seconds begin then.
+    """
+    fastpool.shutdown()
+    with TaskGroup(1) as group:
+        group.submit(abs, 1)
+        before = time.monotonic()
+    (pool,) = threads._threads.idle
+
+    assert before <= pool.idle_since <= time.monotonic()
+
+
+def test_pool_that_was_abandoned_as_its_group_ended_is_given_to_nobody():
+    """
+    And one that is given back twice, once.
+    """
+    fastpool.shutdown()
+    with TaskGroup(1) as group:
+        group.submit(abs, 1)
+        leased = group._run.backend
+    leased.end(group._run)
+    again = dict(threads._threads.idle)
+
+    class Abandoned(dict):
+        """Somebody takes the pool between the look and the end."""
+
+        def get(self, key):
+            return next(iter(again))
+
+    leased._leases = Abandoned()
+    threads._threads.idle.clear()
+    leased.end(group._run)
+    idle = dict(threads._threads.idle)
+    threads._threads.idle.update(again)
+
+    assert len(again) == 1
+    assert idle == {}
 
 
 def test_processes_are_imported_when_asked_for():
