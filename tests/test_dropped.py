@@ -345,12 +345,14 @@ def test_group_left_after_the_one_around_it_is_named():
     with pytest.warns(ResourceWarning) as told:
         outer.__exit__(None, None, None)
     until(lambda: not any("inner" in thread.name for thread in threading.enumerate()))
+    leased = dict(inner._run.backend._leases)
     inner.__exit__(None, None, None)
 
     assert len(told) == 1
     assert "group 'inner', entered at" in names_of(told)[0]
     assert "is still open as group 'outer' around it is left; cancelled" in names_of(told)[0]
     assert inner.token.reason == "group 'outer' around it was left first"
+    assert leased == {}
     assert task.cancelled()
     assert current_token() is CancelToken.NEVER
 
