@@ -242,17 +242,17 @@ def _arrive(entry: Deadline) -> None:
         clock = _clocks.get("clock")
         if clock is None:
             fresh = _Clock()
-            clock = _clocks.setdefault("clock", fresh)
-            if clock is fresh:
-                try:
+            try:
+                clock = _clocks.setdefault("clock", fresh)
+                if clock is fresh:
                     note = functools.partial(setattr, clock, "thread")
                     start_thread(clock.run, "fastpool-clock", note)
-                except BaseException:
-                    if clock.thread is None:
-                        _clocks.pop("clock", None)
-                    else:
-                        clock.arrive(entry)
-                    raise
+            except BaseException:  # there is no thread, or a signal handler's, anywhere in there
+                if fresh.thread is not None:
+                    fresh.arrive(entry)
+                elif _clocks.get("clock") is fresh:
+                    fresh._end()  # what others gave it meanwhile goes to the next one
+                raise
         clock.arrive(entry)
         # A clock that ended in between has left its post before it looked at its arrivals for
         # the last time, so either it saw this one or we see that it is gone. Arriving twice

@@ -735,6 +735,7 @@ def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
     around = CancelToken()
     with use_token(around):
         for point in itertools.count():
+            fastpool.shutdown()  # it is to be started
             scope = make()
             if leaves:
                 token = scope.__enter__()
@@ -750,6 +751,7 @@ def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
             assert list(around._children()) == []
             if leaves:
                 assert token._parents == ()
+            assert CancelToken(timeout=0.001).wait(60)  # there is a clock
         if not leaves:
             scope.__exit__(*[None] * 3)
 
