@@ -323,10 +323,10 @@ def test_answer_of_a_cancelled_group_has_a_while_to_come(way, monkeypatch):
     receive = Connection.recv_bytes
     acts = []
 
-    def received(end):
+    def received(end, *arguments):
         if acts and threading.current_thread().name == "fastpool-helper":
             acts.pop()()
-        return receive(end)
+        return receive(end, *arguments)
 
     def cancel():
         if way == "stops":
