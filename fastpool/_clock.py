@@ -203,10 +203,12 @@ class _Clock:
     def _end(self) -> None:
         """Give up the post; what arrived for it meanwhile goes to its successor."""
         _clocks.pop("clock", None)
-        while self.arrivals:
-            _arrive(self.arrivals.popleft())
-        # Looked at after the post was given up, as `shutdown` looks at the post after asking.
-        self._answer()
+        try:
+            while self.arrivals:
+                _arrive(self.arrivals.popleft())
+        finally:
+            # Looked at after the post was given up, as `shutdown` looks at the post after asking.
+            self._answer()
 
     def pending(self) -> list[Deadline]:
         return [*self._heap, *self.arrivals]

@@ -162,10 +162,10 @@ def in_words(error: BaseException) -> str:
 
 def add_note(error: BaseException, line: str) -> None:
     """As `error.add_note`, also where the exception takes no attributes."""
-    names: dict[str, Any] = _DICT.__get__(error)
-    notes = names.setdefault("__notes__", [])
-    if type(notes) is list:
-        notes.append(line)  # pyright: ignore[reportUnknownMemberType] # of anything
+    kept = _notes(error)
+    if kept is not None:
+        names: dict[str, Any] = _DICT.__get__(error)
+        names["__notes__"] = [*kept, line]
 
 
 def annotate(error: BaseException, lines: list[str], *, outermost: bool) -> None:

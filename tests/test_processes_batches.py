@@ -389,20 +389,26 @@ def test_lane_goes_on_with_what_comes_as_it_comes_to_rest(one, monkeypatch):
     assert late[0].result() == 7
 
 
-def test_quick_calls_travel_together(one, monkeypatch):
-    """
-    More and more at once, and so on far fewer ways than there are calls.
-    """
-    shipped = []
+@pytest.fixture
+def shipped(monkeypatch):
+    """How many tasks each batch has, in order."""
+    sizes = []
     ship = processes._Lane._ship
 
     def noted(lane, run, number, batch, bell):
-        shipped.append(len(batch))
+        sizes.append(len(batch))
         return ship(lane, run, number, batch, bell)
 
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: however slow the machine is
     monkeypatch.setattr(processes, "HELD", 300)
     monkeypatch.setattr(processes._Lane, "_ship", noted)
+    return sizes
+
+
+def test_quick_calls_travel_together(one, shipped):
+    """
+    More and more at once, and so on far fewer ways than there are calls.
+    """
     with TaskGroup(pool=one) as group:
         batch = group.map(abs, range(10_000))
 
@@ -870,22 +876,6 @@ def test_timeout_of_a_call_goes_along(one, way):
             ]
 
     assert all(seconds is not None and 0 < seconds <= 300 for seconds in left)
-
-
-@pytest.fixture
-def shipped(monkeypatch):
-    """How many tasks each batch has, in order."""
-    sizes = []
-    ship = processes._Lane._ship
-
-    def noted(lane, run, number, batch, bell):
-        sizes.append(len(batch))
-        return ship(lane, run, number, batch, bell)
-
-    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: however slow the machine is
-    monkeypatch.setattr(processes, "HELD", 300)
-    monkeypatch.setattr(processes._Lane, "_ship", noted)
-    return sizes
 
 
 def test_batches_shrink_to_what_is_to_go_at_once(one, shipped):

@@ -254,7 +254,7 @@ class Worker:
 
     def _send_outbox(self) -> None:
         while self._outbox:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # nobody is left to hear it
                 self._calls.send_bytes(self._outbox.popleft())
 
     @contextlib.contextmanager

@@ -571,9 +571,11 @@ class _Lane(Lane):
         except BaseException as error:
             BaseException.with_traceback(error, None)  # ours, which holds all that this frame does
             first = next((task for task in map(handle, self._batch) if not task._state), None)
-            if first is None:
+            if run.stopping():
+                pass  # another lane has said so already, or nobody wants it any more
+            elif first is None:
                 run.broken(self, error)
-            elif not run.stopping():  # or another lane has said so already
+            else:
                 run.failed(first, self, error)
         finally:
             del died  # it refers to this frame
