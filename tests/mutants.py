@@ -594,12 +594,12 @@ def""",
         "deadline_against_end_of_idle_clock",
         _clock,
         """
-        _clocks.pop("clock", None)
-        while self.arrivals:
+        try:
+            while self.arrivals:
 """,
         """
-        _clocks.pop("clock", None)
-        while False:
+        try:
+            while False:
 """,
         rare=True,
     ),
