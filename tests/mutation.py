@@ -44,6 +44,8 @@ MODULES = (
     "_scope.py",
     "_task.py",
     "_taskgroup.py",
+    "_run.py",
+    "_ledger.py",
     "backends/threads.py",
     "backends/processes.py",
     "backends/_worker.py",

@@ -269,6 +269,18 @@ def test_task_is_named_after_its_function(workers):
     assert before == task.name == "resize"
 
 
+def test_task_takes_no_attribute_of_yours():
+    """
+    It has no dictionary, for there are many of it.
+    """
+    with TaskGroup(1) as group:
+        task = group.submit(resize, 404)
+        with pytest.raises(AttributeError):
+            task.label = "mine"
+
+    assert not hasattr(task, "__dict__")
+
+
 def test_task_stands_where_an_async_result_stood(workers):
     """
     `get`, `ready` and `successful` are those of `multiprocessing.pool.AsyncResult`.

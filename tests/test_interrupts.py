@@ -568,15 +568,15 @@ def test_foreign_handler_that_raises_anywhere_tears_no_group(options, error):
 
 
 def tear(point, step):
-    """Take a step, torn at a point; whether it was."""
+    """Take a step, torn at a point; what was raised there, if it came so far."""
     sys.setprofile(raising_at(point))
     try:
         step()
-    except Stop:
-        return True
+    except Stop as stop:
+        return stop
     finally:
         sys.setprofile(None)
-    return False
+    return None
 
 
 @pytest.mark.parametrize("idle", [True, False])
@@ -724,13 +724,15 @@ def test_block_waits_for_an_interruption_that_goes_on_in_a_helper(monkeypatch):
     assert outcome == [(asked.times, False)]
 
 
+SCOPES = [lambda: use_token(CancelToken()), lambda: timeout(60), lambda: shield(60)]
+
+
 @pytest.mark.parametrize("leaves", [False, True])
-@pytest.mark.parametrize(
-    "make", [lambda: use_token(CancelToken()), lambda: timeout(60), lambda: shield(60)]
-)
+@pytest.mark.parametrize("make", SCOPES)
 def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
     """
-    Whether it is the entry that was torn, or the end: its token is current no more, nor heard of.
+    Whether it is the entry that was torn, or the end: its token is current no more, nor heard of,
+    and has no deadline, though what was raised still holds it.
     """
     around = CancelToken()
     with use_token(around):
@@ -752,8 +754,26 @@ def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
             if leaves:
                 assert token._parents == ()
             assert CancelToken(timeout=0.001).wait(60)  # there is a clock
+            fastpool.shutdown()
+            assert not _clock._clocks  # and nothing for it to do
         if not leaves:
             scope.__exit__(*[None] * 3)
+
+    assert point > 3
+
+
+@pytest.mark.parametrize("make", SCOPES)
+def test_scope_entered_twice_that_a_foreign_handler_has_torn_is_left_once(make):
+    for point in itertools.count():
+        scope = make()
+        with scope as token:
+            scope.__enter__()
+            torn = tear(point, lambda scope=scope: scope.__exit__(*[None] * 3))
+
+            assert current_token() is token
+        assert current_token() is CancelToken.NEVER
+        if not torn:
+            break
 
     assert point > 3
 

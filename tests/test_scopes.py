@@ -126,6 +126,21 @@ def test_scope_left_in_another_context_changes_nothing_there():
     assert current_token() is CancelToken.NEVER
 
 
+def test_scope_entered_twice_and_left_in_another_context_ends_the_later_one():
+    """
+    The earlier one still hears what was current around it.
+    """
+    scope, around = timeout(60), CancelToken()
+    with use_token(around):
+        earlier, later = [contextvars.copy_context().run(scope.__enter__) for _ in range(2)]
+    scope.__exit__(None, None, None)
+    around.cancel()
+
+    assert earlier.cancelled()
+    assert not later.cancelled()
+    scope.__exit__(None, None, None)
+
+
 def test_thread_has_the_token_only_with_the_context():
     """
     One that is started plainly has none; one that runs in a copy of the context has it.
