@@ -18,7 +18,7 @@ from unittest import mock
 import interleave
 
 from fastpool._descriptor import Descriptor
-from fastpool.backends import _worker, processes
+from fastpool.backends import _process, _worker, processes
 
 MESSAGE = 4  # bytes of its length, before each
 
@@ -68,7 +68,7 @@ class Machine(processes.Processes):
         return process
 
 
-class _Far(processes._Far):
+class _Far(_process.WorkerProcess):
     """One of these, asked for its end itself, since that is no real one's."""
 
     def has_ended(self):

@@ -48,6 +48,7 @@ MODULES = (
     "_ledger.py",
     "backends/threads.py",
     "backends/processes.py",
+    "backends/_process.py",
     "backends/_worker.py",
     "backends/_wire.py",
 )
@@ -378,10 +379,11 @@ def change(before, after):
 
 def tests_of(mutant, tests, seconds):
     """
-    The tests that run its lines, as three lists; what fails in one makes the next needless.
+    The tests that run its lines, as some lists; what fails in one makes the next needless.
 
     The quickest ones of the two files that have most of them; the quickest of all, as many as
-    take so long together; and as many as take ten times as long.
+    take so long together; the quickest case of each, as many as take thirty times as long; and
+    of all cases as many as take ten times as long.
     """
     found: list[tuple[float, str]] = []
     for lines in mutant.lines:
@@ -390,15 +392,22 @@ def tests_of(mutant, tests, seconds):
             for test, (took, ran) in tests.items()
             if took <= SLOW and not ran.get(mutant.module, set()).isdisjoint(lines)
         )
-    until = list(itertools.accumulate(took for took, _ in found))
-    most, quick = (
-        [test for (_, test), total in zip(found, until, strict=True) if total <= limit]
-        for limit in (10 * seconds, seconds)
-    )
+    first: dict[str, tuple[float, str]] = {}
+    for took, test in found:
+        first.setdefault(test.partition("[")[0], (took, test))
+    quick = within(seconds, found)
+    each = within(30 * seconds, list(first.values()))
+    most = within(10 * seconds, found)
     files = [file for file, _ in Counter(map(file_of, quick)).most_common(2)]
     few = [test for test in quick[:FEW] if file_of(test) in files]
     # Some share a server, as long as they come one after the other.
-    return [sorted(some, key=file_of) for some in (few, quick, most) if some]
+    return [sorted(some, key=file_of) for some in (few, quick, each, most) if some]
+
+
+def within(seconds, found):
+    """The first tests, as many as take no longer together."""
+    until = itertools.accumulate(took for took, _ in found)
+    return [test for (_, test), total in zip(found, until, strict=True) if total <= seconds]
 
 
 def file_of(test):
@@ -476,7 +485,7 @@ def run(tests, known, modules, match, seconds, jobs, log):
                 return judged[mutant.name]
             rounds = tests_of(mutant, tests, seconds)
             if mutant.name in known or mutant is sound:
-                rounds[2:] = []  # to see that it still survives, it need not take so long
+                del rounds[2:]  # to see that it still survives, it need not take so long
             tree, start = trees.get(), time.monotonic()
             try:
                 by = next(filter(None, (killed(mutant, some, tree) for some in rounds)), "")

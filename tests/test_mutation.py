@@ -74,7 +74,8 @@ def test_record_knows_the_lines_of_each_test_here_and_in_worker_processes(tmp_pa
 
 def test_mutant_is_judged_by_the_tests_that_run_its_statement():
     """
-    The quickest first, and none that is too slow; or by those of the function, if none runs it.
+    The quickest first, and none that is too slow, with one case of each before all of them; or by
+    those of the function, if none runs it.
     """
     source = textwrap.dedent("""
         def f(x):
@@ -91,13 +92,17 @@ def test_mutant_is_judged_by_the_tests_that_run_its_statement():
         "test_a.py::quick": (0.1, {"m.py": {3, 4}}),
         "test_b.py::other": (0.2, {"m.py": {3, 7}}),
         "test_b.py::endless": (mutation.SLOW + 1, {"m.py": {4}}),
+        "test_c.py::of[one]": (3.0, {"m.py": {4}}),
+        "test_c.py::of[other]": (4.0, {"m.py": {4}}),
     }
     without = {name: (took, {"m.py": {3}}) for name, (took, _) in tests.items()}
 
     assert place == "f"
     assert mutation.tests_of(mutant, tests, 1)[0] == ["test_a.py::quick"]
-    assert mutation.tests_of(mutant, tests, 1)[-1] == ["test_a.py::quick", "test_a.py::slow"]
-    assert len(mutation.tests_of(mutant, without, 1)[-1]) == 3
+    each, most = mutation.tests_of(mutant, tests, 1)[2:]
+    assert each == ["test_a.py::quick", "test_a.py::slow", "test_c.py::of[one]"]
+    assert most == [*each, "test_c.py::of[other]"]
+    assert len(mutation.tests_of(mutant, without, 1)[-1]) == 5
 
 
 def test_program_is_the_same_however_it_is_written():

@@ -42,7 +42,7 @@ from fastpool import (
     WorkerDiedError,
     backends,
 )
-from fastpool.backends import processes
+from fastpool.backends import _process, processes
 from fastpool.backends.processes import Processes
 
 
@@ -190,8 +190,8 @@ def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, error,
 
     server = forkserver._forkserver
     monkeypatch.setattr(server, "_preload_modules", ["__main__"])
-    monkeypatch.setattr(processes, "_Far", Started)
-    monkeypatch.setattr(processes, "time", SimpleNamespace(sleep=slept.append))
+    monkeypatch.setattr(_process, "WorkerProcess", Started)
+    monkeypatch.setattr(_process, "time", SimpleNamespace(sleep=slept.append))
     backend = Processes(1, start_method="forkserver")
     if returns:
         assert isinstance(backend.start_worker(), Started)
@@ -200,7 +200,7 @@ def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, error,
             backend.start_worker()
 
     assert 2 <= sum(slept) < 10
-    assert server._preload_modules == [processes.SERVER]
+    assert server._preload_modules == [_process.SERVER]
 
 
 def test_workers_serve_one_group_after_another(two):
@@ -796,7 +796,7 @@ def test_worker_that_says_nothing_more_and_lives_on_is_killed(begun, monkeypatch
     """
     The error says so.
     """
-    monkeypatch.setattr(processes, "FAREWELL", 0.1)
+    monkeypatch.setattr(_process, "FAREWELL", 0.1)
     with (
         pytest.raises(WorkerDiedError, match="'closes_all' ran: it does not answer"),
         TaskGroup(pool=Processes(1)) as group,
@@ -1150,7 +1150,7 @@ def test_signal_handler_may_ask_in_the_middle_of_asking(idle, monkeypatch):
     """
     Whatever line the one below it was at, that goes on after it.
     """
-    monkeypatch.setattr(processes, "ANSWER", 0.2)  # seconds: a handler is told nothing by then
+    monkeypatch.setattr(_process, "ANSWER", 0.2)  # seconds: a handler is told nothing by then
 
     def ask_at(step):
         told = []

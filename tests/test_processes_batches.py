@@ -28,7 +28,7 @@ from fastpool import (
     sleep,
 )
 from fastpool._run import Run
-from fastpool.backends import processes
+from fastpool.backends import _process, processes
 from fastpool.backends._wire import dump_reason
 from fastpool.backends.processes import Processes
 
@@ -645,9 +645,9 @@ def test_answer_that_has_come_whole_counts_though_its_worker_has_died(monkeypatc
     And the helper that receives it has yet to begin when that is seen.
     """
     hung_up = []
-    hang_up = processes._Far.hang_up
+    hang_up = _process.WorkerProcess.hang_up
     monkeypatch.setattr(
-        processes._Far, "hang_up", lambda worker: hung_up.append(hang_up(worker)) or None
+        _process.WorkerProcess, "hang_up", lambda worker: hung_up.append(hang_up(worker)) or None
     )
 
     def die():
@@ -771,7 +771,7 @@ def test_worker_that_asks_is_told_of_all(monkeypatch, tmp_path):
         return len(times) > 1
 
     with TaskGroup(pool=Processes(1)) as group:
-        monkeypatch.setattr(processes._Far, "hears", hears)
+        monkeypatch.setattr(_process.WorkerProcess, "hears", hears)
         group.submit(wait_for, tmp_path / "go")
         group.map(abs, range(MANY))
         group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
@@ -1070,13 +1070,13 @@ def test_who_waits_for_what_is_not_sent_any_more_hears_of_it(one, monkeypatch, t
 def told(monkeypatch):
     """What lanes tell their workers."""
     words = []
-    tell = processes._Far.tell
+    tell = _process.WorkerProcess.tell
 
     def noted(worker, word, *rest):
         words.append(word)
         tell(worker, word, *rest)
 
-    monkeypatch.setattr(processes._Far, "tell", noted)
+    monkeypatch.setattr(_process.WorkerProcess, "tell", noted)
     return words
 
 
@@ -1180,7 +1180,7 @@ def test_nothing_that_was_said_of_a_batch_concerns_the_next(monkeypatch, tmp_pat
         cancelled.cancel()
         until(lambda: lane._due)
         lane._untold.append((lane._first, dump_reason("too late")))
-        monkeypatch.setattr(processes._Far, "hears", lambda _: False)
+        monkeypatch.setattr(_process.WorkerProcess, "hears", lambda _: False)
         cancelled.wait()
         group.submit(far.begin_and_hold, tmp_path / "then", tmp_path / "release")
         far.seen(tmp_path / "then")
@@ -1196,8 +1196,8 @@ def test_lane_sleeps_when_it_has_told_all(monkeypatch, tmp_path):
     """
     comes_to_rest = rests(monkeypatch, processes)
     full = [True]
-    hears = processes._Far.hears
-    monkeypatch.setattr(processes._Far, "hears", lambda worker: not full and hears(worker))
+    hears = _process.WorkerProcess.hears
+    monkeypatch.setattr(_process.WorkerProcess, "hears", lambda worker: not full and hears(worker))
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: nothing comes home by itself
     monkeypatch.setattr(processes, "HELD", 300)  # ...nor is taken back
     with TaskGroup(pool=Processes(1, kill_after=None)) as group:

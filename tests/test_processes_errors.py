@@ -17,7 +17,7 @@ from blocked import is_blocked, rests
 from staging import until
 
 from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
-from fastpool.backends import _wire, processes
+from fastpool.backends import _process, _wire, processes
 from fastpool.backends.processes import Processes
 
 MONTH = 2_678_400  # seconds
@@ -352,14 +352,14 @@ def test_nothing_runs_twice_that_a_worker_runs_without_its_pipes(one, monkeypatc
     Which it may until it is ended: where it is, is looked at after that.
     """
     ran = tmp_path / "ran"
-    how_it_ended = processes._Far.how_it_ended
+    how_it_ended = _process.WorkerProcess.how_it_ended
 
     def late(worker):
         far.note(tmp_path / "seen")
         far.seen(ran, 5)
         return how_it_ended(worker)
 
-    monkeypatch.setattr(processes._Far, "how_it_ended", late)
+    monkeypatch.setattr(_process.WorkerProcess, "how_it_ended", late)
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: what comes after is in its batch
     monkeypatch.setattr(processes, "HELD", 300)
     with pytest.raises(ExceptionGroup), TaskGroup(pool=one, policy=CollectAll()) as group:
@@ -381,10 +381,10 @@ def test_late_answer_to_a_report_is_not_that_to_the_next(monkeypatch):
     worker = Processes(1).start_worker()
     assert worker.calls.poll(100)
     os.kill(worker.process.pid, signal.SIGSTOP)
-    monkeypatch.setattr(processes, "ANSWER", 0.001)
+    monkeypatch.setattr(_process, "ANSWER", 0.001)
     told = [worker.stack() for _ in range(10)]
     asked = len(worker._unanswered)
-    monkeypatch.setattr(processes, "ANSWER", 100)
+    monkeypatch.setattr(_process, "ANSWER", 100)
     os.kill(worker.process.pid, signal.SIGCONT)
     until(lambda: worker.stack() or not worker._unanswered)
     last = worker.stack()
@@ -392,7 +392,7 @@ def test_late_answer_to_a_report_is_not_that_to_the_next(monkeypatch):
     worker.close()
 
     assert told == [""] * 10
-    assert asked == processes.UNANSWERED
+    assert asked == _process.UNANSWERED
     assert last.startswith("  File ")
     assert left == []
 

@@ -34,7 +34,7 @@ OBJECTS = {
     "calls": "_Calls",
     "clock": "_Clock",
     "entry": "Task Callback",
-    "far": "_Far",
+    "far": "WorkerProcess",
     "far.shared": "Shared",
     "future": "_Call",
     "group": "TaskGroup",

@@ -152,17 +152,17 @@ _Item.__init__ = keep
 """,
     "what is abandoned on processes runs on": """
 from fastpool._run import Run
-from fastpool.backends.processes import _Far
-abandoned, abandon, kill = [], Run.abandon, _Far.kill
+from fastpool.backends._process import WorkerProcess
+abandoned, abandon, kill = [], Run.abandon, WorkerProcess.kill
 def note(self, why):
     abandoned.append(why)
     return abandon(self, why)
 Run.abandon = note
-_Far.kill = lambda self: None if abandoned else kill(self)
+WorkerProcess.kill = lambda self: None if abandoned else kill(self)
 """,
     "what is stuck on processes is not killed": """
-from fastpool.backends.processes import _Far
-_Far.kill = lambda self: None
+from fastpool.backends._process import WorkerProcess
+WorkerProcess.kill = lambda self: None
 """,
     "a failure is lost in the groups of worker processes": """
 from fastpool.backends import processes

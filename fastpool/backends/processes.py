@@ -6,20 +6,14 @@ import contextlib
 import contextvars
 import itertools
 import math
-import multiprocessing
-import multiprocessing.process
-import operator
 import os
 import pickle
 import select
-import signal
-import socket
 import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from multiprocessing import connection, forkserver, resource_tracker
+from collections.abc import Callable, Sequence
+from multiprocessing import connection
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fastpool import _clock, _token
@@ -27,13 +21,13 @@ from fastpool._descriptor import Descriptor
 from fastpool._errors import in_words, strip
 from fastpool._lane import At, Lane, handle
 from fastpool._task import NOTHING, PLAIN, Task
-from fastpool.backends import _worker
+from fastpool.backends import _process
+from fastpool.backends._process import WorkerProcess
 from fastpool.backends._wire import (
     FOLLOWS,
     LONG,
     PROTOCOL,
     Far,
-    Shared,
     cannot_return,
     dump_function,
     dump_reason,
@@ -59,25 +53,13 @@ BULK = 1 << 16  # bytes that a batch is to come to, with what it brings home
 MOST_WORKERS = 10_000
 HOMEWARD = 5.0  # seconds that what tasks came to has to come home though its worker is overdue
 DAY = 86_400.0  # seconds; `poll` takes no more than 24 of them
-ANSWER = 1.0  # seconds that a worker has to say where it is
-UNANSWERED = 3  # times that it may have been asked in vain: its pipe takes so many answers
-FAREWELL = 2.0  # seconds that a worker has to end by itself
-PATIENCE = 300  # hundredths of a second in which the server of forked processes is replaced
 KNOWN = 256  # functions that a worker is trusted to remember, beyond those of one message
 STARTS = 3  # workers that may die one after another before they have begun a task
 REST, END = (pickle.dumps((word,), PROTOCOL) for word in ("rest", "end"))
-SERVER = "fastpool.backends._server"  # what the server of forked processes imports
-UNGUARDED = 86  # with what a worker exits whose main script starts a group as it is imported
 
 _CPUS: int = getattr(os, "process_cpu_count", os.cpu_count)() or 1
 
 _numbers = itertools.count(1)  # of runs, for the workers
-# Guards the start of processes: one at a time, so that none inherits another's pipes. And the
-# reading of how one has ended, which can be done once, and which each start does for all.
-_starting = threading.Lock()
-
-
-_forked: list[None] = []  # not empty in a forked child
 
 
 class Processes:
@@ -118,8 +100,8 @@ class Processes:
         if initializer is not None and not callable(initializer):
             raise TypeError(f"initializer must be a function, not {initializer!r}")
         self.slots = workers or _CPUS
-        self._context = multiprocessing.get_context(_start_method(start_method))
-        self._start = _start_with(initializer, tuple(initargs))
+        self._context = _process.context_for(start_method)
+        self._start = _process.dump_start(initializer, tuple(initargs))
         self._kill_after = _clock.seconds(kill_after, "kill_after")
         self._variables = [_place_of(variable) for variable in context_vars]
         self._crew = Crew(_serve, self._lane, _Lane.leave, _Lane.disown)
@@ -133,7 +115,7 @@ class Processes:
 
     def start_lane(self, run: Run) -> None:
         """Wake a thread that has a worker, or start one that gets one."""
-        _refuse_in_import()
+        _process.refuse_in_import()
         lease = self._leases.get(run)
         if lease is None:
             lease = self._leases.setdefault(run, Leased(self.slots, self._crew))
@@ -182,24 +164,9 @@ class Processes:
         logged = sys.modules.get("structlog.contextvars")
         return bool(self._variables or (logged is not None and logged._CONTEXT_VARS))
 
-    def start_worker(self) -> _Far:
-        """A new worker, which will say when it is ready."""
-        # The server of a forked child's parent is no child of its own, and so not usable.
-        context = multiprocessing.get_context("spawn") if _forked else self._context
-        with _starting:
-            if context.get_start_method() == "spawn":
-                with _ctrl_c_blocked():
-                    return _Far(context, self._start)
-            with _ctrl_c_blocked() if _preload(context) else contextlib.nullcontext():
-                for _ in range(PATIENCE):
-                    try:
-                        return _Far(context, self._start)
-                    except (ConnectionError, EOFError):
-                        # The server dies, perhaps as it imports a main script that is not guarded.
-                        # The next one does without that, and its worker says what is wrong.
-                        context.set_forkserver_preload([SERVER])
-                        time.sleep(0.01)  # it is not replaced before it has quite ended
-                return _Far(context, self._start)
+    def start_worker(self) -> WorkerProcess:
+        """A new one, which will say when it is ready."""
+        return _process.start_worker(self._context, self._start)
 
     def variables(self, task: Task[Any]) -> tuple[dict[str, Any], list[Any]] | None:
         """What goes along with a task of the context that it was submitted in."""
@@ -216,194 +183,6 @@ class Processes:
             if variable in context
         ]
         return (bound, named) if bound or named else None
-
-
-class _Name(str):
-    """
-    A worker's name, to read which has Ctrl-C ignored.
-
-    It is the first thing that a new process reads, before it imports the main script; nothing of
-    ours can be found there yet. Without it a Ctrl-C would be a traceback of the worker's.
-    """
-
-    __slots__ = ()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return operator.getitem, ((str(self), _Ignored()), 0)
-
-
-class _Ignored:
-    """Read from its pickle, it is done."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return signal.signal, (signal.SIGINT, signal.SIG_IGN)
-
-
-class _Far:
-    """One worker process, as its lane sees it. While that serves, its thread alone writes here."""
-
-    def __init__(self, context: Any, start: bytes) -> None:
-        self.calls, calls = context.Pipe()
-        self.control, control = context.Pipe()
-        self.shared = context.RawValue(Shared, -1)
-        # The functions that it has, by `id`; it forgets them with the group, and so do we.
-        self.known: dict[int, tuple[object, int]] = {}
-        # Guards the writing to `control`: the lane's thread gives orders, and who reports a task
-        # that does not stop. Held for one short write.
-        self._telling = threading.Lock()
-        # Guards the reading from it, by who reports, and its end. Held until the worker has
-        # answered. Who reports may be a signal handler, above one that holds it: none waits for
-        # ever, and it takes the other lock with this one held.
-        self._asking = threading.Lock()
-        self._questions = itertools.count(1)
-        self._unanswered: deque[int] = deque()  # with `_asking` held
-        self.process = context.Process(
-            target=_worker.main,
-            args=(calls, control, self.shared, start),
-            name=_Name("fastpool-worker"),
-        )
-        try:
-            self.process.start()
-        except BaseException:
-            self.calls.close()
-            self.control.close()
-            raise
-        finally:
-            calls.close()
-            control.close()
-        with contextlib.suppress(OSError, AttributeError):
-            self._pidfd = os.pidfd_open(self.process.pid)
-
-    _pidfd: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"worker process {self.process.pid}"
-
-    def never_came(self) -> BaseException:
-        """Why it has died before it was ready."""
-        if self.exit_code(FAREWELL) == UNGUARDED:
-            return RuntimeError(
-                "a worker process imports the main script, and that starts a group of its own; put"
-                ' what the script does under: if __name__ == "__main__":'
-            )
-        return WorkerDiedError(f"{self.name} died as it started: {self.how_it_ended()}")
-
-    def has_ended(self) -> bool:
-        return bool(connection.wait([self.sentinel], 0))
-
-    def exit_code(self, within: float | None) -> int | None:
-        """As that of a `Process`; nothing if it has not ended within so many seconds."""
-        # Its children may keep what the standard library looks at from saying so.
-        if not connection.wait([self.sentinel], within):
-            return None
-        with _starting:
-            code: int | None = self.process.exitcode
-            self.process.join(FAREWELL)  # it may be told a moment later, and is forgotten there
-            return self.process.exitcode if code is None else code
-
-    def how_it_ended(self) -> str:
-        """By exit code or signal, once it has."""
-        code = self.exit_code(FAREWELL)
-        if code is None:
-            return "it does not answer"
-        if code >= 0:
-            return f"exit code {code}"
-        try:
-            return f"killed by {signal.Signals(-code).name}"
-        except ValueError:
-            return f"killed by signal {-code}"
-
-    @property
-    def sentinel(self) -> int:
-        """A descriptor that is readable once the process has ended."""
-        return self.process.sentinel if self._pidfd is None else self._pidfd
-
-    def tell(self, *order: object) -> None:
-        """Give an order to the thread that hears; a worker that is gone needs none."""
-        with self._telling, contextlib.suppress(OSError):
-            self.control.send_bytes(pickle.dumps(order, PROTOCOL))
-
-    def hears(self) -> bool:
-        """Whether an order can be given without waiting until the worker reads those before it."""
-        poll = select.poll()
-        poll.register(self.control.fileno(), select.POLLOUT)
-        return bool(poll.poll(0))
-
-    def hang_up(self) -> None:
-        """Have who sends or receives by the pipe of the calls fail."""
-        with contextlib.suppress(OSError):
-            end = socket.socket(fileno=self.calls.fileno())  # no other one: there may be none left
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            finally:
-                end.detach()
-
-    def rest(self, word: bytes) -> None:
-        """Have it forget what is over: the batch before, or the group."""
-        with contextlib.suppress(OSError):
-            self.calls.send_bytes(word)
-
-    def stack(self) -> str:
-        """The stack of what it runs, as text; empty if it does not answer, or another asks."""
-        if not self._asking.acquire(timeout=ANSWER):
-            return ""
-        try:
-            with contextlib.suppress(EOFError, OSError):
-                return self._ask_where()
-            return ""
-        finally:
-            self._asking.release()
-
-    def _ask_where(self) -> str:
-        while self.control.poll(0):
-            self._hear_where()  # of reports that were made without it
-        if len(self._unanswered) >= UNANSWERED or not self.hears():
-            return ""
-        question = next(self._questions)
-        self.tell("where", question)
-        self._unanswered.append(question)
-        deadline = time.monotonic() + ANSWER
-        while self.control.poll(max(0.0, deadline - time.monotonic())):
-            answered, text = self._hear_where()
-            if answered == question:
-                return text
-        return ""
-
-    def _hear_where(self) -> tuple[int, str]:
-        answer: tuple[int, str] = pickle.loads(self.control.recv_bytes())
-        while self._unanswered and self._unanswered[0] <= answer[0]:
-            self._unanswered.popleft()
-        return answer
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if self._pidfd is None:
-                self.process.kill()
-            else:  # its number may be another's by now
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def close(self) -> None:
-        """Have it end, and wait for that."""
-        self.calls.close()
-        if self.exit_code(FAREWELL) is None:
-            self.kill()
-            self.exit_code(None)
-        with self._asking:
-            self.control.close()
-        self._close_pidfd()
-
-    def disown(self) -> None:
-        """In a forked child: the worker is the parent's."""
-        self.calls.close()
-        self.control.close()
-        self._close_pidfd()
-        multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined] # or the exit would join it
-
-    def _close_pidfd(self) -> None:
-        number, self._pidfd = self._pidfd, None
-        if number is not None:
-            os.close(number)
 
 
 class _Died(Exception):
@@ -438,7 +217,7 @@ class _Lane(Lane):
     def __init__(self, pool: object, number: int, backend: Processes) -> None:
         super().__init__(pool, number)
         self._backend = backend
-        self._far: _Far | None = None
+        self._far: WorkerProcess | None = None
         self._batch: list[At] = []
         self._first = 0  # the number of the first of them, as the worker counts
         self._next = 0  # no number is used again: what was said of it may come late
@@ -589,7 +368,7 @@ class _Lane(Lane):
             run.passed(self)
         return len(batch) - len(rest)
 
-    def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> _Far:
+    def _ready_worker(self, run: Run, number: int, bell: Descriptor) -> WorkerProcess:
         far = self._far
         if far is not None and far.has_ended():
             self.leave()
@@ -615,7 +394,7 @@ class _Lane(Lane):
                 raise load_error(what, "initializer", far.name)
         return far
 
-    def _take_home(self, run: Run, far: _Far, number: int, bell: Descriptor) -> int:
+    def _take_home(self, run: Run, far: WorkerProcess, number: int, bell: Descriptor) -> int:
         """Have the worker run the batch; how many of it have ended."""
         self._first = self._next  # where the worker is, is before that until it has begun
         far.shared.recalled = far.shared.over = False
@@ -650,7 +429,7 @@ class _Lane(Lane):
         self._report_each(run, far, rest[0])
         return len(rest[0])
 
-    def _encode(self, run: Run, far: _Far, number: int, *, singly: bool = False) -> bytes:
+    def _encode(self, run: Run, far: WorkerProcess, number: int, *, singly: bool = False) -> bytes:
         """
         The message that has the worker run the batch.
 
@@ -720,7 +499,7 @@ class _Lane(Lane):
         return message(None, pickled)
 
     def _ask(
-        self, run: Run, far: _Far, number: int, message: bytes, bell: Descriptor
+        self, run: Run, far: WorkerProcess, number: int, message: bytes, bell: Descriptor
     ) -> tuple[Any, ...]:
         try:
             if len(message) <= LONG:
@@ -748,14 +527,14 @@ class _Lane(Lane):
         except (EOFError, OSError) as error:
             raise _Died from error
 
-    def _receive(self, run: Run, far: _Far, number: int, bell: Descriptor) -> bytes:
+    def _receive(self, run: Run, far: WorkerProcess, number: int, bell: Descriptor) -> bytes:
         reply = self._await(run, far, number, bell)
         if reply == FOLLOWS:
             reply = self._in_helper(run, far, number, bell, far.calls.recv_bytes)
         return reply
 
     def _in_helper(
-        self, run: Run, far: _Far, number: int, bell: Descriptor, call: Callable[[], T]
+        self, run: Run, far: WorkerProcess, number: int, bell: Descriptor, call: Callable[[], T]
     ) -> T:
         """Send or receive much in a helper, and hear meanwhile what else there is."""
         done = self._done
@@ -797,7 +576,7 @@ class _Lane(Lane):
     def _await(
         self,
         run: Run,
-        far: _Far,
+        far: WorkerProcess,
         number: int,
         bell: Descriptor,
         *,
@@ -867,7 +646,7 @@ class _Lane(Lane):
             if far.sentinel in ready:
                 raise EOFError
 
-    def _recall(self, run: Run, far: _Far) -> None:
+    def _recall(self, run: Run, far: WorkerProcess) -> None:
         """
         A call takes its time. What is behind it goes to others, which it may even wait for, and
         what is before it comes home.
@@ -883,7 +662,7 @@ class _Lane(Lane):
         for number in [number for number in self._due if number >= self._first + begun]:
             del self._due[number]
 
-    def _pass_on(self, far: _Far) -> None:
+    def _pass_on(self, far: WorkerProcess) -> None:
         """Tell the worker which of its tasks have been cancelled."""
         numbers = {handle(at): number for number, at in enumerate(self._batch, self._first)}
         kill_after = self._backend._kill_after
@@ -909,7 +688,7 @@ class _Lane(Lane):
             span = max(0.0, options.timeout) + kill_after
             self._due[number] = time.monotonic() + span, span
 
-    def _is_overdue(self, far: _Far, now: float) -> bool:
+    def _is_overdue(self, far: WorkerProcess, now: float) -> bool:
         """Whether the worker is at a call that should have stopped long since."""
         for number, (due, span) in list(self._due.items()):
             if now < due:
@@ -924,7 +703,7 @@ class _Lane(Lane):
                 self._due[number] = now + max(span, HELD), span
         return False
 
-    def _report_each(self, run: Run, far: _Far, outcomes: list[bytes]) -> None:
+    def _report_each(self, run: Run, far: WorkerProcess, outcomes: list[bytes]) -> None:
         """Enter what tasks came to, each of which was pickled by itself."""
         for at, outcome in zip(self._batch, outcomes, strict=False):
             try:
@@ -933,7 +712,7 @@ class _Lane(Lane):
                 how, what = "unsent", ("returned a value", in_words(error))
             self._report(run, far, handle(at), how, what)
 
-    def _report(self, run: Run, far: _Far, task: Task[Any], how: str, what: Any) -> None:
+    def _report(self, run: Run, far: WorkerProcess, task: Task[Any], how: str, what: Any) -> None:
         """Enter what a task came to."""
         if how == "value":
             run.succeeded(task, self, what)
@@ -960,7 +739,7 @@ class _Lane(Lane):
     def _late(self, task: Task[Any]) -> TimeoutError:
         return TimeoutError(f"task {task.name!r} timed out after {task._options.timeout:g} s")
 
-    def _bury(self, run: Run, far: _Far, error: BaseException) -> WorkerDiedError | None:
+    def _bury(self, run: Run, far: WorkerProcess, error: BaseException) -> WorkerDiedError | None:
         """
         The worker has died: what it was at has failed, or was killed by us for not stopping.
 
@@ -1047,58 +826,6 @@ def _serve(run: Run, lane: _Lane) -> None:
     lane.serve(run)
 
 
-def _start_with(initializer: Callable[..., object] | None, initargs: tuple[Any, ...]) -> bytes:
-    try:
-        function = None if initializer is None else dump_function(initializer)
-        return pickle.dumps((function, initargs), PROTOCOL)
-    except Exception as error:
-        raise TypeError(f"the initializer or initargs cannot be sent: {in_words(error)}") from error
-
-
-def _preload(context: Any) -> bool:
-    """
-    Have the server import us, once, and not each worker.
-
-    Returns:
-        Whether it does: not if the program has its own list.
-    """
-    server: Any = forkserver._forkserver  # nothing public tells
-    listed: list[str] = server._preload_modules
-    if listed == ["__main__"]:
-        context.set_forkserver_preload(["__main__", SERVER])
-    return SERVER in listed or listed == ["__main__"]
-
-
-@contextlib.contextmanager
-def _ctrl_c_blocked() -> Generator[None, None, None]:
-    """
-    Start processes that do not hear Ctrl-C before they are ready for it.
-
-    A terminal sends it to them, too, and one that is still importing would say so, with a
-    traceback. They have this from the thread that starts them, which is a lane's.
-    """
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    resource_tracker.ensure_running()  # which unblocks the signal when it starts something
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _start_method(name: str | None) -> str:
-    known = multiprocessing.get_all_start_methods()
-    methods = [method for method in ("forkserver", "spawn") if method in known]
-    if name is None:
-        return methods[0]
-    if name not in methods:
-        why = "; fork copies locks that other threads hold" if name == "fork" else ""
-        raise ValueError(f"start_method must be {' or '.join(methods)}, not {name!r}{why}")
-    return name
-
-
 def _place_of(
     variable: contextvars.ContextVar[Any],
 ) -> tuple[str, str, contextvars.ContextVar[Any]]:
@@ -1111,21 +838,6 @@ def _place_of(
                 return module, name, variable
     raise ValueError(f"{variable!r} is not a module's, where a worker process could find it")
 
-
-def _refuse_in_import() -> None:
-    """Exit, in a worker that is still importing a main script which is not guarded."""
-    if getattr(multiprocessing.process.current_process(), "_inheriting", False):
-        os._exit(UNGUARDED)
-
-
-def _after_fork() -> None:
-    global _starting
-    _starting = threading.Lock()
-    _forked.append(None)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 _default: list[Processes] = []
 
