@@ -523,7 +523,8 @@ def main():
     parser.add_argument("--only", action="append", help="a module", choices=MODULES)
     parser.add_argument("--match", default="", help="a text in the names of the mutants")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    # Twice as many as there are processors: most of the time is spent on those that hang.
+    parser.add_argument("--jobs", type=int, default=2 * (os.cpu_count() or 1))
     parser.add_argument(
         "--log",
         type=Path,
