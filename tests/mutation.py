@@ -299,7 +299,8 @@ def operators():
         new = "return None"
 
         def fits(self, statement):
-            return statement.type == "return_stmt"
+            # Who asks whether it is true is told the same by False.
+            return statement.type == "return_stmt" and statement.children[1].get_code() != " False"
 
     own = {one.__name__: one for one in (DropStatement, ReturnNothing)}
     return [(own.get(name) or get_operator(name))() for name in OPERATORS]
