@@ -158,21 +158,35 @@ class Items:
         if self.states is not states:  # as `abandon` looks: it has replaced them meanwhile
             self.states.extend([PENDING] * count)  # twice, perhaps, which does no harm
 
-    def abandon(self) -> None:
-        """Make what runs now cancelled for good: workers go on writing into the old list."""
+    def note(self, index: int, state: int | Lane) -> None:
+        """How a call stands, unless it was abandoned."""
+        # In this order: `abandon` names them first and replaces the list then.
+        states = self.states
+        if index not in self.abandoned:
+            states[index] = state
+
+    def abandon(self, index: int) -> None:
+        """
+        Make what runs now cancelled for good: workers go on writing into the old list.
+
+        Args:
+            index: Of a call that is taken. A worker may be about to note that it runs it.
+        """
         old = self.states
         states = old.copy()
-        running = [index for index, state in enumerate(states) if type(state) is not int]
+        running = [number for number, state in enumerate(states) if type(state) is not int]
+        if states[index] == PENDING:
+            running.append(index)
         if not running:
             return
-        for index in running:
-            states[index] = CANCELLED
+        for number in running:
+            states[number] = CANCELLED
         self.abandoned |= set(running)  # whose values may still be written
         self.states = states
         states.extend([PENDING] * (len(old) - len(states)))  # what has come meanwhile
         if self.listener is not None:
-            for index in running:
-                self.listener.arrive(self.first + index)
+            for number in running:
+                self.listener.arrive(self.first + number)
 
 
 @final
@@ -278,8 +292,9 @@ class _Item(Task[R_co]):
         self._items.tokens[self._index] = token  # the next handle's, should this one be dropped
 
     def _abandon(self) -> None:
+        assert self._index is not None
         if self._index not in self._items.abandoned:
-            self._items.abandon()
+            self._items.abandon(self._index)
 
     def _is_abandoned(self) -> bool:
         return self._index in self._items.abandoned
@@ -361,7 +376,7 @@ class _Item(Task[R_co]):
 
         @_lane.setter
         def _lane(self, lane):
-            self._items.states[self._index] = PENDING if lane is None else lane
+            self._items.note(self._index, PENDING if lane is None else lane)
 
         @property
         def _state(self):
@@ -371,7 +386,7 @@ class _Item(Task[R_co]):
         @_state.setter
         def _state(self, state):
             items = self._items
-            items.states[self._index] = state
+            items.note(self._index, state)
             if items.listener is not None:
                 items.listener.arrive(items.first + self._index)
 

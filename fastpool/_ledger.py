@@ -39,7 +39,8 @@ class _Claim:
     """
     What has been decided about a task by others than the worker that takes it.
 
-    The verdict is a lane (which runs it) or a `_Withdrawn`; `setdefault` decides once.
+    The verdict is a lane (which runs it), a `_Withdrawn` or `GIVEN_BACK`; `setdefault` decides
+    once.
     """
 
     __slots__ = ("_verdicts",)
@@ -61,6 +62,11 @@ class _Withdrawn:
 
     def __init__(self, reason: object) -> None:
         self.reason = reason
+
+
+# The verdict that a lane has put a task back into the queue: what is decided of it now is decided
+# with another claim.
+GIVEN_BACK = object()
 
 
 class Ledger:
@@ -201,11 +207,15 @@ class Ledger:
 
     def withdraw(self, task: Task[Any], reason: object) -> bool:
         """Keep a queued task from ever running. False if it is too late."""
-        claim = self.claim(task)
         withdrawn = _Withdrawn(reason)
-        # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a state.
-        decided = task._taken or task._lane is not None or bool(task._state)
-        won = not decided and claim.decide(withdrawn) is withdrawn
+        verdict: object = GIVEN_BACK
+        while verdict is GIVEN_BACK:
+            claim = self.claim(task)
+            # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a
+            # state.
+            decided = task._taken or task._lane is not None or bool(task._state)
+            verdict = None if decided else claim.decide(withdrawn)
+        won = verdict is withdrawn
         if won:
             self.never_ran(task, withdrawn)
         # Laid first and looked at then: `end` says that it is over first and lets go then.
@@ -216,9 +226,11 @@ class Ledger:
     def settle(self, task: Task[Any]) -> bool:
         """Whether a task has ended, where it may be that it is only never going to start."""
         if self.over:
-            if task._lane is None and not task._state:
+            # What runs on was left behind, which is a state. A lane that has taken something and
+            # not come to it yet never runs it.
+            if not task._state:
                 self.let_go(task, self.why())
-            return bool(task._state)
+            return True
         if self.stopping() and not task._taken:
             self.catch_up()
             self.withdraw(task, self.why())
@@ -236,6 +248,16 @@ class Ledger:
         if self.untold:
             # If the group has ended, it is told by the one who has closed it.
             self.while_open(lambda: self.tell_never_ran(task))
+
+    def too_late(self, places: Sequence[At]) -> bool:
+        """Whether the block was left without what a lane is about to run, which then never runs."""
+        # The lane has said that it is at it. Who leaves the block says so first, and names what
+        # lanes are at then.
+        if self.abandoned is None:
+            return False
+        for at in places:
+            self.never_ran(handle(at), _Withdrawn(self.abandoned))
+        return True
 
     def let_go(self, task: Task[Any], reason: object) -> None:
         """Make it final that a task never runs, and keep nothing of the call but its function."""

@@ -20,7 +20,7 @@ from fastpool._callbacks import Callback, Registration
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import At, Lane, handle, here, stand_in, take_last
-from fastpool._ledger import Ledger
+from fastpool._ledger import GIVEN_BACK, Ledger
 from fastpool._task import (
     CANCELLED,
     Call,
@@ -612,7 +612,7 @@ class Run(Ledger):
                 if not self.admit(handle(at), lane):
                     continue
             elif isinstance(at, tuple):
-                at[1].items.states[at[0]] = lane
+                at[1].items.note(at[0], lane)
             else:
                 at._lane = lane
             taken.append(at)
@@ -621,8 +621,12 @@ class Run(Ledger):
     def give_back(self, tasks: list[Task[Any]]) -> None:
         """What a lane took and has not begun, for another one to run; it comes first again."""
         for task in reversed(tasks):
+            # It may hold the verdict that this lane runs it. Who has laid it before that and is
+            # yet to decide, alone with it, would withdraw what others run: so it is decided.
+            claim = self.claims.pop(task, None)
+            if claim is not None:
+                claim.decide(GIVEN_BACK)
             task._lane = None
-            self.claims.pop(task, None)  # it may hold the verdict that this lane runs it
             task._taken = False
             self.queue.appendleft(task)
         if self.stopping():
@@ -634,6 +638,9 @@ class Run(Ledger):
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""
         lane.at = task
+        if self.too_late((task,)):
+            lane.at = None
+            return
         self.started(task, lane)
         try:
             if task._options.timeout is not None:

@@ -484,11 +484,14 @@ MUTANTS = [
         threads,
         """
         entry._taken = True
+        # Said first and looked at then: who leaves the block without us sets the token first.
+        lane.at = entry
         if run.disturbed or token._reason is not None:
 """,
         """
         looks = run.disturbed or token._reason is not None
         entry._taken = True
+        lane.at = entry
         if looks:
 """,
         rare=True,
@@ -498,26 +501,25 @@ MUTANTS = [
         "cancel_of_task_against_its_start",
         _ledger,
         """
-        decided = task._taken or task._lane is not None or bool(task._state)
-        won =""",
+            decided = task._taken or task._lane is not None or bool(task._state)
+            verdict =""",
         """
-        decided = bool(task._state)
-        won =""",
+            decided = bool(task._state)
+            verdict =""",
     ),
     Mutant(
         "who cancels a task looks before it says so",
         "cancel_of_task_against_its_start",
         _ledger,
         """
-        claim = self.claim(task)
-        withdrawn = _Withdrawn(reason)
-        # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a state.
-        decided = task._taken or task._lane is not None or bool(task._state)
+            claim = self.claim(task)
+            # Who ran it, or withdrew it, took the claim away with it, but has left a lane or a
+            # state.
+            decided = task._taken or task._lane is not None or bool(task._state)
 """,
         """
-        decided = task._taken or task._lane is not None or bool(task._state)
-        claim = self.claim(task)
-        withdrawn = _Withdrawn(reason)
+            decided = task._taken or task._lane is not None or bool(task._state)
+            claim = self.claim(task)
 """,
         rare=True,
     ),

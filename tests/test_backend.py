@@ -18,6 +18,7 @@ from staging import in_thread, is_asleep, until
 import fastpool
 from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGroup, current_token
 from fastpool._lane import Lane
+from fastpool._ledger import Ledger, _Claim
 from fastpool._run import Run
 from fastpool.backends import Backend, threads
 from fastpool.backends.threads import Crew, Leased, Shared, _GrowingPool
@@ -92,6 +93,64 @@ def test_group_runs_on_any_backend():
     assert all(task.done() for task in batch.tasks)
     assert any(task.cancelled() for task in batch.tasks)
     assert backend.ended == 2
+
+
+@pytest.mark.parametrize("taken_again", [False, True])
+def test_cancel_meets_a_lane_that_gives_its_task_back(taken_again, monkeypatch):
+    """
+    It never runs, or runs as it was submitted and hears the cancel, where it was taken again.
+    """
+    held, told, goes_on = {}, [], {}
+
+    def hold_at(owner, name, before):
+        step = getattr(owner, name)
+        held[name], goes_on[name] = threading.Event(), threading.Event()
+
+        def held_there(*arguments):
+            outcome = None if before else step(*arguments)
+            if threading.current_thread().name == "canceller":
+                held[name].set()
+                assert goes_on[name].wait(timeout=60)
+            return step(*arguments) if before else outcome
+
+        monkeypatch.setattr(owner, name, held_there)
+
+    hold_at(Ledger, "claim", before=False)
+    hold_at(_Claim, "decide", before=True)
+
+    class GivesBack(Batches):
+        slots = 1
+
+        def serve(self, run, lane):
+            run.begin(lane)
+            lane.serve_here()
+            tasks = run.take(lane)
+            canceller = threading.Thread(
+                target=lambda: told.append(tasks[0].cancel("enough")), name="canceller"
+            )
+            canceller.start()
+            assert held["claim"].wait(timeout=60)
+            run.give_back(tasks)
+            goes_on["claim"].set()
+            assert held["decide"].wait(timeout=60)
+            if not taken_again:
+                goes_on["decide"].set()
+                canceller.join(timeout=60)
+            again = run.take(lane)
+            goes_on["decide"].set()
+            canceller.join(timeout=60)
+            for task in again:
+                run.perform(task, lane)
+            run.dismiss(lane)
+
+    with TaskGroup(pool=GivesBack()) as group:
+        task = group.submit(lambda *given: (given, current_token().reason), 1, 2)
+
+    assert told == [True]
+    if taken_again:
+        assert task.result() == ((1, 2), "enough")
+    else:
+        assert task.cancelled()
 
 
 def test_pool_is_idle_from_when_its_group_has_ended():

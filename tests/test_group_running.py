@@ -39,6 +39,7 @@ from fastpool import (
     FailFast,
     Failure,
     GroupClosedError,
+    StuckTaskError,
     Submitter,
     TaskGroup,
     _submitter,
@@ -2221,6 +2222,60 @@ def test_cancel_meets_a_worker_that_takes_its_task_at_every_line(workers, call):
     assert 0 < len(begun) < len(races)
     assert ([True], "enough") in begun
     assert all(reason == "enough" for won, reason in begun if True in won)
+
+
+@pytest.mark.parametrize("call", ["submit", "map"])
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_what_a_worker_takes_as_its_block_is_left_without_it_is_named_or_never_runs(workers, call):
+    """
+    At whatever line it is; and its handle has ended by then, and stays as it is.
+    """
+
+    def race(step):
+        armed, held, goes_on = (threading.Event() for _ in range(3))
+        threads, tasks, ran, before, named = [], [], [], [], ""
+
+        def hold():
+            held.set()
+            goes_on.wait(timeout=60)
+
+        def trace():
+            threads.append(threading.current_thread())
+            assert armed.wait(timeout=60)
+            trace_this_thread(act_at(step, hold))
+
+        try:
+            with TaskGroup(**arguments, grace=0, on_stuck="abandon") as group:
+                group.submit(trace)
+                if call == "submit":
+                    tasks.append(group.submit(ran.append, 404))
+                else:
+                    tasks.extend(group.map(ran.append, [404]).tasks)
+                armed.set()
+                until(lambda: held.is_set() or tasks[0].done())
+                before = ran.copy()
+                group.cancel()
+        except StuckTaskError as error:
+            named = str(error.__notes__)
+        ended = tasks[0].done(), tasks[0].cancelled()
+        goes_on.set()
+        if "pool" in arguments:
+            arguments["pool"].apply(sys.settrace, (None,))
+        fastpool.shutdown()
+        if "pool" not in arguments:
+            threads[0].join(timeout=60)
+
+        assert ended[0]
+        assert ended == (tasks[0].done(), tasks[0].cancelled())
+        assert before or not ran or "task 'append" in named
+        return held.is_set(), ran != before, named
+
+    arguments = workers(1)
+    races = list(itertools.takewhile(lambda race: race[0], map(race, itertools.count())))
+
+    assert len(races) > 10
+    assert any(runs for _, runs, _ in races)
+    assert any(not runs and not named for _, runs, named in races)
 
 
 def test_task_run_by_a_waiter_is_on_its_own(workers):

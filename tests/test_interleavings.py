@@ -718,7 +718,7 @@ def abandoning_against_map():
         stretch = Stretch(items, notes, unpack=False)
         stretch.add(["runs"], None)
         items.states[0] = Lane(None)
-        together(items.abandon, lambda: stretch.add(["one", "two"], None))
+        together(lambda: items.abandon(0), lambda: stretch.add(["one", "two"], None))
 
         assert items.task(0).cancelled()
         assert [items.task(index).done() for index in range(1, len(items))] == [False, False]

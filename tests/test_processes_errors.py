@@ -397,6 +397,37 @@ def test_late_answer_to_a_report_is_not_that_to_the_next(monkeypatch):
     assert left == []
 
 
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_batch_that_is_shipped_as_its_block_is_left_without_it_never_runs(monkeypatch):
+    """
+    Nobody has named it. Its handles have ended by then.
+    """
+    ship, held, goes_on, over = processes._Lane._ship, *(threading.Event() for _ in range(3))
+    sent, backend = [], Processes(1)
+    with TaskGroup(pool=backend) as group:
+        group.submit(abs, 1)  # its worker is ready
+
+    def ship_late(lane, *arguments):
+        held.set()
+        assert goes_on.wait(timeout=60)
+        shipped = ship(lane, *arguments)
+        over.set()
+        return shipped
+
+    monkeypatch.setattr(processes._Lane, "_ship", ship_late)
+    monkeypatch.setattr(processes._Lane, "_take_home", lambda *_: sent.append(1))
+    with TaskGroup(pool=backend, grace=0, on_stuck="abandon") as group:
+        batch = group.map(abs, [1, 2])
+        assert held.wait(timeout=60)
+        group.cancel("enough")
+    cancelled = [task.cancelled() for task in batch.tasks]
+    goes_on.set()
+
+    assert cancelled == [True, True]
+    assert over.wait(timeout=60)
+    assert sent == []
+
+
 # --- How the lane waits ---------------------------------------------------------------------------
 
 

@@ -322,6 +322,9 @@ class _Lane(Lane):
     def _ship(self, run: Run, number: int, batch: list[At], bell: Descriptor) -> int:
         """Have a batch run; how many of it have ended."""
         self.at, self._batch = batch[0], batch
+        if run.too_late(batch):
+            self._batch, self.at = [], None
+            return 0
         if run.observers:
             run.started(handle(batch[0]), self)
         ended = 0  # of those that the worker has: the first so many

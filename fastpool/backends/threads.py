@@ -345,13 +345,14 @@ def serve(run: Run, lane: Lane) -> None:
             entry = serve_stretch(run, lane, entry)
             continue
         entry._taken = True
+        # Said first and looked at then: who leaves the block without us sets the token first.
+        lane.at = entry
         if run.disturbed or token._reason is not None:
             _serve_disturbed(run, lane, entry)
             if run.stopping() and run.rest(lane):
                 break
         else:
             entry._lane = lane
-            lane.at = entry
             fn, context = entry._fn, entry._context
             try:
                 value = context.run(call, entry, fn, entry._args)  # type: ignore[union-attr, arg-type] # it has both yet
@@ -400,11 +401,11 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     while entry is stretch:
         index = following()
         taken[index] = True
+        lane.at = place = (index, stretch)
         if run.disturbed or token._reason is not None:
             entry = items.task(index)
             break
         states[index] = lane
-        lane.at = place = (index, stretch)
         if copy is not None:
             own = copy()
         else:
@@ -442,6 +443,8 @@ def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> None:
     """Run what was just taken off the queue, if it may."""
     if run.admit(task, lane):
         run.perform(task, lane)
+    else:
+        lane.at = None
     del run, task, lane  # what failed refers to this frame: see `strip`
 
 
