@@ -917,16 +917,26 @@ class Run(Ledger):
 
     def disown(self) -> None:
         """In a forked child: the group is the parent's, and so are its threads and tasks."""
-        self.closed = "it belongs to the process that this one was forked from"
+        self.closed = self.halted_by = "it belongs to the process that this one was forked from"
+        self.closing = {GOES_ON: False}  # this thread may be in the middle of a submit
+        self.foreign = self.halted = self.disturbed = True
+        if self.judging is not None:
+            self.judging = threading.RLock()  # another thread may have held it
         for lane in self.lanes.copy():
-            task = lane.task
-            if task is not None and not task._state:
-                task._value = self.closed
-                task._state = CANCELLED
+            for task in lane.in_hand():
+                if not task._state:
+                    task._value = self.closed
+                    task._state = CANCELLED
         self.queue.clear()
         for belongings in (self.lanes, self.idle, self.called, self.recalled, self.claims):
             belongings.clear()
         self.backend = None
-        self.halted_by = self.closed
-        self.foreign = True
-        self.halted = self.disturbed = True
+        # Nobody wakes this thread any more: if a signal handler has forked, it may be waiting,
+        # and an iterator of tasks waits for the next one.
+        fences = self.fences.copy()
+        for lanes in fences.values():
+            lanes.clear()
+        watchers = itertools.chain(*self.watchers.copy().values())
+        for gate in (*fences, *watchers, *self.token._sleepers()):
+            if isinstance(gate, Gate):
+                gate.open()

@@ -594,7 +594,7 @@ class TaskGroup(Submitter):
             while True:
                 try:
                     _clock.run_late()
-                    if run.come_to_rest(lane) and run.close():
+                    if run.foreign or (run.come_to_rest(lane) and run.close()):
                         return
                     if _guard.at_once(run) or interrupts > 1:
                         self._abandon("its block was left by a second Ctrl-C")
@@ -932,6 +932,7 @@ def _after_fork() -> None:
         run.disown()
     _open_runs.clear()
     _dropped.clear()
+    _locks.clear()  # another thread may have held it
 
 
 # Registered after `multiprocessing`'s own, which is imported above, and so called before it.

@@ -425,6 +425,11 @@ class CancelToken:
         self._entries[key] = gate
         return key
 
+    def _sleepers(self) -> list[Gate]:
+        """The gates that are to be opened when the token is set."""
+        entries = (self._entries.get(key) for key in list(self._entries))
+        return [entry for entry in entries if isinstance(entry, Gate)]
+
     def _remove(self, key: int) -> None:
         """Take back what stands under a number, if nobody has."""
         self._entries.pop(key, None)

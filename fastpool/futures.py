@@ -143,7 +143,8 @@ class GroupExecutor(Executor):
             # runs what has not begun; or is told that it would wait for itself.
             with use_token(CancelToken.NEVER):
                 wait_for_all(calls.tasks()[::-1], None)
-            _wait(calls.copy())
+            if not self._group._run.foreign:  # in a forked child nobody tells the futures
+                _wait(calls.copy())
 
     def __del__(self) -> None:
         """Nobody submits any more. This takes no lock, as it may run in the middle of anything."""

@@ -1,0 +1,416 @@
+"""
+A process that is forked while other threads are in the middle of something: they do not come along.
+"""
+
+import inspect
+import os
+import signal
+import threading
+import traceback
+
+import pytest
+from staging import start, until
+
+from fastpool import (
+    CancelToken,
+    FailFast,
+    GroupClosedError,
+    TaskCancelledError,
+    TaskGroup,
+    _taskgroup,
+    as_completed,
+    use_token,
+)
+from fastpool._run import Run
+from fastpool.backends import Processes, processes, threads
+from fastpool.futures import GroupExecutor
+
+pytestmark = [
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here"),
+    pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning"),
+]
+
+PARENTS = "the process that this one was forked from"
+
+
+def in_child(check, *args):
+    """What a function says in a forked child, as text; a hang there says nothing."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        said = b""
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            said = str(check(*args)).encode()
+        except BaseException:
+            said = traceback.format_exc().encode()
+        finally:
+            os.write(writer, said)
+            os._exit(0)
+    os.close(writer)
+    with open(reader) as said:
+        text = said.read()
+    assert os.waitpid(child, 0)[1] == 0, "it hangs"
+    return text
+
+
+def leave(group, *tasks):
+    """What can be said of an open group of the parent's, and of its tasks, once it was left."""
+    with pytest.raises(GroupClosedError, match=PARENTS):
+        group.submit(abs, -404)
+    for task in tasks:
+        with pytest.raises(TaskCancelledError, match=PARENTS):
+            task.result()
+    group.__exit__(None, None, None)
+    assert all(task.cancelled() and not task.running() for task in tasks)
+    return "left"
+
+
+@pytest.fixture
+def release():
+    """What threads are held by, until the test lets them go, or ends."""
+    event = threading.Event()
+    yield event
+    event.set()
+
+
+@pytest.fixture
+def hold_at(release):
+    """Has the first of the threads started from now stop before a line of some function."""
+
+    def hold(fn, text):
+        lines, first = inspect.getsourcelines(fn)
+        (at,) = (number for number, line in enumerate(lines, first) if line.strip() == text)
+        held = threading.Event()
+
+        def trace(frame, event, argument):
+            if frame.f_code is not fn.__code__:
+                return None
+            if event == "line" and frame.f_lineno == at and not held.is_set():
+                held.set()
+                release.wait(60)
+            return trace
+
+        threading.settrace(trace)
+        return held
+
+    yield hold
+    threading.settrace(None)
+
+
+# --- Others submit --------------------------------------------------------------------------------
+
+
+def test_child_leaves_a_group_in_which_another_thread_waits_for_room(release):
+    """
+    Nobody comes to fill that room there; the parent's goes on.
+    """
+    with TaskGroup(1, max_queued=1) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        queued = group.submit(abs, -1)
+        producer, submitted = start(group.submit, abs, -2)
+        until(lambda: group._run.bounded.waiting)
+        said = in_child(leave, group, running, queued)
+        release.set()
+        producer.join(60)
+
+    assert said == "left"
+    assert submitted[0].result() == 2
+
+
+def test_child_leaves_a_group_that_another_thread_tells_of_a_task(release):
+    """
+    That observer does not return there.
+    """
+    telling = threading.Event()
+
+    def tell(event):
+        if event.name == "task_submitted":
+            telling.set()
+            release.wait(60)
+
+    with TaskGroup(1, observers=[tell]) as group:
+        producer, submitted = start(group.submit, abs, -2)
+        assert telling.wait(60)
+        said = in_child(leave, group)
+        release.set()
+        producer.join(60)
+
+    assert said == "left"
+    assert submitted[0].result() == 2
+
+
+def test_child_leaves_a_group_in_which_another_thread_starts_a_worker(release, monkeypatch):
+    """
+    Which never begins there.
+    """
+    starting = threading.Event()
+    start_lane = threads.Leased.start_lane
+
+    def slowly(self, run):
+        starting.set()
+        release.wait(60)
+        start_lane(self, run)
+
+    monkeypatch.setattr(threads.Leased, "start_lane", slowly)
+    with TaskGroup(1) as group:
+        producer, submitted = start(group.submit, abs, -2)
+        assert starting.wait(60)
+        said = in_child(leave, group)
+        release.set()
+        producer.join(60)
+
+    assert said == "left"
+    assert submitted[0].result() == 2
+
+
+@pytest.mark.parametrize("bound", [None, 1])
+def test_observer_that_forks_as_it_is_told_of_a_submit(bound):
+    """
+    In the child the submit comes to its end, and the group is left; in the parent both go on.
+    """
+    reader, writer = os.pipe()
+    forked = []
+
+    def fork(event):
+        if event.name == "task_submitted":
+            forked.append(os.fork())
+            if not forked[0]:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                signal.alarm(30)
+
+    with TaskGroup(1, observers=[fork], max_queued=bound) as group:
+        try:
+            task = group.submit(abs, -2)
+            if not forked[0]:
+                os.write(writer, leave(group, task).encode())
+        finally:
+            if not forked[0]:
+                os._exit(0)
+    os.close(writer)
+    os.waitpid(forked[0], 0)
+    with open(reader) as said:
+        assert said.read() == "left"
+    assert task.result() == 2
+
+
+# --- Others run tasks -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fn", "before"),
+    [
+        (threads.serve, "entry._taken = True"),
+        (threads.serve, "entry._lane = lane"),
+        (threads.serve, "lane.at = entry"),
+        (threads.serve_stretch, "taken[index] = True"),
+        (threads.serve_stretch, "states[index] = lane"),
+        (threads.serve_stretch, "lane.at = place = (index, stretch)"),
+        (Run.take_places, "at._taken = True"),
+        (Run.take_places, "at._lane = lane"),
+        (Run.take_places, "at[1].items.states[at[0]] = lane"),
+    ],
+)
+def test_task_that_a_worker_was_about_to_run_is_cancelled_in_a_child(
+    fn, before, hold_at, release, make_pool
+):
+    """
+    However far it has come with that, and whether or not it has said so.
+    """
+    held = hold_at(fn, before)
+    pool = {"pool": make_pool(1)} if fn is Run.take_places else {"max_workers": 1}
+    with TaskGroup(**pool) as group:
+        if "at[" in before or fn is threads.serve_stretch:
+            (task,) = group.map(abs, [-2]).tasks
+        else:
+            task = group.submit(abs, -2)
+        assert held.wait(60)
+        said = in_child(leave, group, task)
+        release.set()
+
+    assert said == "left"
+    assert task.result() == 2
+
+
+def test_tasks_that_a_worker_process_has_are_cancelled_in_a_child(tmp_path, monkeypatch):
+    """
+    All of those that it was sent at once.
+    """
+    monkeypatch.setattr(processes, "HELD", 300)  # seconds, in which none of them is taken back
+    with TaskGroup(pool=Processes(1)) as group:
+        before = group.submit(wait_for, tmp_path / "first")
+        batch = group.map(wait_for, [tmp_path / "others"] * 100)
+        (tmp_path / "first").touch()
+        until(before.done)
+        until(lambda: len(group._run.in_hand()) and len(next(iter(group._run.lanes)).in_hand()) > 1)
+        said = in_child(lambda: (batch.wait(), batch.done(), leave(group, *batch.tasks)))
+        (tmp_path / "others").touch()
+
+    assert said == "(True, True, 'left')"
+    assert batch.results() == [None] * 100
+
+
+def wait_for(path):
+    """A call that lasts until there is a file."""
+    until(path.exists)
+
+
+def test_child_that_a_task_forks_ends_though_another_worker_has_the_judge(release):
+    """
+    That one is not there to give it free.
+    """
+    judging = threading.Event()
+
+    class Slow(FailFast):
+        def start(self):
+            return Judge()
+
+    class Judge:
+        def outcome(self, task, error):
+            if task.name == "abs":
+                judging.set()
+                release.wait(60)
+            return False
+
+        def end(self, failures):
+            return None
+
+    def forks():
+        assert judging.wait(60)
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            return None
+        status = os.waitpid(child, 0)[1]
+        release.set()
+        return status
+
+    with TaskGroup(2, policy=Slow()) as group:
+        task = group.submit(forks)
+        group.submit(abs, -1)
+
+    assert task.result() == 0
+
+
+# --- This thread waits ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["as_completed", "batch", "imap", "imap_unordered"])
+def test_iterator_that_was_begun_ends_in_a_child(kind, release):
+    """
+    It does not wait for what nobody brings there.
+    """
+
+    def hold(index):
+        if index:
+            release.wait(60)
+        return index
+
+    with TaskGroup(2) as group:
+        if kind == "as_completed":
+            values = as_completed([group.submit(hold, index) for index in range(3)])
+        elif kind == "batch":
+            values = group.map(hold, range(3)).as_completed()
+        else:
+            values = getattr(group, kind)(hold, range(3), window=3)
+        next(values)
+        said = in_child(rest_of, values)
+        release.set()
+        rest = list(values)
+
+    assert said == ("2" if kind == "as_completed" else "cancelled")
+    assert len(rest) == 2
+
+
+def rest_of(values):
+    """How many there still are, if they do not say that they were cancelled."""
+    try:
+        return len(list(values))
+    except TaskCancelledError:
+        return "cancelled"
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("waits", ["result", "wait", "as_completed", "leave"])
+def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled):
+    """
+    It is a thread of the parent's that was to end it.
+    """
+    reader, writer = os.pipe()
+    release, forked, said = threading.Event(), [], "hung"
+
+    def fork(signum, frame):
+        forked.append(os.fork())
+        if forked[0]:
+            release.set()
+        else:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+
+    def hold():
+        if cancelled:
+            group.cancel()
+        signal.raise_signal(signal.SIGUSR1)
+        release.wait(60)
+        return "held"
+
+    before = signal.signal(signal.SIGUSR1, fork)
+    try:
+        with TaskGroup(1) as group:
+            task = group.submit(hold)
+            if waits != "leave":
+                with use_token(CancelToken.NEVER):
+                    if waits == "wait":
+                        group.wait()
+                    elif waits == "as_completed":
+                        assert list(as_completed([task])) == [task]
+                    said = outcome_of(task)
+        said = outcome_of(task)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        if not forked[0]:
+            os.write(writer, said.encode())
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(forked[0], 0)
+    with open(reader) as heard:
+        assert (said, heard.read()) == ("held", "cancelled")
+
+
+def outcome_of(task):
+    """What a task comes to, in a word."""
+    try:
+        return task.result()
+    except TaskCancelledError:
+        return "cancelled"
+
+
+# --- What is left to other threads ----------------------------------------------------------------
+
+
+def test_child_leaves_an_executor_of_a_parents_group(release):
+    """
+    Its futures are never told what they come to there, as the standard library's are not.
+    """
+    with TaskGroup(1) as group, GroupExecutor(group) as executor:
+        futures = [executor.submit(release.wait, 60), executor.submit(abs, -2)]
+        until(futures[0].running)
+        said = in_child(lambda: executor.__exit__(None, None, None) or leave(group))
+        release.set()
+
+    assert said == "left"
+    assert futures[1].result() == 2
+
+
+def test_child_leaves_a_block_at_the_end_of_its_stack_though_another_thread_did_so(monkeypatch):
+    """
+    That thread had the lock for it as the child was forked.
+    """
+    monkeypatch.setattr(_taskgroup, "_locks", {"stretch": threading.Lock()})
+    with _taskgroup._locks["stretch"]:
+        said = in_child(_taskgroup._limit_by, 0)
+
+    assert said == "None"
