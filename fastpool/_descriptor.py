@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import weakref
@@ -28,15 +29,18 @@ class Descriptor:
         _descriptors[id(self)] = weakref.ref(self)
 
     def fileno(self) -> int:
+        if not self._fds:  # see `renew`
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         return self._fds[0]
 
     def open(self) -> None:
         """Make it readable."""
         self._opened = True
-        try:
-            os.write(self._fds[-1], _ONE)
-        except OSError:
-            return  # it is full, so it is readable; or somebody has closed what is not theirs
+        for fd in self._fds[-1:]:
+            try:
+                os.write(fd, _ONE)
+            except OSError:
+                return  # it is full, so it is readable; or somebody has closed what is not theirs
 
     def clear(self) -> None:
         """Be unreadable again, until it is opened once more."""
@@ -49,9 +53,19 @@ class Descriptor:
 
     def renew(self) -> None:
         """In a forked child: become another file than the parent's, under the same number."""
-        for old, new in zip(self._fds, _make_descriptors(), strict=True):
-            os.dup2(new, old, inheritable=False)
-            os.close(new)
+        fds, self._fds = self._fds, ()  # and so it stays, should the system refuse
+        try:
+            fresh = _make_descriptors()
+        except OSError:  # there may be no free number but its own
+            for fd in fds:
+                os.close(fd)
+            fresh = _make_descriptors()
+        # The higher one first, since the lower one's may have come by its number.
+        for old, new in zip(reversed(fds), reversed(fresh), strict=True):
+            if new != old:
+                os.dup2(new, old, inheritable=False)
+                os.close(new)
+        self._fds = fds
         if self._opened:
             self.open()
 
@@ -83,4 +97,7 @@ def after_fork() -> None:
     for reference in list(_descriptors.values()):
         descriptor = reference()
         if descriptor is not None:
-            descriptor.renew()
+            try:
+                descriptor.renew()
+            except OSError:
+                continue  # who asks for its number is told

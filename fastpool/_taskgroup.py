@@ -924,15 +924,15 @@ def _is_left_behind(run: Run) -> bool:
 
 def _after_fork() -> None:
     """In a forked child: no thread came along, and the parent's groups are not ours."""
-    _descriptor.after_fork()  # before anything is cancelled here
-    threads.after_fork()
-    _clock.after_fork()
-    _guard.after_fork()
-    for run in list(_open_runs):
-        run.disown()
-    _open_runs.clear()
-    _dropped.clear()
-    _locks.clear()  # another thread may have held it
+    with contextlib.ExitStack() as steps:  # all are made, the last one first, whatever one raises
+        for step in (_guard.after_fork, _clock.after_fork, threads.after_fork):
+            steps.callback(step)
+        steps.callback(_descriptor.after_fork)  # before anything is cancelled here
+        for run in list(_open_runs):
+            steps.callback(run.disown)
+        _open_runs.clear()
+        _dropped.clear()
+        _locks.clear()  # another thread may have held it
 
 
 # Registered after `multiprocessing`'s own, which is imported above, and so called before it.

@@ -4,9 +4,12 @@ A process that is forked while other threads are in the middle of something: the
 
 import inspect
 import os
+import resource
+import select
 import signal
 import threading
 import traceback
+from types import SimpleNamespace
 
 import pytest
 from staging import start, until
@@ -17,6 +20,9 @@ from fastpool import (
     GroupClosedError,
     TaskCancelledError,
     TaskGroup,
+    _clock,
+    _descriptor,
+    _guard,
     _taskgroup,
     as_completed,
     use_token,
@@ -33,9 +39,10 @@ pytestmark = [
 PARENTS = "the process that this one was forked from"
 
 
-def in_child(check, *args):
+def in_child(check, *args, before=lambda: None):
     """What a function says in a forked child, as text; a hang there says nothing."""
     reader, writer = os.pipe()
+    before()
     child = os.fork()
     if child == 0:
         said = b""
@@ -414,3 +421,101 @@ def test_child_leaves_a_block_at_the_end_of_its_stack_though_another_thread_did_
         said = in_child(_taskgroup._limit_by, 0)
 
     assert said == "None"
+
+
+# --- What the system refuses ----------------------------------------------------------------------
+
+
+@pytest.fixture(params=["eventfd", "pipe"])
+def made_of(request, monkeypatch):
+    """What a descriptor is, on this system and on others."""
+    if request.param == "pipe":
+        monkeypatch.setattr(_descriptor, "sys", SimpleNamespace(platform="", byteorder="big"))
+
+
+@pytest.fixture
+def take_all():
+    """Takes all descriptors that the system has for us."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+
+    def take():
+        taken.append(os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (taken[0] + 8, limits[1]))
+        with pytest.raises(OSError, match="Too many open files"):
+            while True:
+                taken.append(os.dup(0))
+
+    yield take
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for fd in taken:
+        os.close(fd)
+
+
+def is_readable(fd):
+    """Whether a descriptor is ready now."""
+    return bool(select.select([fd], [], [], 0)[0])
+
+
+@pytest.mark.usefixtures("made_of")
+def test_child_that_has_no_descriptor_free_has_a_switch_of_its_own(take_all, release):
+    """
+    The number of the one that it takes the place of will do; and it leaves its parent's group.
+    """
+    token = CancelToken()
+    fd = token.fileno()
+
+    def cancels():
+        token.cancel()
+        return leave(group, running), token.fileno() == fd and is_readable(fd)
+
+    with TaskGroup(1) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        said = in_child(cancels, before=take_all)
+        release.set()
+
+    assert said == "('left', True)"
+    assert not is_readable(fd)
+
+
+def test_child_that_is_given_no_descriptor_says_so_where_it_is_asked_for(monkeypatch):
+    """
+    Its cancels wake nobody in the parent, and work.
+    """
+    tokens = CancelToken(), CancelToken()
+    fds = [token.fileno() for token in tokens]
+
+    def cancels():
+        for token in tokens:
+            assert token.cancel()
+            with pytest.raises(OSError, match="Too many open files"):
+                token.fileno()
+        return [token.cancelled() for token in tokens]
+
+    def refuse():
+        raise OSError("there is none")
+
+    monkeypatch.setattr(_descriptor, "_make_descriptors", refuse)
+    said = in_child(cancels)
+
+    assert said == "[True, True]"
+    assert not any(map(is_readable, fds))
+
+
+@pytest.mark.parametrize("module", [_clock, _descriptor, _guard, threads])
+def test_child_leaves_its_parents_groups_whatever_fails_as_it_is_forked(
+    module, monkeypatch, unraised
+):
+    """
+    That is told to the hook for what nobody can be given.
+    """
+
+    def fail():
+        raise MemoryError
+
+    monkeypatch.setattr(module, "after_fork", fail)
+    with TaskGroup(1) as outer, TaskGroup(1) as group:
+        said = in_child(lambda: (leave(group), leave(outer), *map(type, unraised)))
+
+    assert said == "('left', 'left', <class 'MemoryError'>)"

@@ -372,7 +372,7 @@ def test_no_container_is_gone_through_while_others_change_it():
     ("module", "before", "after"),
     [
         ("_taskgroup", "in _dropped.copy():", "in list(_dropped):"),
-        ("_taskgroup", "list(_open_runs):\n        run", "_open_runs:\n        run"),
+        ("_taskgroup", "list(_open_runs):\n        if", "_open_runs:\n        if"),
         ("_run", "tuple(self.failures)", "tuple(self.lanes)"),
         ("_dump", "in run.lanes.copy() if", "in run.lanes if"),
     ],
