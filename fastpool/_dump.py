@@ -13,10 +13,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from fastpool._closing import Closing
+from fastpool._frames import looking
 from fastpool._lane import Lane
 from fastpool._run import DROPPED, Run
 from fastpool._scope import Scope
-from fastpool._stack import is_ours, looking, module_of, own_frames, where
+from fastpool._stack import is_ours, module_of, own_frames, where
 from fastpool._task import Task
 from fastpool._taskgroup import _open_runs
 from fastpool._text import plain, some

@@ -2,45 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import itertools
-import linecache
-import sys
-import traceback
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from types import FrameType
 
+from fastpool._frames import place, show, source_line
 from fastpool._lane import Lane
 from fastpool._task import call
 from fastpool._text import plain
 from fastpool.backends.threads import serve_stretch
 
-__all__ = ["called", "is_ours", "looking", "module_of", "own_frames", "render", "where"]
+__all__ = ["called", "is_ours", "module_of", "own_frames", "render", "where"]
 
 LIMIT = 20  # calls that a report shows, the innermost; chosen by feel
 
 # On a thread's stack each task begins with a frame of one of these.
 _STARTS = frozenset({call.__code__, serve_stretch.__code__})
-
-
-@contextlib.contextmanager
-def looking() -> Generator[None, None, None]:
-    """
-    To be in while the frames of other threads are asked for and walked.
-
-    Before Python 3.12 a collection starts in the middle of making a frame object, with a lock of
-    the interpreter's held: what it finalizes may hand over to the thread that is looked at, or
-    wait for ever for one that wants that lock.
-    """
-    pauses = sys.version_info < (3, 12) and gc.isenabled()
-    if pauses:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if pauses:
-            gc.enable()
 
 
 def module_of(frame: FrameType) -> str:
@@ -84,18 +61,15 @@ def own_frames(lane: Lane, frames: dict[int, FrameType], *, ours: bool = False) 
 
 def where(frame: FrameType) -> str:
     """The line that a frame is at, by file, line and function."""
-    code = frame.f_code
-    return f"{code.co_filename}:{_line(frame)} in {code.co_qualname}"
+    file, line, _ = place(frame)
+    return f"{file}:{line} in {frame.f_code.co_qualname}"
 
 
 def render(frames: Sequence[FrameType]) -> list[str]:
     """The lines that show frames to a reader, as a traceback does."""
     shown = frames[-LIMIT:]
     lines = [] if len(shown) == len(frames) else [f"  ... {len(frames) - LIMIT} calls further out"]
-    summary = traceback.StackSummary.from_list(
-        [(frame.f_code.co_filename, _line(frame), frame.f_code.co_name, None) for frame in shown]
-    )
-    for text in summary.format():
+    for text in show(map(place, shown)):
         lines += [text_line for line in text.splitlines() if (text_line := plain(line).rstrip())]
     return lines
 
@@ -115,7 +89,7 @@ def called(frame: FrameType) -> str:
     if first is None or last is None or start is None or end is None:
         return ""
     file = frame.f_code.co_filename
-    lines = [linecache.getline(file, line).encode() for line in range(first, last + 1)]
+    lines = [source_line(file, line).encode() for line in range(first, last + 1)]
     lines[-1] = lines[-1][:end]
     lines[0] = lines[0][start:]
     source = b"".join(lines)
@@ -131,7 +105,3 @@ def called(frame: FrameType) -> str:
         return "acquire"  # only entering a `with` block waits in an expression that is no call
     function = node.func
     return getattr(function, "attr", "") or getattr(function, "id", "")
-
-
-def _line(frame: FrameType) -> int:
-    return frame.f_lineno or frame.f_code.co_firstlineno

@@ -10,10 +10,11 @@ from contextvars import Context
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from fastpool._frames import looking
 from fastpool._gate import Gate
 from fastpool._guard import has_heard
 from fastpool._lane import Lane
-from fastpool._stack import is_ours, looking, module_of, own_frames, render
+from fastpool._stack import is_ours, module_of, own_frames, render
 from fastpool._syscalls import Look, Seat, cure, look, settle
 from fastpool._text import plain, some
 from fastpool._unraisable import unraisable

@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from staging import look, until
+from staging import hidden, look, until
 
 import fastpool
 from fastpool import (
@@ -588,6 +588,21 @@ def stubborn(begun):
     note(begun, os.getpid())
     while True:
         time.sleep(0.01)
+
+
+def begin_and_hold_hidden(begun, release):
+    """The same as `begin_and_hold`, called by code whose source cannot be had."""
+    hidden()(begin_and_hold, begun, release)
+
+
+def hears_no_more(begun):
+    """Have the thread break that hears what the parent says, as soon as it says anything."""
+
+    def break_off(*_):
+        raise MemoryError("no room")
+
+    worker_of_this_process()._follow = break_off
+    stubborn(begun)
 
 
 def holds_the_lock(begun):

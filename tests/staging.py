@@ -5,6 +5,7 @@ looks whether they sleep, and acts at a given line of the library's.
 
 import contextvars
 import itertools
+import linecache
 import multiprocessing
 import os
 import sys
@@ -39,6 +40,33 @@ def started_sleeper(group):
     task = group.submit(sleeper, started)
     assert started.wait(timeout=10)
     return task
+
+
+class Secretive:
+    """Loads modules whose source nobody is to see."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def get_source(self, name):
+        raise self._error
+
+
+def hidden(error=None, *, known=False):
+    """
+    A function that calls what it is given, the source of which nobody gets to see.
+
+    Args:
+        error: What the loader of its module raises; `None`: `ValueError`.
+        known: Whether `linecache` has been told of that loader.
+    """
+    loader = Secretive(error or ValueError("no source"))
+    module = {"__name__": "hidden", "__loader__": loader}
+    text = "def hidden(call, *args):\n    return call(*args)\n"
+    exec(compile(text, "hidden.py", "exec"), module)
+    if known:
+        assert linecache.lazycache("hidden.py", module)
+    return module["hidden"]
 
 
 def until(condition, *, within=None):

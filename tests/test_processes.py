@@ -1280,6 +1280,32 @@ def test_nothing_is_killed_before_its_time(kill_after, begun, release):
     assert "in seen" in report
 
 
+def test_worker_hears_on_whatever_it_was_asked_about(begun, release, ended):
+    """
+    A report on code whose source cannot be had leaves it as it was.
+    """
+
+    def let_go(event):
+        if event.name == "task_stuck":
+            note(release)
+
+    backend = Processes(1, kill_after=20)
+    with (
+        pytest.warns(RuntimeWarning, match="in hidden") as told,
+        TaskGroup(pool=backend, grace=0.01, observers=[let_go]) as group,
+    ):
+        group.submit(far.begin_and_hold_hidden, begun, release)
+        (worker,) = seen(begun)
+        group.cancel()
+    with TaskGroup(pool=backend) as group:
+        group.submit(far.waits, "sleep", begun, ended)
+        seen(begun, 2)
+        group.cancel()
+
+    assert "in begin_and_hold" in str(told[0].message)
+    assert lines(ended) == [worker]
+
+
 def test_worker_that_is_not_ready_is_reported_with_what_it_is_at(begun, release):
     """
     For the task that waits for it, which is told to have been cancelled then.
@@ -1859,6 +1885,30 @@ if __name__ == "__main__":
     until(lambda: not alive(worker))
 
     assert not alive(worker)
+
+
+def test_worker_that_hears_no_more_ends(start_program, begun):
+    """
+    It says why. Nobody could stop what it runs, and it would survive its parent.
+    """
+    program = start_program(
+        """
+if __name__ == "__main__":
+    try:
+        with TaskGroup(pool=Processes(1, kill_after=None)) as group:
+            group.submit(far.hears_no_more, sys.argv[1])
+            far.seen(sys.argv[1])
+            group.cancel()
+    except fastpool.WorkerDiedError as error:
+        print(error)
+""",
+        begun,
+    )
+    printed, errors = to_end(program)
+
+    assert printed.endswith("died while task 'hears_no_more' ran: exit code 1\n")
+    assert errors.startswith("fastpool: a worker process ends\nTraceback ")
+    assert errors.endswith("\nMemoryError: no room\n")
 
 
 def test_group_open_at_exit_is_finished(start_program, begun):

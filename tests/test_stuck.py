@@ -6,7 +6,9 @@ import concurrent.futures
 import contextlib
 import ctypes
 import fcntl
+import functools
 import itertools
+import linecache
 import mmap
 import multiprocessing
 import os
@@ -26,7 +28,7 @@ import warnings
 
 import pytest
 import services
-from staging import look, until
+from staging import hidden, look, until
 
 import fastpool._stuck
 import fastpool._syscalls
@@ -852,6 +854,18 @@ def test_report_that_cannot_be_made_leaves_its_first_line(stubborn, monkeypatch,
     assert said.startswith("task 'deaf' of group 'hard' still runs")
     assert "\n" not in said
     assert [type(error) for error in unraised] == [ZeroDivisionError]
+
+
+def test_code_without_a_source_is_shown_without_it(stubborn, monkeypatch, unraised):
+    """
+    Whatever the loader of its module raises.
+    """
+    monkeypatch.setattr(linecache, "cache", {})
+
+    said = stubborn(lambda deaf: functools.partial(hidden(known=True), deaf), name="deaf")
+
+    assert re.search(r'File "hidden.py", line 2, in hidden\n +File .*, in deaf\n', said)
+    assert unraised == []
 
 
 def test_names_cannot_steer_the_terminal(stubborn):

@@ -4,6 +4,8 @@ What a worker does with each message: one in this process, at real pipes.
 
 import contextvars
 import functools
+import linecache
+import os
 import pickle
 import threading
 import traceback
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from blocked import is_blocked
-from staging import start, until
+from staging import hidden, start, until
 
 from fastpool import Cancelled, current_token
 from fastpool._scope import is_own
@@ -387,3 +389,62 @@ def test_where_the_worker_is_begins_with_its_task(near):
 
     assert outside.startswith(outermost)
     assert "in look\n" in inside.splitlines(keepends=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("known", "error", "told"),
+    [(False, SystemExit, True), (True, ValueError, True), (True, SystemExit, False)],
+)
+def test_where_the_worker_is_can_be_asked_whatever_it_runs(near, monkeypatch, known, error, told):
+    """
+    Code whose source cannot be had is told without it; at worst nothing is.
+    """
+    monkeypatch.setattr(linecache, "cache", {})
+
+    def look():
+        thread, outcome = start(near.worker._where)
+        thread.join(60)
+        done.extend(outcome)
+
+    near.worker._functions[0] = functools.partial(hidden(error(), known=known), look)
+    near.give((0, ()))
+    (where,) = done
+
+    assert where.startswith('  File "hidden.py", line 2, in hidden\n  File ' if told else "")
+    assert bool(where) == told
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_worker_ends_with_its_parent_though_nothing_can_be_cancelled(near, monkeypatch, read):
+    """
+    It says why, unless that could take for ever, as where nobody reads it.
+    """
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr(near.worker, "_cancel", lambda *_, **__: 1 // 0)
+    near.worker._token_of(1)
+    near._control.close()
+    there, here = os.pipe()
+    os.set_blocking(here, False)
+    while not read:
+        try:
+            os.write(here, b" ")
+        except BlockingIOError:
+            break
+    os.set_blocking(here, True)
+    kept = os.dup(2)
+    os.dup2(here, 2)
+    try:
+        thread, _ = start(near.worker.hear)
+        thread.join(60)
+        hangs = thread.is_alive()
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(here)
+        with open(there, "rb") as file:
+            said = file.read()
+
+    assert not hangs
+    assert ends == [1]
+    assert (b"\nZeroDivisionError: " in said) == read

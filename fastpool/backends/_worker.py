@@ -8,6 +8,7 @@ import functools
 import importlib
 import os
 import pickle
+import select
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from typing import Any
 
 from fastpool import _clock
 from fastpool._errors import in_words, is_a
+from fastpool._frames import Call, looking, place, show
 from fastpool._scope import current, this_thread
 from fastpool._token import CancelToken, Cause, messages
 from fastpool.backends._wire import (
@@ -195,27 +197,43 @@ class Worker:
     # --- Hearing ---------------------------------------------------------------------------
 
     def hear(self) -> None:
-        """Take orders, until the parent is gone."""
+        """
+        Take orders, until the parent is gone. The process ends with that, whatever it ends by:
+        nobody could stop what runs in here any more, and it would outlive the parent.
+        """
         try:
-            while True:
-                word, *rest = pickle.loads(self._control.recv_bytes())
-                if word == "cancel":
-                    self._cancel(*rest)
-                elif word == "cancel task":
-                    self._cancel_task(*rest)
-                elif word == "all told":
-                    self._told.set()
-                elif word == "so far":
-                    batch = self._batch
-                    if batch is not None:  # code of theirs may run in pickling: not here
-                        _clock.run_in_helper(functools.partial(self._send_so_far, batch))
-                elif word == "where":
-                    self._control.send_bytes(pickle.dumps((*rest, self._where()), PROTOCOL))
-        except (EOFError, OSError):
+            self._take_orders()
             for run in list(self._tokens):
                 self._cancel(run, dump_reason("the process that wanted it has gone"), failed=False)
             time.sleep(LAST_WORDS)
+        except BaseException as error:
+            _say(error)
+        finally:
             os._exit(1)
+
+    def _take_orders(self) -> None:
+        while True:
+            try:
+                order = self._control.recv_bytes()
+            except (EOFError, OSError):
+                return
+            self._follow(*pickle.loads(order))
+
+    def _follow(self, word: str, *rest: Any) -> None:
+        """What an order says."""
+        if word == "cancel":
+            self._cancel(*rest)
+        elif word == "cancel task":
+            self._cancel_task(*rest)
+        elif word == "all told":
+            self._told.set()
+        elif word == "so far":
+            batch = self._batch
+            if batch is not None:  # code of theirs may run in pickling: not here
+                _clock.run_in_helper(functools.partial(self._send_so_far, batch))
+        elif word == "where":
+            with contextlib.suppress(OSError):  # nobody is left to hear it
+                self._control.send_bytes(pickle.dumps((*rest, self._where()), PROTOCOL))
 
     def _cancel(self, run: int, reason: Far, failed: bool) -> None:
         token = self._token_of(run)
@@ -266,12 +284,17 @@ class Worker:
         self._empty_outbox()
 
     def _where(self) -> str:
-        """The main thread's stack, the innermost of it."""
-        frame = sys._current_frames().get(self._main)
-        stack = traceback.extract_stack(frame)
-        ours = [at for at, entry in enumerate(stack) if entry.filename == __file__]
-        theirs = stack[max(ours, default=-1) + 1 :]
-        return "".join(traceback.format_list(theirs[-INNERMOST:]))[-SHORT:]
+        """The main thread's stack, the innermost of it; empty if that cannot be told."""
+        try:
+            calls: list[Call] = []
+            with looking():
+                frame = sys._current_frames().get(self._main)
+                while frame is not None and frame.f_code.co_filename != __file__:
+                    calls.append(place(frame))
+                    frame = frame.f_back
+            return "".join(show(calls[INNERMOST - 1 :: -1]))[-SHORT:]
+        except BaseException:  # whatever it is: this thread is to go on hearing
+            return ""
 
     # --- Running ---------------------------------------------------------------------------
 
@@ -489,6 +512,14 @@ class Worker:
 
 def _why(value: object, error: BaseException) -> tuple[str, str]:
     return f"returned a {type(value).__name__}", in_words(error)
+
+
+def _say(error: BaseException) -> None:
+    """Why the process ends."""
+    text = "".join(["fastpool: a worker process ends\n", *traceback.format_exception(error)])
+    # Not `sys.stderr`, whose lock another thread may hold; nor where nobody reads.
+    if select.select([], [2], [], LAST_WORDS)[1]:
+        os.write(2, text.encode("utf-8", "backslashreplace")[-select.PIPE_BUF :])
 
 
 def _cause(token: CancelToken, reason: Far, *, failed: bool) -> Cause:
