@@ -225,11 +225,9 @@ class Ledger:
 
     def settle(self, task: Task[Any]) -> bool:
         """Whether a task has ended, where it may be that it is only never going to start."""
-        if self.foreign and not task._state:  # though a thread had taken it, which is not here
-            self.let_go(task, self.why())
-        if self.over:
+        if self.over or self.foreign:
             # What runs on was left behind, which is a state. A lane that has taken something and
-            # not come to it yet never runs it.
+            # not come to it yet never runs it, or its thread is not in this process.
             if not task._state:
                 self.let_go(task, self.why())
             return True

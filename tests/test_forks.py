@@ -217,7 +217,7 @@ def test_observer_that_forks_as_it_is_told_of_a_submit(bound):
         (threads.serve_stretch, "lane.at = place = (index, stretch)"),
         (Run.take_places, "at._taken = True"),
         (Run.take_places, "at._lane = lane"),
-        (Run.take_places, "at[1].items.states[at[0]] = lane"),
+        (Run.take_places, "at[1].items.note(at[0], lane)"),
     ],
 )
 def test_task_that_a_worker_was_about_to_run_is_cancelled_in_a_child(
