@@ -29,6 +29,7 @@ from fastpool import (
 )
 from fastpool._bounded import BoundedQueue
 from fastpool._gate import Gate
+from fastpool._run import Run
 from fastpool.backends.threads import Leased
 
 
@@ -513,6 +514,69 @@ def test_worker_that_runs_something_meanwhile_holds_no_wake_up_back(make_pool, w
     assert waits.result() is True
 
 
+def test_worker_that_leaves_the_line_passes_its_wake_up_on(watched, monkeypatch):
+    """
+    Room comes just before it runs something that waits for the call of the next one in the line.
+    """
+    sleep_for_room = Run.sleep_for_room
+    go, happened = threading.Event(), threading.Event()
+    seats, line = [], []
+
+    def room_comes_first(run, queue, gate, lane):
+        if lane is not None and not line:
+            line.append(blocked(submits))
+            assert queued.cancel()
+            go.set()
+            until(lambda: is_asleep(seats[0]))
+        sleep_for_room(run, queue, gate, lane)
+
+    def is_in_the_way():
+        seats.append(threading.current_thread())
+        go.wait(timeout=30)
+        return other.submit(happened.wait, 30).result()
+
+    def submits():
+        group.submit(abs, 1)
+        happened.set()
+
+    monkeypatch.setattr(Run, "sleep_for_room", room_comes_first)
+    with TaskGroup(1, max_queued=1) as group, TaskGroup(1) as other:
+        first = group.submit(is_in_the_way)
+        until(first.running)
+        queued = group.submit(abs, 1)
+        other.submit(group.submit, abs, 1)
+
+    assert first.result() is True
+
+
+def test_worker_that_waits_for_room_hears_of_what_only_it_can_run(watched):
+    """
+    The task in its way begins to wait for that, and what it runs meanwhile waits for it, too.
+    """
+    full, go, happened = (threading.Event() for _ in range(3))
+    seats, queued = [], []
+
+    def is_in_the_way():
+        queued.extend([group.submit(happened.wait, 30), group.submit(abs, 1)])
+        full.set()
+        go.wait(timeout=30)
+        other.submit(happened.set).result()
+
+    def submits():
+        seats.append(threading.current_thread())
+        return group.submit(abs, -2)
+
+    with TaskGroup(1, max_queued=1) as group, TaskGroup(1) as other:
+        group.submit(is_in_the_way)
+        assert full.wait(timeout=30)
+        late = other.submit(submits)
+        until(lambda: seats and is_asleep(seats[0]))
+        go.set()
+
+    assert queued[0].result() is True
+    assert late.result().result() == 2
+
+
 @pytest.mark.parametrize("call", ["submit", "map"])
 def test_task_that_a_waiter_runs_makes_room(call):
     """
@@ -660,8 +724,15 @@ def test_worker_makes_room_in_a_group_whose_worker_it_would_be(make_pool, feed):
 
 def test_dump_says_who_waits_for_room():
     """
-    The queue is named, and not the tasks that happen to be in its way.
+    The queue is named, and not the tasks that happen to be in its way; until there was room.
     """
+    submitted, seen = threading.Event(), threading.Event()
+
+    def submits():
+        task = group.submit(abs, -2)
+        submitted.set()
+        assert seen.wait(timeout=30)
+        return task
 
     def waits_for():
         (outer,) = fastpool.dump()
@@ -670,10 +741,14 @@ def test_dump_says_who_waits_for_room():
     with TaskGroup(1, max_queued=1, name="full") as group, TaskGroup(1) as other:
         held = Held(group)
         group.submit(abs, 1)
-        task = other.submit(group.submit, abs, -2)
+        task = other.submit(submits)
         until(lambda: waits_for() == [("room in the queue of group 'full'",)])
         held.release.set()
+        assert submitted.wait(timeout=30)
+        later = waits_for()
+        seen.set()
 
+    assert later == [()]
     assert task.result().result() == 2
 
 
@@ -822,7 +897,8 @@ def test_block_is_not_left_before_who_has_waited_is_in_the_queue(
     assert ended(*late).result() == 404
 
 
-def test_exception_that_ends_a_blocked_submit_leaves_nothing_registered(workers, watched):
+@pytest.mark.parametrize("where", ["thread", "worker"])
+def test_exception_that_ends_a_blocked_submit_leaves_nothing_registered(workers, watched, where):
     """
     Neither in the line, nor with a token, nor with the group, which would wait for it for ever.
     """
@@ -836,6 +912,10 @@ def test_exception_that_ends_a_blocked_submit_leaves_nothing_registered(workers,
         with use_token(token):
             group.submit(id, witness)
 
+    def submits_as_a_task():
+        with TaskGroup(1) as other:
+            other.submit(submits)
+
     def listeners():
         return [
             sum(type(entry) is Gate for entry in heard._entries.values())
@@ -848,7 +928,8 @@ def test_exception_that_ends_a_blocked_submit_leaves_nothing_registered(workers,
         held = Held(group)
         group.submit(abs, 1)
         before = listeners()
-        late = blocked(submits)
+        late = start(submits if where == "thread" else submits_as_a_task)
+        until(lambda: group._run.bounded.waiting)
         during = listeners()
         token.cancel()
         ended(*late)
@@ -1019,6 +1100,29 @@ def test_refused_map_takes_nothing_from_its_input(workers, watched, refused):
             mapping = blocked(group.map, abs, items)
             group.cancel("enough")
             error = ended(*mapping)
+
+    assert type(error) is GroupClosedError
+    assert list(items) == [1, 2, 3]
+
+
+def test_map_that_finds_no_room_as_its_group_ends_takes_nothing_from_its_input(monkeypatch):
+    """
+    It has just seen the group open, and the block is left while it looks for room.
+    """
+    looks, left = threading.Event(), threading.Event()
+
+    def finds_none(queue):
+        looks.set()
+        assert left.wait(timeout=30)
+        return False
+
+    monkeypatch.setattr(BoundedQueue, "take_room", finds_none)
+    items = iter([1, 2, 3])
+    with TaskGroup(1, max_queued=1) as group:
+        mapping = start(group.map, abs, items)
+        assert looks.wait(timeout=30)
+    left.set()
+    error = ended(*mapping)
 
     assert type(error) is GroupClosedError
     assert list(items) == [1, 2, 3]
