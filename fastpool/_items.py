@@ -244,12 +244,6 @@ class Stretch:
         """The handle of a call."""
         return self.items.task(index)
 
-    def queued(self) -> Iterator[Task[Any]]:
-        """The tasks that nobody has taken yet, in their order."""
-        for index in range(len(self.items)):
-            if not self.items.taken[index]:
-                yield self.items.task(index)
-
     def unfinished(self) -> Iterator[Task[Any]]:
         """As `Items.unfinished`, of all that are in the stretch now."""
         return self.items.unfinished()

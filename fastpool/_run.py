@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextvars import Context, copy_context
 from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
@@ -721,9 +721,7 @@ class Run(Ledger):
             stand_in(lane)
             self.lanes.pop(inner, None)
             self.passed(inner)
-            if own:
-                self.wake_leavers()
-            else:
+            if not own:
                 self.give_back_slot()
 
     # --- Waiting for everything ---------------------------------------------------------------
@@ -782,14 +780,6 @@ class Run(Ledger):
         finally:
             token._remove(key)
             self.helpers.pop(gate, None)
-
-    def queued(self) -> Iterator[Task[Any]]:
-        """What is queued now, the first one first."""
-        for entry in dict.fromkeys(self.queue.copy()):
-            if type(entry) is Stretch:
-                yield from entry.queued()
-            else:
-                yield entry
 
     def in_hand(self) -> list[Task[Any]]:
         """The tasks that lanes are at."""
@@ -852,7 +842,6 @@ class Run(Ledger):
             The failures, by time.
         """
         for task in list(self.untold):  # nobody else tells of them any more
-            self.settle(task)
             self.tell_never_ran(task)
         self.over = True
         backend, notice = self.backend, self.notice
@@ -892,7 +881,6 @@ class Run(Ledger):
         self.closed = "its with block was left while tasks still ran"
         self.closing = {GOES_ON: False}
         self.abandoned = why
-        self.halt(why)
         self.token.cancel(why)
         running = [
             (lane, task) for lane in self.lanes.copy() for task in lane.in_hand() if not task._state
