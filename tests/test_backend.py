@@ -153,6 +153,33 @@ def test_cancel_meets_a_lane_that_gives_its_task_back(taken_again, monkeypatch):
         assert task.cancelled()
 
 
+def test_task_that_is_given_back_again_and_again_runs():
+    """
+    By whichever lane, though it was cancelled in the hand of the first, which tells its token.
+    """
+
+    class Hesitant(Batches):
+        def serve(self, run, lane):
+            if not run.begin(lane):
+                return
+            lane.serve_here()
+            while tasks := run.take(lane):
+                self.taken.append(lane)
+                if len(self.taken) < 3:
+                    tasks[0].cancel()
+                    run.give_back(tasks)
+                    break
+                run.perform(tasks[0], lane)
+            run.dismiss(lane)
+
+    backend = Hesitant()
+    with TaskGroup(1, pool=backend) as group:
+        task = group.submit(abs, -3)
+
+    assert task.result() == 3
+    assert len(set(backend.taken)) == 3
+
+
 def test_pool_is_idle_from_when_its_group_has_ended():
     """
     Its ten seconds begin then.

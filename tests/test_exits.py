@@ -391,7 +391,8 @@ import fastpool
 from fastpool import TaskCancelledError, TaskGroup
 
 warnings.simplefilter("ignore")  # newer versions warn of a fork with threads
-with TaskGroup(1) as group:
+with TaskGroup(1) as idle, TaskGroup(1) as group:
+    idle.submit(abs, 1).result()
     group.token.on_cancel(lambda: os.write(1, b"told"))
     sleeper = group.submit(fastpool.sleep, 60)
     batch = group.map(abs, [1, 2])

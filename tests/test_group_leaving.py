@@ -19,6 +19,7 @@ from fastpool import (
     CancelToken,
     FailFast,
     GroupClosedError,
+    StuckTaskError,
     TaskCancelledError,
     TaskGroup,
     cancellable,
@@ -924,6 +925,7 @@ def test_callback_of_a_task_token_does_not_outlive_the_block(watched):
     releaser.join(timeout=60)
 
     assert order == ["callback", "left"]
+    assert group._run.loose == []
 
 
 def test_callbacks_never_run_after_the_block():
@@ -1548,6 +1550,68 @@ def test_task_that_ignores_its_cancel_is_freed_with_the_handle():
 
     assert told
     assert gone
+
+
+def test_group_that_has_ended_leads_to_no_task_that_never_ran():
+    """
+    One was cancelled, another was waited for, and no worker has come to them.
+    """
+    release = threading.Event()
+    with TaskGroup(1) as group:
+        until(group.submit(release.wait, 60).running)
+        cancelled, waited = group.submit(int), group.submit(int)
+        assert cancelled.cancel()
+        assert not waited.wait(timeout=0.001)
+        group.cancel()
+        release.set()
+
+    assert not group._run.claims
+    assert not group._run.watchers
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_group_whose_task_ran_another_as_it_waited_is_freed():
+    """
+    Its thread keeps nothing of it.
+    """
+
+    def parent(group):
+        return group.submit(int).result()
+
+    with TaskGroup(1) as group:
+        group.submit(parent, group)
+    run = weakref.ref(group._run)
+    del group
+    fastpool.shutdown()  # without a GIL, what a parked thread made is freed when it wakes
+
+    assert run() is None
+
+
+@pytest.mark.usefixtures("without_collector")
+def test_group_that_was_abandoned_is_freed_once_its_task_has_ended():
+    """
+    Its thread keeps nothing of it.
+    """
+    release = threading.Event()
+    threads = []
+
+    def stubborn():
+        threads.append(threading.current_thread())
+        release.wait(60)
+
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0.01, on_stuck="abandon") as group,
+    ):
+        until(group.submit(stubborn).running)
+        group.cancel()
+    run = weakref.ref(group._run)
+    del group
+    release.set()
+    threads.pop().join(60)
+
+    assert run() is None
 
 
 def test_group_refuses_clearly_after_it_failed():

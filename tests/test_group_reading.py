@@ -26,6 +26,7 @@ from fastpool import (
     shield,
     use_token,
 )
+from fastpool._run import Run
 
 
 class Lenient:
@@ -710,6 +711,154 @@ def test_group_wait_misses_no_task_that_is_being_taken(watched):
 
     assert len(races) > 10
     assert all(outcome == [True] for _, outcome in races)
+
+
+@pytest.mark.parametrize("where", ["thread", "worker"])
+@pytest.mark.parametrize("event", ["time", "token"])
+def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
+    make_pool, monkeypatch, where, event
+):
+    """
+    A worker has just taken it off the queue, and has not said so yet.
+    """
+    perform = Run.perform
+    taken, release = threading.Event(), threading.Event()
+    token = CancelToken()
+
+    def performs_late(run, task, lane):
+        taken.set()
+        release.wait(timeout=60)
+        perform(run, task, lane)
+
+    def waits():
+        with use_token(token):
+            try:
+                group.wait(timeout=0.01 if event == "time" else 60)
+            except (Cancelled, TimeoutError) as error:
+                return error
+
+    def waits_as_a_task():
+        with TaskGroup(1) as other:
+            task = other.submit(waits)
+        return task.result()
+
+    with TaskGroup(pool=make_pool(1)) as group:
+        monkeypatch.setattr(Run, "perform", performs_late)
+        task = group.submit(resize, 404)
+        assert taken.wait(timeout=60)
+        monkeypatch.setattr(Run, "perform", perform)
+        waiter, outcome = start(waits if where == "thread" else waits_as_a_task)
+        if event == "token":
+            until(lambda: group._run.fences)
+            token.cancel("enough")
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        release.set()
+
+    assert [type(error) for error in ended] == [TimeoutError if event == "time" else Cancelled]
+    assert task.result() == 404
+
+
+@pytest.mark.parametrize("timeout", [None, 0.1])
+def test_worker_that_waits_for_a_group_runs_what_a_task_there_waits_for(
+    watched, make_pool, monkeypatch, timeout
+):
+    """
+    Though that task was just being taken as the wait began; it waits on, as long as it may.
+    """
+    perform = Run.perform
+    taken, over = threading.Event(), threading.Event()
+    seats = []
+
+    def performs_late(run, task, lane):
+        if task.name == "waits_for_another":
+            taken.set()
+            until(lambda: seats and is_asleep(seats[0]))
+        perform(run, task, lane)
+
+    def waits_for_another():
+        value = other.submit(resize, 404).result()
+        if timeout:
+            over.wait(timeout=60)
+        return value
+
+    def waits():
+        assert taken.wait(timeout=60)
+        seats.append(threading.current_thread())
+        try:
+            return group.wait(timeout)
+        except TimeoutError as error:
+            return error
+        finally:
+            over.set()
+
+    monkeypatch.setattr(Run, "perform", performs_late)
+    with TaskGroup(1, timeout=20) as other, TaskGroup(pool=make_pool(1), timeout=20) as group:
+        waiter = other.submit(waits)
+        task = group.submit(waits_for_another)
+
+    assert type(waiter.result()) is (TimeoutError if timeout else type(None))
+    assert task.result() == 404
+
+
+def test_group_wait_does_not_wait_for_one_who_came_too_late_to_help(watched, monkeypatch):
+    """
+    It has a place in the group for a moment and runs nothing, and nothing is left of its claim.
+    """
+    claim = Run.claim
+    release = threading.Event()
+    waiting, claims = [], []
+
+    def claims_late(run, task):
+        if not waiting:
+            release.set()  # its own worker runs it meanwhile
+            until(lambda: task._state)
+            waiting.append(start(group.wait))
+            until(lambda: is_asleep(waiting[0][0]))
+        return claim(run, task)
+
+    def parent():
+        child = group.submit(resize, 404)
+        return child.result()
+
+    with TaskGroup(2) as group:
+        until(group.submit(release.wait, 60).running)
+        monkeypatch.setattr(Run, "claim", claims_late)
+        task = group.submit(parent)
+        task.wait(timeout=60)
+        waiter, outcome = waiting[0]
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        claims.extend(group._run.claims)
+
+    assert task.result() == 404
+    assert ended == [None]
+    assert claims == []
+
+
+@pytest.mark.parametrize("where", ["thread", "worker"])
+def test_group_wait_leaves_nothing_registered(where):
+    """
+    Neither with the group nor with the waiter's token, which may both go on for long.
+    """
+    token = CancelToken()
+
+    def waits():
+        with use_token(token):
+            group.wait()
+
+    with TaskGroup(1) as group, TaskGroup(1) as other:
+        group.submit(resize, 404)
+        before = len(token._entries)
+        if where == "thread":
+            waits()
+        else:
+            other.submit(waits).result()
+        left = [*group._run.fences, *group._run.helpers]
+        after = len(token._entries)
+
+    assert left == []
+    assert after == before
 
 
 def test_group_wait_does_not_wait_for_what_tasks_submit_meanwhile(watched, workers):

@@ -13,6 +13,7 @@ import time
 import tracemalloc
 import types
 import unittest.mock
+import warnings
 import weakref
 from collections import deque
 from contextlib import suppress
@@ -574,6 +575,71 @@ def test_worker_leaves_what_comes_after_its_group_has_closed(monkeypatch):
 
     assert not is_running
     assert isinstance(outcome[0], GroupClosedError)
+
+
+LATE_CALLS = {
+    "submit": lambda group, items: group.submit(resize, *items),
+    "map": lambda group, items: group.map(resize, list(items)),
+    "map over an iterator": lambda group, items: group.map(resize, items),
+}
+
+
+@pytest.mark.parametrize("ends", ["left", "abandoned"])
+@pytest.mark.parametrize("call", LATE_CALLS.values(), ids=LATE_CALLS)
+def test_call_that_has_just_seen_the_group_open_is_refused(monkeypatch, call, ends):
+    """
+    The block ends between its look and the queue, with what still runs or without.
+    """
+    late, looked, left, release = (threading.Event() for _ in range(4))
+
+    def looks():
+        if late.is_set():
+            looked.set()
+            left.wait(timeout=60)
+        return contextvars.copy_context()
+
+    def items():
+        if call is LATE_CALLS["map over an iterator"]:
+            yield 1
+        late.set()
+        yield 404
+
+    monkeypatch.setattr(_submitter, "copy_context", looks)
+    with (
+        suppress(StuckTaskError),
+        warnings.catch_warnings(action="ignore"),
+        TaskGroup(2, grace=0.01, on_stuck="abandon") as group,
+    ):
+        if ends == "abandoned":
+            group.submit(release.wait, 60)
+        caller, outcome = start(call, group, items())
+        assert looked.wait(timeout=60)
+        if ends == "abandoned":
+            group.cancel()
+    left.set()
+    caller.join(timeout=60)
+    release.set()
+
+    assert [type(error) for error in outcome] == [GroupClosedError]
+
+
+def test_submit_that_comes_as_the_group_is_about_to_close_keeps_it_open(monkeypatch):
+    """
+    Everything is at rest, and the block looks once more.
+    """
+    at_rest = Run.at_rest
+    late = []
+
+    def submits_first(run):
+        if run.closing is not None and not late:
+            late.append(in_thread(group.submit, resize, 404))
+        return at_rest(run)
+
+    monkeypatch.setattr(Run, "at_rest", submits_first)
+    with TaskGroup(1) as group:
+        pass
+
+    assert late[0].result() == 404
 
 
 # --- A submit that is refused -------------------------------------------------------------------
@@ -1853,6 +1919,29 @@ def test_pool_that_takes_nothing_says_so(make_pool):
     assert group.failures == ()
 
 
+def test_pool_that_is_closed_under_a_map_says_so(make_pool):
+    """
+    What was submitted before has run, and what could not be is in the queue no more.
+    """
+    pool = make_pool(1)
+    ran = []
+
+    def items():
+        yield 1
+        until(lambda: ran and not group._run.lanes)
+        pool.close()
+        yield 2
+
+    with TaskGroup(pool=pool) as group:
+        with pytest.raises(ValueError, match="not running"):
+            group.map(ran.append, items())
+        queued = len(group._run.queue)
+
+    assert queued == 0
+    assert ran == [1]
+    assert group.failures == ()
+
+
 @pytest.mark.parametrize("free", [0, 1])
 def test_pool_that_is_closed_under_a_group_holds_nothing_up(make_pool, free):
     """
@@ -1880,6 +1969,96 @@ def test_pool_that_is_closed_under_a_group_holds_nothing_up(make_pool, free):
 
     assert batch.done()
     assert group.failures or batch.results() == list(range(10))
+
+
+def test_pool_that_is_closed_as_a_place_is_given_back_fails_the_group(make_pool):
+    """
+    A worker of another group has run one task of it, and nobody is there to run the next.
+    """
+    pool = make_pool(1)
+    submitted = threading.Event()
+
+    def waits():
+        submitted.wait(timeout=60)
+        return closes.wait()
+
+    with TaskGroup(pool=pool) as around:
+        waiter = around.submit(waits)
+        until(waiter.running)
+        with pytest.raises(ValueError, match="not running"), TaskGroup(pool=pool) as group:
+            closes, last = group.submit(pool.close), group.submit(resize, 404)
+            submitted.set()
+            with shield():
+                ended = last.wait(timeout=20)
+
+    assert ended
+    assert last.cancelled()
+    assert waiter.result() is True
+
+
+def test_pool_that_is_closed_as_a_group_is_left_holds_nothing_up(make_pool, monkeypatch):
+    """
+    A submit has counted on a job that the pool was to do, and that is taken back just then.
+    """
+    pool = make_pool(1)
+    occupied, release = threading.Event(), threading.Event()
+    recall = Run.recall
+    late = []
+
+    def occupy():
+        occupied.set()
+        release.wait(timeout=60)
+
+    def recalls(run):
+        if not late:
+            late.append(in_thread(group.submit, resize, 404))
+            pool.close()
+        return recall(run)
+
+    def run():
+        with group:
+            group.submit(resize, 1).cancel()
+            monkeypatch.setattr(Run, "recall", recalls)
+
+    pool.apply_async(occupy)
+    assert occupied.wait(timeout=60)
+    group = TaskGroup(pool=pool, max_queued=1)
+    error = in_thread(run)
+    release.set()
+
+    assert type(error) is ValueError
+    assert late[0].cancelled()
+
+
+def test_place_of_a_job_that_never_started_can_be_used_while_the_block_is_left(
+    make_pool, monkeypatch, watched
+):
+    """
+    Leaving takes the job back, and a task that goes on meanwhile submits another.
+    """
+    pool = make_pool(2)
+    main = threading.current_thread()
+    occupied, free, go, met = (threading.Event() for _ in range(4))
+
+    def occupy():
+        occupied.set()
+        free.wait(timeout=60)
+
+    def submits_late():
+        until(lambda: is_asleep(main) and not group._run.called)
+        free.set()
+        group.submit(met.set)
+        return met.wait(timeout=20)
+
+    pool.apply_async(occupy)
+    assert occupied.wait(timeout=60)
+    with TaskGroup(pool=pool) as group:
+        until(group.submit(go.wait, 60).running)
+        last = group.submit(submits_late)  # another job is to do this, and never gets there
+        go.set()
+        until(last.running)
+
+    assert last.result() is True
 
 
 def have_it_make_way(pool, monkeypatch, before):
@@ -2140,14 +2319,24 @@ def test_task_that_waits_for_a_queued_one_runs_it(workers, wait):
     assert threads[0] is not threading.current_thread()
 
 
-def test_task_is_run_once_by_its_worker_or_its_waiter(watched, workers):
+@pytest.mark.parametrize("looked", [False, True])
+def test_task_is_run_once_by_its_worker_or_its_waiter(watched, workers, monkeypatch, looked):
     """
     At whatever line a worker takes a task, one that waits for it then does not run it as well.
+
+    It begins to wait then, or has seen before that nobody had taken the task.
     """
+    slot_for = Run.slot_for
 
     def race(step):
-        reached, submitted = threading.Event(), threading.Event()
+        reached, submitted, looks = (threading.Event() for _ in range(3))
         threads, ran = [], []
+
+        def slot_later(run, lane):
+            if not looks.is_set():
+                looks.set()
+                until(lambda: reached.is_set() or child.done())
+            return slot_for(run, lane)
 
         def look():
             reached.set()
@@ -2156,13 +2345,19 @@ def test_task_is_run_once_by_its_worker_or_its_waiter(watched, workers):
         def trace():
             until(lambda: threads)
             submitted.wait(timeout=60)
+            if looked:
+                looks.wait(timeout=60)
             trace_this_thread(act_at(step, look))
 
         def parent():
             threads.append(threading.current_thread())
             submitted.wait(timeout=60)
-            until(lambda: reached.is_set() or child.done())
+            if not looked:
+                until(lambda: reached.is_set() or child.done())
             return child.result()
+
+        if looked:
+            monkeypatch.setattr(Run, "slot_for", slot_later)
 
         with TaskGroup(timeout=60, **arguments) as group:
             waiter, tracer = group.submit(parent), group.submit(trace)
@@ -2283,22 +2478,25 @@ def test_task_run_by_a_waiter_is_on_its_own(workers):
     It has its own token and context, and the waiter has its own again afterwards.
     """
 
+    tasks = []
+
     def child():
-        seen = current_token(), variable.get()
+        seen = current_token(), variable.get(), tasks[0].running()
         variable.set("child's")
         return seen
 
     def parent():
         variable.set("parent's")
         mine = current_token()
-        theirs = group.submit(child).result()
+        tasks.append(group.submit(child))
+        theirs = tasks[0].result()
         return mine, theirs, (current_token(), variable.get())
 
     with TaskGroup(timeout=60, **workers(1)) as group:
         mine, theirs, after = group.submit(parent).result()
 
     assert theirs[0] is not mine
-    assert theirs[1] == "parent's"
+    assert theirs[1:] == ("parent's", True)
     assert after == (mine, "parent's")
 
 
@@ -2352,6 +2550,31 @@ def test_waiter_of_another_group_keeps_to_the_bound(make_pool):
     assert not early
     assert waiter.result() is True
     assert crowd.peak == 1
+
+
+def test_waiter_that_was_about_to_run_a_task_leaves_it_once_two_have_cancelled_it(monkeypatch):
+    """
+    The second one takes away what the first has laid down.
+    """
+    slot_for = Run.slot_for
+    tasks, ran = [], []
+
+    def cancelled_first(run, lane):
+        told = [run.withdraw(tasks[0], "enough"), run.withdraw(tasks[0], "enough")]
+        assert told == [True, False]
+        return slot_for(run, lane)
+
+    def parent():
+        tasks.append(group.submit(ran.append, 1))
+        return tasks[0].wait()
+
+    monkeypatch.setattr(Run, "slot_for", cancelled_first)
+    with TaskGroup(1) as group:
+        waiter = group.submit(parent)
+
+    assert waiter.result() is True
+    assert tasks[0].cancelled()
+    assert ran == []
 
 
 def test_task_of_a_nested_group_waits_for_a_task_beside_its_parent(make_pool):
@@ -2418,6 +2641,34 @@ def test_slot_that_is_freed_as_it_is_looked_for_is_not_lost(make_pool, monkeypat
 
     assert done
     assert second.result() == 2
+
+
+def test_slots_that_are_freed_as_one_is_looked_for_are_all_used(make_pool):
+    """
+    Two lanes end after a submit has looked for a slot once.
+    """
+    freed = []
+
+    class Slots(deque):
+        def __delitem__(self, index):
+            try:
+                super().__delitem__(index)
+            except IndexError:
+                if not freed:
+                    freed.extend([run.free_slot(), run.free_slot()])
+                raise
+
+    meeting = threading.Barrier(3)
+    with TaskGroup(pool=make_pool(3)) as group:
+        run = group._run
+        tasks = [group.submit(meeting.wait, 20)]
+        until(tasks[0].running)
+        assert run.take_slot()
+        assert run.take_slot()
+        run._freed = Slots()
+        tasks += [group.submit(meeting.wait, 20) for _ in range(2)]
+
+    assert sorted(task.result() for task in tasks) == [0, 1, 2]
 
 
 def test_main_thread_never_runs_a_task(watched, make_pool):

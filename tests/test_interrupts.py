@@ -2016,6 +2016,31 @@ def test_second_signal_leaves_a_group_inside_at_once():
     assert any("left behind in group 'inner'" in note for note in caught.value.__notes__)
 
 
+def test_second_signal_tells_what_runs_in_a_group_inside():
+    """
+    Though it is shielded from the one that asked, and its own body has handled both.
+    """
+    begun, ended = threading.Event(), threading.Event()
+    heard = []
+
+    def runs_on():
+        begun.set()
+        heard.append(current_token().wait(timeout=30))
+        ended.set()
+
+    with TaskGroup(1) as outer:
+        fastpool.cancel_on_signals(outer, signal.SIGTERM)
+        with shield(), pytest.raises(StuckTaskError), TaskGroup(1) as inner:
+            inner.submit(runs_on)
+            assert begun.wait(timeout=60)
+            for _ in range(2):
+                with contextlib.suppress(SystemExit):
+                    signal.raise_signal(signal.SIGTERM)
+        assert ended.wait(timeout=60)
+
+    assert heard == [True]
+
+
 def printed():
     """What is open now, as it is printed."""
     file = io.StringIO()

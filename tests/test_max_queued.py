@@ -415,13 +415,16 @@ def streams_as_they_come(group):
         streams_as_they_come,
     ],
 )
-def test_task_of_the_group_never_blocks(workers, submits):
+def test_task_of_the_group_never_blocks(workers, monkeypatch, submits):
     """
     Nobody else is there to make room: the only worker runs it.
     """
+    waits = []
+    monkeypatch.setattr(Run, "_wait_for_room", lambda *arguments: waits.append(arguments))
     with TaskGroup(**workers(1), max_queued=1) as group:
         task = group.submit(submits, group)
 
+    assert waits == []
     values = [getattr(left, "result", lambda left=left: left)() for left in task.result()]
     assert values == list(range(10))
 
@@ -618,6 +621,63 @@ def test_room_that_comes_while_a_worker_looks_what_to_run_is_seen(monkeypatch):
         task = other.submit(group.submit, abs, -3)
 
     assert task.result().result() == 3
+
+
+def test_worker_that_makes_room_runs_no_more_than_that_takes(make_pool):
+    """
+    What is queued behind may wait for what it does next.
+    """
+    fed = threading.Event()
+
+    def feeds():
+        full.wait(timeout=30)
+        group.submit(abs, 1)
+        fed.set()
+
+    full = threading.Event()
+    pool = make_pool(1)
+    with TaskGroup(pool=pool) as other, TaskGroup(pool=pool, max_queued=2) as group:
+        until(other.submit(feeds).running)
+        tasks = [group.submit(abs, -2), group.submit(fed.wait, 20)]
+        full.set()
+
+    assert [task.result() for task in tasks] == [2, True]
+
+
+def test_circle_through_a_task_that_makes_room_is_told(make_pool, watched):
+    """
+    A worker that waits for room runs a task, which waits for one that waits for the worker's.
+    """
+    pool = make_pool(2)
+    seats = []
+
+    def waits_for_the_worker():
+        until(lambda: seats and is_asleep(seats[0]))
+        with pytest.raises(RuntimeError, match="cannot wait for task 'submits'"):
+            feeder.result()
+        return "told"
+
+    def waits_for_the_first():
+        seats.append(threading.current_thread())
+        return first.result()
+
+    def submits():
+        full.wait(timeout=30)
+        return group.submit(abs, -2)
+
+    full = threading.Event()
+    with (
+        TaskGroup(pool=pool, timeout=60) as other,
+        TaskGroup(pool=pool, max_queued=1, timeout=60) as group,
+    ):
+        feeder = other.submit(submits)
+        first = group.submit(waits_for_the_worker)
+        until(lambda: feeder.running() and first.running())
+        second = group.submit(waits_for_the_first)
+        full.set()
+
+    assert (first.result(), second.result()) == ("told", "told")
+    assert feeder.result().result() == 2
 
 
 def test_groups_that_feed_each_other_go_on(make_pool):
@@ -1188,6 +1248,31 @@ def test_queued_task_that_is_cancelled_makes_room(workers, watched, queued):
     assert ended(*late).result() == 2
 
 
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_running_task_that_is_cancelled_makes_no_room(workers, call):
+    """
+    It has no place in the queue any more.
+    """
+
+    def holds(number):
+        begun.set()
+        assert release.wait(timeout=30)
+
+    begun, release = threading.Event(), threading.Event()
+    token = CancelToken()
+    token.cancel()
+    with TaskGroup(**workers(1), max_queued=1) as group:
+        task = group.submit(holds, 1) if call == "submit" else group.map(holds, [1]).tasks[0]
+        assert begun.wait(timeout=30)
+        group.submit(abs, 1)
+        told = task.cancel()
+        with use_token(token), pytest.raises(Cancelled):
+            group.submit(abs, 1)  # does not wait on a set token
+        release.set()
+
+    assert told is True
+
+
 def test_task_that_no_thread_can_be_started_for_gives_its_room_back(monkeypatch):
     """
     Each submit is refused by what the system said, and none of them blocks.
@@ -1232,7 +1317,21 @@ def test_observers_hear_of_a_call_once_it_has_room(workers, watched):
     """
     One that is blocked is not submitted yet, and one that is refused never is.
     """
-    seen = []
+    told, seen = [], []
+    with TaskGroup(**workers(1), max_queued=1, observers=[told.append]) as group:
+        held = Held(group)
+        group.submit(abs, 1)
+        late = blocked(group.submit, abs, 1)
+        before = len(told)
+        held.release.set()
+        task = ended(*late)
+
+    assert [event.name for event in told[:before]].count("task_submitted") == 2
+    assert [event.name for event in told if event.task is task] == [
+        "task_submitted",
+        "task_started",
+        "task_succeeded",
+    ]
     with TaskGroup(**workers(1), max_queued=1, observers=[seen.append]) as group:
         started_sleeper(group)
         group.submit(abs, 1)
