@@ -22,7 +22,7 @@ from fastpool.exceptions import Cancelled
 from fastpool.policies import FirstFailure, Judge
 
 if TYPE_CHECKING:
-    from fastpool._items import Items, Stretch
+    from fastpool._items import Items
     from fastpool._taskgroup import TaskGroup
 
 __all__ = ["Ledger"]
@@ -337,19 +337,16 @@ class Ledger:
     def all_succeeded(self, places: Sequence[At], lane: Lane, values: list[Any]) -> None:
         """Tasks have returned, in another process."""
         slowly = bool(self.observers) or self.judging is not None
-        stretch: Stretch | None = None
-        states: list[int | Lane] = []
         fn: object = None
         name = ""
         for at, value in zip(places, values, strict=False):
-            if isinstance(at, tuple) and at[1] is not stretch:
-                stretch = at[1]
+            if isinstance(at, tuple):
+                index, items = at[0], at[1].items
                 # Before we look whether the group was abandoned, which puts others in their place.
-                states = stretch.items.states
+                states = items.states
             if slowly or self.abandoned is not None:
                 self.succeeded(handle(at), lane, value)
             elif isinstance(at, tuple):  # as in `threads.serve_stretch`
-                index, items = at[0], at[1].items
                 items.values[index] = value
                 states[index] = VALUE
                 if index in items.handles:
@@ -359,7 +356,7 @@ class Ledger:
             else:  # as in `threads.serve`
                 if at._fn is not fn:
                     fn = at._fn
-                    name = fn if isinstance(fn, str) else label(fn)
+                    name = label(fn)
                 at._fn = name
                 at._args = ()
                 if at._kwargs:
@@ -504,15 +501,14 @@ class Ledger:
         """
         Set the token for a worker that has recorded a failure and has not come to that yet.
 
-        Whoever meets the recorded failure does so, or would hear of a cancelled sibling before
-        its own token is set.
+        Whoever meets the recorded failure, and so finds the group `stopping`, does so, or would
+        hear of a cancelled sibling before its own token is set.
         """
-        if self.over or self.foreign or self.token.cancelled() or not self.stopping():
-            return
-        self.cancel_rest()
+        if not (self.over or self.foreign or self.token.cancelled()):
+            self.cancel_rest()
 
-    def cancel_rest(self) -> bool:
-        """Set the token, by what was recorded first; whether this call did it."""
+    def cancel_rest(self) -> None:
+        """Set the token, by what was recorded first."""
         failures = self.failures
         if self.judging is None and failures:
             # Whose failure that was may not have come to this yet, and is done before.
@@ -520,9 +516,10 @@ class Ledger:
             if task is not None and not task._state:
                 self.ended(task, ERROR, (error, strip(error), 0))
         reason = self.why()
-        return (
-            self.token._fail(reason) if is_a(reason, BaseException) else self.token.cancel(reason)
-        )
+        if is_a(reason, BaseException):
+            self.token._fail(reason)
+        else:
+            self.token.cancel(reason)
 
     def _report(self, error: BaseException) -> None:
         """
@@ -537,7 +534,6 @@ class Ledger:
 
     def note_stray(self, error: BaseException) -> None:
         """Record a failure that no task had."""
-        self.disturbed = True
         if not any(failure.exception is error for failure in self.failures):
             self.strays.append(error)
             self.record(None, error)

@@ -750,6 +750,46 @@ def test_open_group_keeps_no_token_of_a_task_that_has_ended(call):
         assert not any(alive)
 
 
+def test_task_that_is_told_again_to_stop_leaves_nothing_on_its_group():
+    """
+    It has one token, however often somebody asks for that.
+    """
+    release = threading.Event()
+
+    with TaskGroup(1) as group:
+        task = group.submit(release.wait, 60)
+        until(task.running)
+        told = task.cancel()
+        before = len(group.token._entries)
+        again = [task.cancel() for _ in range(100)]
+        after = len(group.token._entries)
+        release.set()
+
+    assert told
+    assert not any(again)
+    assert after == before
+
+
+def test_open_group_keeps_nothing_of_waits_that_are_over():
+    """
+    Neither of those that took too long, nor of one for a task that had ended before.
+    """
+    release = threading.Event()
+
+    with TaskGroup(1) as group:
+        ended = group.submit(abs, -404)
+        ended.wait(60)
+        task = group.submit(release.wait, 60)
+        for _ in range(3):
+            assert not task.wait(0.01)
+            assert [one.result() for one in fastpool.as_completed([ended])] == [404]
+        watchers = group._run.watchers.copy()
+        release.set()
+
+    assert not any(watchers.values())
+    assert ended not in watchers
+
+
 def test_values_and_arguments_are_handed_over_and_not_copied():
     """
     A gigabyte costs what a byte does.

@@ -9,6 +9,7 @@ import threading
 import traceback
 import weakref
 from contextlib import suppress
+from contextvars import Context, ContextVar
 
 import pytest
 from staging import fail, is_asleep, sleeper, started_sleeper, until
@@ -143,6 +144,40 @@ def test_failure_that_is_recorded_but_not_told_is_the_only_one(monkeypatch):
     assert [failure.task for failure in group.failures] == [failing]
     assert reader.cancelled()
     assert queued.cancelled()
+
+
+def test_queued_task_that_a_worker_comes_to_after_a_failure_never_starts(monkeypatch, watched):
+    """
+    Though its failing sibling has not come to set the token; who waits for it hears of the cancel.
+    """
+    recorded, heard = threading.Event(), threading.Event()
+    main, ran = threading.current_thread(), []
+    cancel_rest = Ledger.cancel_rest
+
+    def held_up(run):
+        if not recorded.is_set():
+            recorded.set()
+            heard.wait(timeout=60)
+        cancel_rest(run)
+
+    def fails():
+        until(lambda: is_asleep(main))
+        raise ValueError("root")
+
+    monkeypatch.setattr(Ledger, "cancel_rest", held_up)
+    with pytest.raises(ValueError, match="root"), TaskGroup(2) as group:
+        failing = group.submit(fails)
+        group.submit(recorded.wait, 60)
+        queued = group.submit(ran.append, 404)
+        try:
+            with pytest.raises(Cancelled):
+                queued.result()
+        finally:
+            heard.set()
+
+    assert ran == []
+    assert queued.cancelled()
+    assert [failure.task for failure in group.failures] == [failing]
 
 
 @pytest.mark.parametrize(
@@ -1526,30 +1561,80 @@ def test_arguments_and_results_are_freed_with_the_handle(following):
     assert gone == [True, True, True, True]
 
 
-def test_task_that_ignores_its_cancel_is_freed_with_the_handle():
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_task_that_ignores_its_cancel_is_freed_with_the_handle(call):
     """
     The group goes on, and keeps nothing of it.
     """
     started, release = threading.Event(), threading.Event()
 
-    def work():
+    def work(_):
         started.set()
         release.wait(timeout=60)
         return Witness()
 
     with TaskGroup(1) as group:
-        task = group.submit(work)
+        if call == "submit":
+            task = group.submit(work, 404)
+        else:
+            (task,) = group.map(work, [404]).tasks
         assert started.wait(timeout=60)
         told = task.cancel()
         release.set()
-        witness = weakref.ref(task.result(timeout=60))
+        watched = [weakref.ref(task.result(timeout=60)), weakref.ref(task)]
         del task
         # Without a GIL the thread that made an object frees it, when it next has something to do.
-        until(lambda: group.submit(int).result() or witness() is None, within=10)
-        gone = witness() is None
+        until(lambda: group.submit(int).result() or not any(one() for one in watched), within=10)
+        alive = [one() for one in watched if one() is not None]
 
     assert told
-    assert gone
+    assert alive == []
+
+
+@pytest.mark.parametrize("call", ["submit", "map"])
+@pytest.mark.usefixtures("without_collector")
+def test_task_that_is_cancelled_in_the_queue_keeps_nothing_and_is_freed_with_the_handle(call):
+    """
+    Neither its arguments nor its context, once a worker has come to its place; the group goes on.
+    """
+    variable = ContextVar("variable")
+    release = threading.Event()
+    watched = []
+
+    def witness():
+        made = Witness()
+        watched.append(weakref.ref(made))
+        return made
+
+    def work(value, *, option):
+        """It never runs."""
+
+    def submit():
+        variable.set(witness())
+        if call == "submit":
+            return group.submit(work, witness(), option=witness())
+        return group.map(work, iter([witness()])).tasks[0]
+
+    def gone(things):
+        # Without a GIL the thread that made an object frees it, when it next has something to do.
+        until(lambda: group.submit(int).result() or not any(one() for one in things), within=10)
+        return not any(one() for one in things)
+
+    with TaskGroup(1) as group:
+        group.submit(release.wait, 60)
+        task = Context().run(submit)
+        told = task.cancel()
+        release.set()
+        group.wait()
+        done = task.cancelled(), gone(watched)
+        handle = weakref.ref(task)
+        del task
+        freed = gone([handle])
+
+    assert told
+    assert done == (True, True)
+    assert freed
+    assert len(watched) == (3 if call == "submit" else 2)
 
 
 def test_group_that_has_ended_leads_to_no_task_that_never_ran():
