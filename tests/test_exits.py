@@ -380,6 +380,34 @@ feed.start()
     assert ended.stderr == ""
 
 
+def test_group_that_a_daemon_thread_is_about_to_enter_is_ended():
+    """
+    As the exit finds it: the thread is cut off there, and the group has no tasks.
+    """
+    ended = run_script(
+        """
+import threading
+import fastpool
+from fastpool._run import Run
+
+def open_late(run, *args, **options):
+    opening.set()
+    threading.Event().wait()
+
+def enter():
+    with fastpool.TaskGroup(1):
+        pass
+
+opening = threading.Event()
+Run.open = open_late
+threading.Thread(target=enter, daemon=True).start()
+opening.wait(60)
+"""
+    )
+
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+
+
 def test_handles_of_a_parents_group_answer_in_a_forked_child():
     """
     They are cancelled there, with that reason, and nothing of the parent's is run.

@@ -3833,13 +3833,15 @@ def test_callback_of_a_task_that_has_ended_is_waited_for_by_nobody():
 
 
 @pytest.mark.parametrize("error", [MemoryError, RecursionError])
-def test_group_whose_entry_fails_midway_is_not_open(error, monkeypatch):
+@pytest.mark.parametrize("where", ["_scope.enter", "_run.Run.open", "_run.copy_context"])
+def test_group_whose_entry_fails_midway_is_not_open(where, error, monkeypatch):
     """
-    Wherever that is; nothing of it is left, and the stack may grow as far as before.
+    Wherever that is, nothing else fails, nothing of it is left, and the stack grows as before.
     """
+    group = TaskGroup(1, observers=[repr])
     limit, limits = sys.getrecursionlimit(), []
 
-    def fails(*arguments):
+    def fails(*arguments, **options):
         entering.undo()
         raise error
 
@@ -3849,10 +3851,11 @@ def test_group_whose_entry_fails_midway_is_not_open(error, monkeypatch):
 
     monkeypatch.setattr(sys, "setrecursionlimit", set_limit)
     with monkeypatch.context() as entering:
-        entering.setattr("fastpool._scope.enter", fails)
-        with pytest.raises(error), TaskGroup(1):
+        entering.setattr(f"fastpool.{where}", fails)
+        with pytest.raises(error) as raised, group:
             pass
 
+    assert all(failure.exception is raised.value for failure in group.failures)
     assert fastpool.dump() == ()
     assert limits == ([limit + 200, limit] if error is RecursionError else [])
     assert sys.getrecursionlimit() == limit
