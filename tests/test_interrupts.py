@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from multiprocessing.dummy import DummyProcess
 
 import points
@@ -1216,12 +1217,17 @@ def test_task_that_has_just_ended_keeps_its_value():
     assert (task.result(), batch.results()) == (1, [2])
 
 
+class Given:
+    """An argument of a task."""
+
+
 @pytest.mark.parametrize("ends", ["task_succeeded", "task_failed"])
 def test_what_an_abandoned_task_comes_to_is_for_observers_alone(ends):
     """
-    The policy has judged already, and the record of failures is closed.
+    The policy has judged already, and the record of failures is closed. Its handle keeps nothing.
     """
-    release = threading.Event()
+    release, given = threading.Event(), Given()
+    kept = weakref.ref(given)
     events, judged = [], []
 
     class Judging:
@@ -1235,7 +1241,7 @@ def test_what_an_abandoned_task_comes_to_is_for_observers_alone(ends):
         def end(self, failures):
             return None
 
-    def stubborn():
+    def stubborn(_):
         release.wait(60)
         if ends == "task_failed":
             raise ValueError("too late")
@@ -1244,20 +1250,27 @@ def test_what_an_abandoned_task_comes_to_is_for_observers_alone(ends):
         pytest.warns(RuntimeWarning, match="still runs"),
         pytest.raises(StuckTaskError),
         TaskGroup(
-            1, policy=Judging(), grace=0.01, on_stuck="abandon", observers=[events.append]
+            1,
+            policy=Judging(),
+            grace=0.01,
+            on_stuck="abandon",
+            observers=[lambda event: events.append(event.name)],
         ) as group,
     ):
-        task = group.submit(stubborn)
+        task = group.submit(stubborn, given)
+        del given
         until(task.running)
         group.cancel()
     at_once = task.cancelled()
     release.set()
-    until(lambda: any(event.name == ends for event in events))
+    until(lambda: ends in events)
+    until(lambda: kept() is None, within=10)
 
     assert at_once
     assert judged == []
     assert group.failures == ()
     assert task.cancelled()
+    assert kept() is None
 
 
 def test_pool_of_an_abandoned_task_is_not_used_again(monkeypatch):
