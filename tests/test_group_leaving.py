@@ -1524,9 +1524,10 @@ def without_collector():
     gc.enable()
 
 
+@pytest.mark.parametrize("observers", [(), (repr,)])
 @pytest.mark.parametrize("following", ["submit", "map"])
 @pytest.mark.usefixtures("without_collector")
-def test_arguments_and_results_are_freed_with_the_handle(following):
+def test_arguments_and_results_are_freed_with_the_handle(following, observers):
     """
     A task that is done keeps its value; once the handle is gone, so is everything.
     """
@@ -1539,7 +1540,7 @@ def test_arguments_and_results_are_freed_with_the_handle(following):
         return value
 
     watched.insert(0, weakref.ref(work))
-    with TaskGroup(1) as group:
+    with TaskGroup(1, observers=observers) as group:
         task = group.submit(work, given, returned, option=named)
         # Its thread goes on to something else at once. Both threads run meanwhile: a free-threaded
         # build leaves some objects to the thread that made them.
