@@ -22,7 +22,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from contextvars import ContextVar
+from contextvars import Context, ContextVar
 from multiprocessing import forkserver
 from types import SimpleNamespace
 
@@ -1584,6 +1584,62 @@ def test_group_that_has_ended_is_kept_by_nobody(begun):
     del group, owner, task
 
     until(lambda: not any(reference() for reference in kept))
+
+
+def test_handle_of_a_task_that_is_done_keeps_its_value_alone(one):
+    """
+    Neither its function, nor its arguments, nor the context that it was submitted in.
+    """
+
+    class Owner:
+        def __call__(self):
+            """It is another function over there."""
+
+        def __reduce__(self):
+            return functools.partial, (far.square, 3)
+
+    def submit():
+        given, named, owner, inherited = far.Methods(7), far.Methods(8), Owner(), Owner()
+        variable.set(inherited)
+        tasks.extend([group.submit(far.echo, given), group.submit(far.echo, value=named)])
+        tasks.append(group.submit(owner))
+        kept.extend(map(weakref.ref, (given, named, owner, inherited)))
+
+    variable = ContextVar("variable")
+    tasks, kept = [], []
+    with TaskGroup(pool=one) as group:
+        Context().run(submit)
+    until(lambda: not any(reference() for reference in kept), within=10)
+    alive = [reference() for reference in kept if reference() is not None]
+    values = [task.result() for task in tasks]
+    names = [task.name for task in tasks]
+
+    assert alive == []
+    assert [values[0].value, values[1].value, values[2]] == [7, 8, 9]
+    assert names == ["echo", "echo", "Owner"]
+
+
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_task_that_swallows_its_cancel_is_freed_with_the_handle(one, call, begun):
+    """
+    The group goes on, and keeps nothing of it.
+    """
+    with TaskGroup(pool=one) as group:
+        if call == "submit":
+            task = group.submit(far.swallows, begun)
+        else:
+            (task,) = group.map(far.swallows, [begun]).tasks
+        seen(begun)
+        told = task.cancel()
+        value = task.result()
+        handle = weakref.ref(task)
+        del task
+        until(lambda: handle() is None, within=10)
+        alive = handle()
+
+    assert told
+    assert value == "went on"
+    assert alive is None
 
 
 def test_thread_at_rest_has_nothing_open_to_be_woken_by(begun, release):
