@@ -554,8 +554,7 @@ class Run(Ledger):
     def rest(self, lane: Lane) -> bool:
         """A lane has nothing to do. False if work came in meanwhile; it goes on then."""
         if self.abandoned is not None:
-            lane.run = None  # nobody takes it back
-            return True
+            return True  # nobody takes it back
         self.idle[lane] = None
         self.passed(lane)
         # A group that was seen at rest may have ended, and what is queued now is to be refused.

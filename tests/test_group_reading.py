@@ -6,6 +6,7 @@ import math
 import sys
 import threading
 import traceback
+import types
 from contextlib import suppress
 from decimal import Decimal
 from fractions import Fraction
@@ -21,11 +22,13 @@ from fastpool import (
     Task,
     TaskCancelledError,
     TaskGroup,
+    _run,
     cancellable,
     current_token,
     shield,
     use_token,
 )
+from fastpool._gate import Gate
 from fastpool._run import Run
 
 
@@ -721,21 +724,31 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
     """
     A worker has just taken it off the queue, and has not said so yet.
     """
-    perform = Run.perform
+    perform, wait = Run.perform, Gate.wait
     taken, release = threading.Event(), threading.Event()
     token = CancelToken()
+    seats, spans, now = [], [], [0.0]
 
     def performs_late(run, task, lane):
         taken.set()
         release.wait(timeout=60)
         perform(run, task, lane)
 
+    def wait_on_this_clock(gate, timeout=None):
+        if threading.current_thread() in seats:
+            spans.append(timeout)
+            now[0] += timeout
+        return wait(gate, timeout)
+
     def waits():
+        seats.append(threading.current_thread())
         with use_token(token):
             try:
-                group.wait(timeout=0.01 if event == "time" else 60)
+                group.wait(timeout=0.25 if event == "time" else 60)
             except (Cancelled, TimeoutError) as error:
                 return error
+            finally:
+                seats.clear()
 
     def waits_as_a_task():
         with TaskGroup(1) as other:
@@ -747,6 +760,8 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
         task = group.submit(resize, 404)
         assert taken.wait(timeout=60)
         monkeypatch.setattr(Run, "perform", perform)
+        monkeypatch.setattr(Gate, "wait", wait_on_this_clock)
+        monkeypatch.setattr(_run, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
         waiter, outcome = start(waits if where == "thread" else waits_as_a_task)
         if event == "token":
             until(lambda: group._run.fences)
@@ -756,6 +771,7 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
         release.set()
 
     assert [type(error) for error in ended] == [TimeoutError if event == "time" else Cancelled]
+    assert spans == [0.25 if event == "time" else 60]
     assert task.result() == 404
 
 
@@ -897,6 +913,11 @@ def test_group_wait_returns_at_once_if_there_is_nothing():
         group.submit(resize, 404).wait()
         group.wait()
     group.wait()
+    release = threading.Event()
+    with TaskGroup(1) as after:
+        until(after.submit(release.wait, 60).running)  # in the same thread
+        group.wait(timeout=5)
+        release.set()
 
     assert group.failures == ()
 

@@ -314,7 +314,7 @@ def _park(pool: _Pool, lane: Lane) -> None:
         del run
     if pool.crew.leave is not None:
         pool.crew.leave(lane)
-    thread.lane = None
+    thread.lane = lane.run = None  # from a group that was abandoned nobody takes it back
     if pool.foreign:
         # A task has forked, and returned in the child as well. Its thread is all there is of that
         # process, which a `ThreadPool` would have wait for a job for ever; so the thread ends.
