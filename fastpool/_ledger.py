@@ -420,7 +420,6 @@ class Ledger:
         if self.watchers:
             self.notify(task)
         self.tell_ended("task_cancelled", task, lane, error)
-        self.tell_cancelled()
 
     def ended(self, task: Task[Any], state: int, value: object) -> None:
         """Make an outcome final, and keep nothing of the call."""
