@@ -750,6 +750,36 @@ def test_open_group_keeps_no_token_of_a_task_that_has_ended(call):
         assert not any(alive)
 
 
+@pytest.mark.parametrize("cancelled", [False, True])
+@pytest.mark.parametrize("call", ["submit", "map"])
+def test_context_that_outlives_its_task_has_the_token_as_it_was(call, cancelled):
+    """
+    Nothing sets it any more, whether somebody had asked for it before or not.
+    """
+    started, release = threading.Event(), threading.Event()
+
+    def work(_):
+        started.set()
+        release.wait(60)
+        return contextvars.copy_context()
+
+    with TaskGroup(1) as group:
+        if call == "submit":
+            task = group.submit(work, 404)
+        else:
+            (task,) = group.map(work, [404]).tasks
+        assert started.wait(60)
+        if cancelled:
+            assert task.cancel("rain")
+        release.set()
+        token = task.result(60).run(fastpool.current_token)
+        again = token.cancel("snow")
+        group.cancel("sun")
+
+    assert not again
+    assert token.reason == ("rain" if cancelled else None)
+
+
 def test_task_that_is_told_again_to_stop_leaves_nothing_on_its_group():
     """
     It has one token, however often somebody asks for that.

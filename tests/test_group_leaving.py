@@ -12,7 +12,7 @@ from contextlib import suppress
 from contextvars import Context, ContextVar
 
 import pytest
-from staging import fail, is_asleep, sleeper, started_sleeper, until
+from staging import fail, is_asleep, sleeper, start, started_sleeper, until
 
 import fastpool
 from fastpool import (
@@ -180,6 +180,77 @@ def test_queued_task_that_a_worker_comes_to_after_a_failure_never_starts(monkeyp
     assert [failure.task for failure in group.failures] == [failing]
 
 
+def test_task_that_failed_is_done_before_its_group_is_cancelled(monkeypatch):
+    """
+    Also where somebody else meets the failure first, and cancels the group.
+    """
+    recorded, met, main = threading.Event(), threading.Event(), threading.current_thread()
+
+    def end_late(run, task, *args, ended=Ledger.ended):
+        if threading.current_thread() is not main and not recorded.is_set():
+            recorded.set()
+            met.wait(60)
+        ended(run, task, *args)
+
+    monkeypatch.setattr(Ledger, "ended", end_late)
+    with pytest.raises(ValueError, match="root"), TaskGroup(1) as group, shield():
+        release = threading.Event()
+        failing = group.submit(lambda: release.wait(60) and fail(ValueError("root")))
+        queued = group.submit(abs, 404)
+        release.set()
+        assert recorded.wait(60)
+        seen = queued.done(), group.token.cancelled(), failing.done()
+        met.set()
+
+    assert seen == (True, True, True)
+    assert str(failing.exception()) == "root"
+
+
+class Strict:
+    """A policy of the user's own, by which the first failure is enough."""
+
+    def start(self):
+        return self
+
+    def outcome(self, task, error):
+        return error is not None
+
+    def end(self, failures):
+        return failures[0].exception
+
+
+def test_worker_takes_nothing_any_more_once_a_policy_has_had_enough(monkeypatch, watched):
+    """
+    Though the failing one has not come to set the token.
+    """
+    recorded = threading.Event()
+    other, ran = [], []
+    cancel_rest = Ledger.cancel_rest
+
+    def held_up(run):
+        if not recorded.is_set():
+            recorded.set()
+            until(lambda: ran or is_asleep(other[0]))
+        cancel_rest(run)
+
+    def beside():
+        other.append(threading.current_thread())
+        recorded.wait(timeout=60)
+
+    def fails():
+        until(lambda: other)
+        raise ValueError("root")
+
+    monkeypatch.setattr(Ledger, "cancel_rest", held_up)
+    with pytest.raises(ValueError, match="root"), TaskGroup(2, policy=Strict()) as group:
+        group.submit(fails)
+        group.submit(beside)
+        queued = group.submit(ran.append, 404)
+
+    assert ran == []
+    assert queued.cancelled()
+
+
 @pytest.mark.parametrize(
     ("broken", "error"), [("ended", None), ("failed", ValueError("root")), ("admit", None)]
 )
@@ -207,6 +278,40 @@ def test_worker_that_breaks_fails_its_task(monkeypatch, workers, broken, error):
 
     assert tasks[0].done()
     assert not tasks[0].running()
+
+
+@pytest.mark.parametrize("cancelled", [False, True])
+def test_worker_that_breaks_stops_the_others_and_wakes_who_waits(monkeypatch, watched, cancelled):
+    """
+    Also who waits for its task in a group that was cancelled before.
+    """
+    once, release = [MemoryError("no room for the books")], threading.Event()
+    fails = Ledger.failed
+
+    def breaks(run, task, *args):
+        if task is broken and once:
+            raise once.pop()
+        return fails(run, task, *args)
+
+    def stubborn():
+        release.wait(60)
+        raise ValueError("root")
+
+    monkeypatch.setattr(Ledger, "failed", breaks)
+    with pytest.raises(MemoryError), TaskGroup(2) as group:
+        asleep = started_sleeper(group)
+        broken = group.submit(stubborn)
+        until(broken.running)
+        if cancelled:
+            group.cancel()
+        waiter, outcome = start(broken.wait)
+        until(lambda: is_asleep(waiter))
+        release.set()
+        waiter.join(20)
+        asleep.wait(20)
+
+    assert outcome == [True]
+    assert asleep.cancelled()
 
 
 def test_no_queued_task_starts_after_the_first_failure():
@@ -1562,16 +1667,19 @@ def test_arguments_and_results_are_freed_with_the_handle(following, observers):
     assert gone == [True, True, True, True]
 
 
+@pytest.mark.parametrize("hears", [False, True])
 @pytest.mark.parametrize("call", ["submit", "map"])
-def test_task_that_ignores_its_cancel_is_freed_with_the_handle(call):
+def test_task_that_was_told_to_stop_is_freed_with_the_handle(call, hears):
     """
-    The group goes on, and keeps nothing of it.
+    Whether it ignores that or not: the group goes on, and keeps nothing of it.
     """
     started, release = threading.Event(), threading.Event()
 
     def work(_):
         started.set()
         release.wait(timeout=60)
+        if hears:
+            current_token().check()
         return Witness()
 
     with TaskGroup(1) as group:
@@ -1582,13 +1690,18 @@ def test_task_that_ignores_its_cancel_is_freed_with_the_handle(call):
         assert started.wait(timeout=60)
         told = task.cancel()
         release.set()
-        watched = [weakref.ref(task.result(timeout=60)), weakref.ref(task)]
+        group.wait()
+        watched = [weakref.ref(task)]
+        if not hears:
+            watched.append(weakref.ref(task.result(timeout=60)))
+        stopped = task.cancelled()
         del task
         # Without a GIL the thread that made an object frees it, when it next has something to do.
         until(lambda: group.submit(int).result() or not any(one() for one in watched), within=10)
         alive = [one() for one in watched if one() is not None]
 
     assert told
+    assert stopped is hears
     assert alive == []
 
 

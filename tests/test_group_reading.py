@@ -29,6 +29,7 @@ from fastpool import (
     use_token,
 )
 from fastpool._gate import Gate
+from fastpool._ledger import Ledger
 from fastpool._run import Run
 
 
@@ -1618,6 +1619,74 @@ def test_failure_that_was_reported_before_counts_from_then():
         batch = group.starmap(lambda fn: fn(), [(second,), (first,)])
 
     assert [type(failure.exception) for failure in group.failures] == [ValueError, OSError]
+    with pytest.raises(ValueError, match="first"):
+        batch.results()
+
+
+def test_failure_that_was_reported_counts_from_then_though_others_were_reported_since():
+    """
+    Nor does it matter that another task has failed meanwhile.
+    """
+    first, second, third = ValueError("first"), OSError("second"), KeyError("third")
+    events = [threading.Event(), threading.Event()]
+
+    @cancellable
+    def reports(token, error):
+        raise error
+
+    def fail_when_told(number, error):
+        events[number].wait(timeout=60)
+        raise error
+
+    with suppress(ValueError), TaskGroup(2, policy=Lenient()) as group:
+        batch = group.starmap(fail_when_told, [(0, second), (1, first)])
+        until(lambda: all(task.running() for task in batch.tasks))
+        in_thread(reports.with_token, group.token, first)
+        with shield():
+            events[0].set()
+            batch.tasks[0].wait(60)
+        in_thread(reports.with_token, group.token, third)
+        events[1].set()
+
+    assert [failure.exception for failure in group.failures] == [first, second, third]
+    with pytest.raises(ValueError, match="first"):
+        batch.results()
+
+
+def test_failure_that_a_task_raises_as_it_is_being_reported_has_its_place(monkeypatch):
+    """
+    It is among the failures of its batch, and the first of them.
+    """
+    error, noting, noted = ValueError("first"), threading.Event(), threading.Event()
+
+    def record_late(ledger, task, error, record=Ledger.record):
+        if task is None:
+            noting.set()
+            noted.wait(60)
+        return record(ledger, task, error)
+
+    @cancellable
+    def reports(token):
+        raise error
+
+    def fail_first():
+        noting.wait(60)
+        raise error
+
+    def fail_second():
+        noted.wait(60)
+        until(batch.tasks[0].done)
+        raise OSError("second")
+
+    monkeypatch.setattr(Ledger, "record", record_late)
+    with suppress(ValueError), TaskGroup(2, policy=Lenient()) as group:
+        batch = group.starmap(lambda fn: fn(), [(fail_first,), (fail_second,)])
+        until(lambda: all(task.running() for task in batch.tasks))
+        reporter, _ = start(reports.with_token, group.token)
+        until(batch.tasks[0].done)
+        noted.set()
+        reporter.join(60)
+
     with pytest.raises(ValueError, match="first"):
         batch.results()
 

@@ -28,6 +28,7 @@ from staging import (
     is_asleep,
     resize,
     start,
+    started_sleeper,
     trace_this_thread,
     until,
 )
@@ -3889,6 +3890,55 @@ def test_claim_that_is_laid_as_the_group_ends_is_taken_back(monkeypatch):
 
     assert task.cancelled()
     assert not group._run.claims
+
+
+def test_claim_that_is_laid_as_the_task_ends_is_taken_back(monkeypatch):
+    """
+    An open group leads to no task that has ended, though somebody was about to cancel it.
+    """
+    release = threading.Event()
+
+    def lay_late(ledger, task, lay=Ledger.claim):
+        release.set()
+        until(lambda: task._state)
+        return lay(ledger, task)
+
+    with TaskGroup(1) as group:
+        task = group.submit(release.wait, 60)
+        until(task.running)
+        monkeypatch.setattr(Ledger, "claim", lay_late)
+        told = task.cancel()
+        claims = [*group._run.claims]
+
+    assert not told
+    assert claims == []
+
+
+def test_who_begins_to_wait_as_the_last_one_gives_up_is_told():
+    """
+    A list of those who wait that is empty may be about to get somebody.
+    """
+
+    class Waiter:
+        def notify(self, task):
+            told.append(self)
+
+    class Meanwhile(dict):
+        def setdefault(self, task, empty):
+            found = super().setdefault(task, empty)
+            run.unwatch(task, before)
+            return found
+
+    before, after, told = Waiter(), Waiter(), []
+    with TaskGroup(1) as group:
+        run = group._run
+        task = started_sleeper(group)
+        run.watch(task, before)
+        run.watchers = Meanwhile(run.watchers)
+        run.watch(task, after)
+        task.cancel()
+
+    assert told == [after]
 
 
 def test_task_that_came_too_late_is_not_kept():

@@ -232,6 +232,8 @@ def test_judge_that_raises_ends_the_group_with_that(where):
     leaving = left_by(group, body)
 
     assert leaving is (second if where == "end" else first)
+    files = [frame.filename for frame in traceback.extract_tb(leaving.__traceback__)]
+    assert not any(file.endswith("_ledger.py") for file in files)
     assert leaving.__cause__ is None
     # It was raised while that was handled, as anywhere else.
     assert leaving.__context__ is (root if where == "failure" else None)
