@@ -112,7 +112,7 @@ class Process:
         self._ends = [_End(end, self) for end in self._ends]
         calls, control = self._ends
         self._worker = _worker.Worker(calls, control, _Shared(self, self._shared))
-        for fn in (self._main, self._worker.hear):
+        for fn in (self._main, self._worker._take_orders):  # `hear` would end us all
             interleave.spawn(self._inside(fn))
 
     def _inside(self, fn):
