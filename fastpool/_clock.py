@@ -130,22 +130,39 @@ def start_thread(
 Deadline = tuple[float, int, "weakref.ref[Expiring]"]  # when, a tie-breaker, whose
 
 
-class _Clock:
-    """
-    One thread that sleeps until the nearest deadline.
+class _Turn:
+    """One thread's time as the clock's, if another one is not it already."""
 
-    No lock: the heap is the thread's own, and deadlines reach it through a deque. Both sides
-    write first and look then (the adder appends, then reads `_wakes_at`; the thread sets
-    `_wakes_at`, then looks into the deque), so one of them always sees the other.
-    """
+    __slots__ = ("asked", "began", "over", "thread")
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
+        self.asked: deque[Gate] = deque()  # `shutdown` asks it to end, and waits for the answer
+        self.began = self.over = False
+
+    def answer(self) -> None:
+        while self.asked:
+            self.asked.popleft().open()
+
+
+class _Clock:
+    """
+    One thread that sleeps until the nearest deadline, and another one when that has ended.
+
+    No lock: the heap is the thread's that has the turn, and deadlines reach it through a deque.
+    Both sides write first and look then (the adder appends, then reads `_wakes_at`, and whether
+    a thread has the turn or is sure to come; the thread begins, sets `_wakes_at`, gives up its
+    turn, and looks into the deque after each of these), so one of them always sees the other.
+    """
+
+    def __init__(self) -> None:
         self.arrivals: deque[Deadline] = deque()
         self.gate = Gate()
-        self.asked: deque[Gate] = deque()  # `shutdown` asks it to end, and waits for the answer
+        # Whose turn it is, under the one key "clock": `setdefault` decides, without a lock.
+        self.turns: dict[str, _Turn] = {}
+        self.latest: _Turn | None = None  # of a thread that began, or is sure to
         self._wakes_at = -math.inf  # -inf while the thread is awake, and looks by itself
-        self._heap: list[Deadline] = []  # this and the next the thread's own
+        self._heap: list[Deadline] = []  # this and the next are the thread's that has the turn
         self._sweep_at = 64
 
     def arrive(self, entry: Deadline) -> None:
@@ -153,39 +170,84 @@ class _Clock:
         # Many that are far off, and lifted by now for the most part, are to be swept out.
         if entry[0] < self._wakes_at or len(self.arrivals) > 100:
             self.gate.open()
+        if not self._looks():
+            self._start()
 
-    def run(self) -> None:
+    def _looks(self) -> bool:
+        """Whether a thread is sure to look into the arrivals after this."""
+        latest = self.latest
+        return bool(self.turns) or (latest is not None and not latest.began)
+
+    def _start(self) -> None:
+        # Not left to another that is at it: if that one gets no thread, it has nobody to tell.
+        turn = _Turn()
+        try:
+            start_thread(
+                functools.partial(self.run, turn),
+                "fastpool-clock",
+                lambda thread: setattr(self, "latest", turn),
+            )
+        except BaseException as error:
+            if not (_says_no_thread(error) and self._looks()):
+                raise
+
+    def run(self, turn: _Turn) -> None:
+        turn.thread = threading.current_thread()
+        turn.began = True
+        try:
+            while self.arrivals and self.turns.setdefault("clock", turn) is turn:
+                try:
+                    while self._goes_on(turn):
+                        pass
+                finally:
+                    del self.turns["clock"]
+        finally:
+            # Looked at by `shutdown` after it has asked.
+            turn.over = True
+            turn.answer()
+
+    def _goes_on(self, turn: _Turn) -> bool:
+        """Look once, and sleep; False if there has been nothing to do for long, or it is asked."""
+        try:
+            return self._look(turn)
+        except Exception as error:  # out of memory, say: it is tried again
+            turn.answer()
+            with contextlib.suppress(Exception):
+                unraisable(error, self)
+            time.sleep(MOMENT)
+            return True
+
+    def _look(self, turn: _Turn) -> bool:
         heap = self._heap
-        while True:
-            self._wakes_at = -math.inf
-            while self.arrivals:
-                heapq.heappush(heap, self.arrivals.popleft())
-            self._fire()
-            if self.asked:
-                self._sweep()
-                if not heap:
-                    self._end()
-                    return
-                self._answer()
-            self._wakes_at = heap[0][0] if heap else math.inf
-            if self.arrivals:
-                continue
-            woken = self.gate.wait(heap[0][0] - time.monotonic() if heap else IDLE)
-            if not woken and not heap:
-                self._end()
-                return
+        self._wakes_at = -math.inf
+        while self.arrivals:
+            # Here or there, each can be found at any moment, by a forked child say.
+            heapq.heappush(heap, self.arrivals[0])
+            self.arrivals.popleft()
+        self._fire()
+        if turn.asked:
+            self._sweep()
+            if not heap:
+                return False
+            turn.answer()
+        self._wakes_at = heap[0][0] if heap else math.inf
+        if self.arrivals:
+            return True
+        return self.gate.wait(heap[0][0] - time.monotonic() if heap else IDLE) or bool(heap)
 
     def _fire(self) -> None:
         heap = self._heap
         now = time.monotonic()
         while heap and (heap[0][0] <= now or not _alive(heap[0])):
-            when, _, reference = heapq.heappop(heap)
+            when, _, reference = heap[0]
             target = reference()
-            if target is not None and target._due() == when:
-                try:
+            try:
+                if target is not None and target._due() == when:
                     target._expire()
-                except BaseException as error:  # out of memory, say: the others still expire
-                    unraisable(error, target)
+            except BaseException as error:  # out of memory, say: the others still expire
+                unraisable(error, target)
+            finally:
+                heapq.heappop(heap)
         # A deadline that was lifted stays in the heap until its time comes, so sweep them out
         # whenever they may be half of it: a constant cost for each deadline added.
         if len(heap) > self._sweep_at:
@@ -196,20 +258,6 @@ class _Clock:
         self._heap[:] = [entry for entry in self._heap if _alive(entry)]
         heapq.heapify(self._heap)
 
-    def _answer(self) -> None:
-        while self.asked:
-            self.asked.popleft().open()
-
-    def _end(self) -> None:
-        """Give up the post; what arrived for it meanwhile goes to its successor."""
-        _clocks.pop("clock", None)
-        try:
-            while self.arrivals:
-                _arrive(self.arrivals.popleft())
-        finally:
-            # Looked at after the post was given up, as `shutdown` looks at the post after asking.
-            self._answer()
-
     def pending(self) -> list[Deadline]:
         return [*self._heap, *self.arrivals]
 
@@ -219,8 +267,7 @@ def _alive(entry: Deadline) -> bool:
     return target is not None and target._due() == entry[0]
 
 
-# The clock that is running, under the one key "clock", if any: `setdefault` and `pop` make
-# sure that there is one at the most, without a lock.
+# The clock of this process, under the one key "clock", once there is a deadline.
 _clocks: dict[str, _Clock] = {}
 _counter = itertools.count()
 
@@ -241,24 +288,10 @@ def add_deadline(when: float, target: Expiring) -> None:
 
 def _arrive(entry: Deadline) -> None:
     while True:
-        clock = _clocks.get("clock")
-        if clock is None:
-            fresh = _Clock()
-            try:
-                clock = _clocks.setdefault("clock", fresh)
-                if clock is fresh:
-                    note = functools.partial(setattr, clock, "thread")
-                    start_thread(clock.run, "fastpool-clock", note)
-            except BaseException:  # there is no thread, or a signal handler's, anywhere in there
-                if fresh.thread is not None:
-                    fresh.arrive(entry)
-                elif _clocks.get("clock") is fresh:
-                    fresh._end()  # what others gave it meanwhile goes to the next one
-                raise
+        clock = _clocks.get("clock") or _clocks.setdefault("clock", _Clock())
         clock.arrive(entry)
-        # A clock that ended in between has left its post before it looked at its arrivals for
-        # the last time, so either it saw this one or we see that it is gone. Arriving twice
-        # does no harm.
+        # A signal handler may have forked meanwhile, and the child has another one. Arriving
+        # twice does no harm.
         if _clocks.get("clock") is clock:
             return
 
@@ -394,15 +427,17 @@ def shutdown() -> None:
         if helper.thread not in (None, threading.current_thread()):
             helper.thread.join(MOMENT)
     clock = _clocks.get("clock")
-    if clock is None or clock.thread is None:
+    turn = None if clock is None else clock.turns.get("clock", clock.latest)
+    if clock is None or turn is None or turn.thread is threading.current_thread():
         return
     answer = Gate()
-    clock.asked.append(answer)
+    turn.asked.append(answer)
     clock.gate.open()
-    if _clocks.get("clock") is clock:
+    # Looked at after the question can be found: who is over does the reverse.
+    if not turn.over:
         answer.wait()
-    if _clocks.get("clock") is not clock:
-        clock.thread.join()
+    if turn.over and turn.thread is not None:
+        turn.thread.join()
 
 
 def after_fork() -> None:

@@ -605,7 +605,11 @@ class CancelToken:
         if span <= 0:
             self._set_by(self._expired())
         else:
-            _clock.add_deadline(deadline, self)
+            try:
+                _clock.add_deadline(deadline, self)
+            except BaseException:  # there is no thread for it
+                self._deadline = None
+                raise
 
     def _lineage(self) -> list[CancelToken]:
         found: list[CancelToken] = [self]

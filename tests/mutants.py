@@ -563,47 +563,58 @@ MUTANTS = [
         "        #",
     ),
     Mutant(
-        "a deadline goes to the first clock that there was",
+        "who adds a deadline looks for a thread and has it found then",
         "deadline_against_end_of_idle_clock",
         _clock,
         """
-    _arrive((when, next(_counter), weakref.ref(target)))
+        self.arrivals.append(entry)
+        # Many that are far off, and lifted by now for the most part, are to be swept out.
+        if entry[0] < self._wakes_at or len(self.arrivals) > 100:
+            self.gate.open()
+        if not self._looks():
 """,
         """
-    entry = (when, next(_counter), weakref.ref(target))
-    _clocks["clock"].arrive(entry) if "clock" in _clocks else _arrive(entry)
+        looks = self._looks()
+        self.arrivals.append(entry)
+        if entry[0] < self._wakes_at:
+            self.gate.open()
+        if not looks:
 """,
-    ),
-    Mutant(
-        "a deadline arrives at a clock that has ended",
-        "deadline_against_end_of_idle_clock",
-        _clock,
-        """
-        if _clocks.get("clock") is clock:
-            return
-
-
-def""",
-        """
-        return
-
-
-def""",
         rare=True,
     ),
     Mutant(
-        "a clock that ends hands nothing on",
+        "a clock that has ended counts as one that is to come",
+        "deadline_against_end_of_idle_clock",
+        _clock,
+        "(latest is not None and not latest.began)",
+        "latest is not None",
+    ),
+    Mutant(
+        "a clock that ends does not look again",
         "deadline_against_end_of_idle_clock",
         _clock,
         """
+            while self.arrivals and self.turns.setdefault("clock", turn) is turn:
+""",
+        """
+            for _ in range(self.turns.setdefault("clock", turn) is turn):
+""",
+        rare=True,
+    ),
+    Mutant(
+        "a clock is still to come when it has looked",
+        "deadlines_that_start_the_clock",
+        _clock,
+        """
+        turn.began = True
         try:
-            while self.arrivals:
+            while self.arrivals and self.turns.setdefault("clock", turn) is turn:
 """,
         """
         try:
-            while False:
+            while self.arrivals and self.turns.setdefault("clock", turn) is turn:
+                turn.began = True
 """,
-        rare=True,
     ),
     Mutant(
         "an idle helper ends with a job on its way",

@@ -762,6 +762,20 @@ def deadline_against_end_of_idle_clock():
 
 
 @model("done")
+def deadlines_that_start_the_clock():
+    """Deadlines that come at once, where there is no clock, pass in time, and later ones too."""
+    tokens = together(*[lambda: CancelToken(timeout=5)] * 2)
+    assert all(token.wait() for token in tokens)
+    pass_time(11)
+    tokens.append(CancelToken(timeout=5))
+
+    assert all(token.wait() for token in tokens)
+    assert {type(token.reason) for token in tokens} == {TimeoutError}
+    assert time.monotonic() >= max(token.deadline for token in tokens)
+    return "done"
+
+
+@model("done")
 def callback_against_end_of_idle_helper():
     """A deadline's callback that comes just as the idle helper ends is called once."""
     ran = []

@@ -756,7 +756,7 @@ def test_scope_that_a_foreign_handler_has_torn_is_over(make, leaves):
                 assert token._parents == ()
             assert CancelToken(timeout=0.001).wait(60)  # there is a clock
             fastpool.shutdown()
-            assert not _clock._clocks  # and nothing for it to do
+            assert not _clock._clocks["clock"].turns  # and nothing for it to do
         if not leaves:
             scope.__exit__(*[None] * 3)
 

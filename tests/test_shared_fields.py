@@ -32,7 +32,7 @@ OBJECTS = {
     "args[5]": "",
     "batch": "Calls",
     "calls": "_Calls",
-    "clock": "_Clock",
+    "turn": "_Turn",
     "entry": "Task Callback",
     "far": "WorkerProcess",
     "far.shared": "Shared",

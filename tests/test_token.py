@@ -8,8 +8,10 @@ import copy
 import datetime
 import functools
 import gc
+import heapq
 import itertools
 import math
+import os
 import pickle
 import signal
 import sys
@@ -21,10 +23,10 @@ from decimal import Decimal
 
 import pytest
 from blocked import is_blocked
-from staging import act_at, start, until
+from staging import act_at, have_idle_threads_wait, start, until
 
 import fastpool
-from fastpool import Cancelled, CancelToken, TaskCancelledError, TaskGroup, _token, _wakers
+from fastpool import Cancelled, CancelToken, TaskCancelledError, TaskGroup, _clock, _token, _wakers
 
 
 def in_thread(fn):
@@ -426,6 +428,219 @@ def test_deadline_of_a_token_that_is_set_keeps_no_thread(thorough_shutdown):
 
     until(lambda: not [t for t in threading.enumerate() if t.name.startswith("fastpool")])
     assert token.remaining() > 60
+
+
+class Starter:
+    """Stands where `_clock.start_thread` stood: some get no thread, or one that begins late."""
+
+    def __init__(self, monkeypatch, *, refuses=lambda: False):
+        fastpool.shutdown()
+        self.refuses = refuses
+        self.refused = threading.Event()
+        self.goes = threading.Event()
+        self.goes.set()
+        self.started = 0
+        self._start_thread = _clock.start_thread
+        monkeypatch.setattr(_clock, "start_thread", self._start)
+
+    def _start(self, target, *args):
+        if self.refuses():
+            self.refused.set()
+            self.goes.wait(60)
+            raise RuntimeError("can't start new thread")
+        self.started += 1
+        self._start_thread(lambda: (self.goes.wait(60), target()), *args)
+
+
+def test_deadline_is_kept_though_another_gets_no_thread_for_its_own(monkeypatch):
+    """
+    It comes just as that other one finds that there is none, which then goes with its thread.
+    """
+    poor = []
+
+    def be_refused():
+        poor.append(threading.current_thread())
+        return CancelToken(timeout=0.01)
+
+    starter = Starter(monkeypatch, refuses=lambda: threading.current_thread() in poor)
+    starter.goes.clear()
+    thread, first = start(be_refused)
+    assert starter.refused.wait(60)
+    other, second = start(lambda: CancelToken(timeout=0.01))
+    other.join(60)
+    starter.goes.set()
+    thread.join(60)
+
+    assert second[0].wait(60)
+    assert first[0].wait(60)
+
+
+def test_deadline_that_gets_no_thread_is_an_error_and_the_next_one_is_kept(monkeypatch):
+    """
+    As soon as there are threads again.
+    """
+    refused = [True, True]
+    starter = Starter(monkeypatch, refuses=lambda: refused and refused.pop())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            CancelToken(timeout=3600)
+
+    assert CancelToken(timeout=0.01).wait(60)
+    assert starter.started == 1
+
+
+def test_deadlines_that_come_one_after_the_other_need_one_thread(monkeypatch):
+    """
+    Though it is slow to begin.
+    """
+    starter = Starter(monkeypatch)
+    starter.goes.clear()
+    tokens = [CancelToken(timeout=0.01) for _ in range(3)]
+    starter.goes.set()
+
+    assert all(token.wait(60) for token in tokens)
+    assert starter.started == 1
+
+
+def test_shutdown_ends_a_clock_that_has_yet_to_begin(thorough_shutdown, monkeypatch):
+    """
+    If there is nothing for it to do any more.
+    """
+    starter = Starter(monkeypatch)
+    starter.goes.clear()
+    CancelToken(timeout=3600).cancel()
+    thread, _ = start(fastpool.shutdown)
+    until(lambda: is_blocked(thread.native_id, among=None))
+    starter.goes.set()
+    thread.join(60)
+
+    assert not [t for t in threading.enumerate() if t.name.startswith("fastpool")]
+
+
+def come_at(step, monkeypatch):
+    """What a deadline comes to, if anything, that comes as the clock is at a line, its last one."""
+    last, outcome = [], []
+
+    def come():
+        last.append(True)
+        thread, made = start(lambda: CancelToken(timeout=0.005))
+        thread.join(60)
+        outcome.extend(made)
+
+    with monkeypatch.context() as patch:
+        Starter(patch, refuses=lambda: last)
+        threading.settrace(act_at(step, come))
+        try:
+            assert CancelToken(timeout=0.001).wait(60)
+        finally:
+            threading.settrace(None)
+        until(lambda: outcome or not [t for t in threading.enumerate() if "clock" in t.name])
+        return [made if isinstance(made, Exception) else made.wait(20) for made in outcome]
+
+
+def test_deadline_that_comes_as_the_clock_ends_is_kept(monkeypatch):
+    """
+    Or is an error: there is no thread for another clock. It comes at every line.
+    """
+    have_idle_threads_wait(0.001, monkeypatch)
+    came = [*itertools.takewhile(bool, (come_at(step, monkeypatch) for step in itertools.count()))]
+
+    assert len(came) > 20
+    assert {repr(made) for (made,) in came} == {
+        "True",
+        """RuntimeError("can't start new thread")""",
+    }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_deadline_is_kept_in_a_child_that_is_forked_at_any_line_of_the_clock():
+    """
+    On its way into the thread, and as it passes, too.
+    """
+    ends = []
+
+    def forks(token):
+        child = os.fork()
+        if child == 0:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+            os._exit(not token.wait(20))
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    def fork_at(step):
+        fastpool.shutdown()
+        lines = itertools.count()
+        made = []
+
+        def trace(frame, event, argument):
+            if frame.f_code.co_filename != _clock.__file__:
+                return None
+            if event == "line" and next(lines) == step:
+                until(lambda: made)
+                thread, outcome = start(forks, *made)
+                thread.join(60)
+                ends.extend(outcome)
+            return trace
+
+        threading.settrace(trace)
+        try:
+            token = CancelToken(timeout=0.001)
+            made.append(token)
+        finally:
+            threading.settrace(None)
+        assert token.wait(60)
+        fastpool.shutdown()
+        return next(lines) > step
+
+    steps = sum(itertools.takewhile(bool, map(fork_at, itertools.count())))
+
+    assert steps > 20
+    assert ends == [0] * steps
+
+
+@pytest.mark.parametrize("name", ["heappush", "heapify"])
+def test_clock_goes_on_after_an_error(monkeypatch, unraised, name):
+    """
+    As when memory is short: it is told, and tried again; nobody waits for the clock meanwhile.
+    """
+    fastpool.shutdown()
+    failing = getattr(heapq, name)
+    short = [True]
+
+    def fail(*args):
+        if short:
+            raise MemoryError
+        return failing(*args)
+
+    monkeypatch.setattr(heapq, name, fail)
+    token = CancelToken(timeout=0.01)
+    late = CancelToken(timeout=3600)
+    thread, _ = start(fastpool.shutdown)
+    thread.join(60)
+    waits = thread.is_alive()
+    until(lambda: unraised)
+    short.clear()
+
+    assert not waits
+    assert token.wait(60)
+    assert not late.cancelled()
+    assert {type(error) for error in unraised} == {MemoryError}
+
+
+def test_clock_that_shuts_down_waits_not_for_itself(monkeypatch):
+    """
+    What runs in its thread, a finalizer say, may do so.
+    """
+    expire = CancelToken._expire
+
+    def shut_down(token):
+        fastpool.shutdown()
+        expire(token)
+
+    monkeypatch.setattr(CancelToken, "_expire", shut_down)
+
+    assert CancelToken(timeout=0.01).wait(60)
 
 
 # --- Children -------------------------------------------------------------------------------------
