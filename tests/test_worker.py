@@ -381,7 +381,7 @@ def test_where_the_worker_is_begins_with_its_task(near):
         thread.join(60)
         done.extend(outcome)
 
-    outermost = traceback.format_stack()[0]
+    outermost = traceback.format_stack()[0].partition("\n")[0]  # what comes then may have no source
     look()
     near.worker._functions[0] = look
     near.give((0, ()))
