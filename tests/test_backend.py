@@ -671,6 +671,34 @@ def test_child_that_a_task_forks_ends_with_the_task():
     assert task.result() == 0
 
 
+def test_finalizer_may_submit_as_the_first_thread_of_its_group_is_started(monkeypatch):
+    """
+    Both calls run, and no pool is left that nobody has closed.
+    """
+    fastpool.shutdown()
+    begin = _GrowingPool.__init__
+    begun = []
+    made = []
+
+    class Submits:
+        def __del__(self):
+            made.append(group.submit(int))
+
+    def begin_and_submit(pool):
+        begun.append(pool)
+        if len(begun) == 1:
+            Submits()
+        begin(pool)
+
+    monkeypatch.setattr(_GrowingPool, "__init__", begin_and_submit)
+    with TaskGroup(2) as group:
+        made.append(group.submit(int))
+    fastpool.shutdown()
+
+    assert [task.result() for task in made] == [0, 0]
+    assert [pool._state for pool in begun] == ["CLOSE", "CLOSE"]
+
+
 def test_helper_that_is_about_to_start_is_ended_by_shutdown(monkeypatch):
     """
     It does what it was started for, and does not stay.

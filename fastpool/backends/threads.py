@@ -186,7 +186,13 @@ class _Pool:
         with self.growing:
             threads = self.threads
             if threads is None:
-                threads = self.threads = contextvars.Context().run(_GrowingPool)
+                fresh = contextvars.Context().run(_GrowingPool)
+                threads = self.threads
+                if threads is None:
+                    threads = self.threads = fresh
+                else:  # a finalizer has submitted meanwhile, and made one
+                    fresh.close()
+                    threads.grow()
             else:
                 threads.grow()
             lane = self.crew.lane(self, len(self.lanes) + 1)
