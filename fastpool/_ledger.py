@@ -340,13 +340,12 @@ class Ledger:
         fn: object = None
         name = ""
         for at, value in zip(places, values, strict=False):
-            if isinstance(at, tuple):
-                index, items = at[0], at[1].items
-                # Before we look whether the group was abandoned, which puts others in their place.
-                states = items.states
+            # Before we look whether the group was abandoned, which puts others in their place.
+            states = at[1].items.states if isinstance(at, tuple) else []
             if slowly or self.abandoned is not None:
                 self.succeeded(handle(at), lane, value)
             elif isinstance(at, tuple):  # as in `threads.serve_stretch`
+                index, items = at[0], at[1].items
                 items.values[index] = value
                 states[index] = VALUE
                 if index in items.handles:
