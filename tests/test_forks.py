@@ -245,7 +245,8 @@ def test_tasks_that_a_worker_process_has_are_cancelled_in_a_child(tmp_path, monk
     """
     All of those that it was sent at once.
     """
-    monkeypatch.setattr(processes, "HELD", 300)  # seconds, in which none of them is taken back
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: what comes after is sent at once
+    monkeypatch.setattr(processes, "HELD", 300)  # ...and none of it is taken back
     with TaskGroup(pool=Processes(1)) as group:
         before = group.submit(wait_for, tmp_path / "first")
         batch = group.map(wait_for, [tmp_path / "others"] * 100)
