@@ -8,9 +8,11 @@ import itertools
 import linecache
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import fastpool
 from fastpool import cancellable
@@ -143,6 +145,13 @@ def look(number, process="self"):
     except OSError:  # it has ended
         return None
     return (call, said) if "sleeping" in said[0] and "running" not in call else None
+
+
+def stop(process):
+    """Have a process stop, by its number, with all its threads."""
+    os.kill(process, signal.SIGSTOP)
+    threads = Path(f"/proc/{process}/task")
+    until(lambda: all("State:\tT" in (one / "status").read_text() for one in threads.glob("*")))
 
 
 def act_at(step, act):

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, Pipe
 import far
 import pytest
 from blocked import is_blocked, rests
-from staging import until
+from staging import stop, until
 
 from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
 from fastpool.backends import _process, _wire, processes
@@ -380,7 +380,7 @@ def test_late_answer_to_a_report_is_not_that_to_the_next(monkeypatch):
     """
     worker = Processes(1).start_worker()
     assert worker.calls.poll(100)
-    os.kill(worker.process.pid, signal.SIGSTOP)
+    stop(worker.process.pid)
     monkeypatch.setattr(_process, "ANSWER", 0.001)
     told = [worker.stack() for _ in range(10)]
     asked = len(worker._unanswered)
