@@ -182,7 +182,7 @@ def test_error_of_ours_ends_the_worker_that_it_was_about(one, step, monkeypatch,
             calls.append([*lane._batch])
             if len(calls) == 1:
                 if step == "_receive":
-                    far.seen(tmp_path / "ran")
+                    far.seen(tmp_path / "held")
                 raise lost
         return real(lane, *arguments, **options)
 
@@ -194,7 +194,7 @@ def test_error_of_ours_ends_the_worker_that_it_was_about(one, step, monkeypatch,
         group.submit(far.return_after, tmp_path / "go")
         group.map(abs, range(8))  # in one batch, and then in one of 64:
         first = group.submit(far.noted, tmp_path / "ran", 0)
-        held = group.submit(far.return_after, tmp_path / "never")
+        held = group.submit(far.begin_and_hold, tmp_path / "held", tmp_path / "never")
         behind = [group.submit(far.noted, tmp_path / "ran", number) for number in range(1, 200)]
         far.note(tmp_path / "go")
         if step == "_receive":
@@ -208,7 +208,7 @@ def test_error_of_ours_ends_the_worker_that_it_was_about(one, step, monkeypatch,
     if step == "_receive":
         assert [type(task.exception()) for task in (first, held)] == [WorkerDiedError] * 2
         assert held.exception().__cause__ is lost
-        assert "what task 'return_after' came to in worker process" in str(held.exception())
+        assert "what task 'begin_and_hold' came to in worker process" in str(held.exception())
     else:
         assert first.exception() is lost
     assert [task.result() for task in behind] == [*range(1, 200)]
