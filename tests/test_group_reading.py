@@ -765,7 +765,7 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
         monkeypatch.setattr(_run, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
         waiter, outcome = start(waits if where == "thread" else waits_as_a_task)
         if event == "token":
-            until(lambda: group._run.fences)
+            until(lambda: spans)
             token.cancel("enough")
         waiter.join(timeout=20)
         ended = list(outcome)
