@@ -278,7 +278,10 @@ class Run(Ledger):
         lane = here()
         gate = Gate()
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, self.token))]
-        try:
+
+        # In a function of its own: what a signal handler raises at the jump backwards of a loop
+        # passes by what CPython has for the `try` around that, but not around a call.
+        def take_in_line() -> None:
             queue.waiting[gate] = None
             if lane is not None:
                 self.helpers[gate] = lane
@@ -288,6 +291,9 @@ class Run(Ledger):
                 if queue.take_room(entry):
                     return
                 self.sleep_for_room(queue, gate, lane)
+
+        try:
+            take_in_line()
         finally:
             try:
                 self.leave_line(queue, gate, keys)

@@ -114,14 +114,18 @@ class Source(Generic[T, R]):
             Cancelled, GroupClosedError: As `Submitter.submit`.
             BaseException: What the input raises; it is recorded as a failure of the group.
         """
-        read = self._read_many if self._is_prompt else self._read_each
         try:
-            while not self._is_over and (ahead := self.count - self.taken) < self.window:
-                if self._is_closed(ahead) or not read(ahead) or self.has_value():
-                    break
+            return self._fill()
         except BaseException:  # a signal handler's, too
             whole(self.run.give_room, self._stretch)
             raise
+
+    def _fill(self) -> int:
+        """As `fill`; a function of its own, see `Run._wait_for_room`."""
+        read = self._read_many if self._is_prompt else self._read_each
+        while not self._is_over and (ahead := self.count - self.taken) < self.window:
+            if self._is_closed(ahead) or not read(ahead) or self.has_value():
+                break
         return self.count - self.taken
 
     def _read_each(self, before: int) -> bool:
@@ -224,15 +228,19 @@ class Source(Generic[T, R]):
             gate, ready = arrivals.gate, lambda: bool(arrivals.ended)
             arrivals.asleep[None] = None
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, run.token))]
-        queue.waiting[gate] = None
-        if lane is not None:
-            run.helpers[gate] = lane
-        try:
+
+        def take_in_line() -> int:  # see `Run._wait_for_room`
+            queue.waiting[gate] = None
+            if lane is not None:
+                run.helpers[gate] = lane
             while not (room := run.room(self._fn, stretch, most, waits=False)):
                 if ready() or token.cancelled() or run.closed is not None or run.stopping():
                     return 0  # what there is to say, who waits for the value says
                 run.sleep_for_room(queue, gate, lane)
             return room
+
+        try:
+            return take_in_line()
         finally:
             try:
                 run.leave_line(queue, gate, keys)

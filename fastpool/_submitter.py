@@ -247,39 +247,52 @@ class Submitter:
             run.disturbed = True
         # No code of anybody's runs while a prompt input is read, so the context stays as it is.
         stretch = Stretch(items, fn, unpack=unpack, context=copy_context() if prompt else None)
-        iterator: Iterator[Any] | None = None
-        size = most = 1  # so that the first one begins at once
         try:
-            while True:
-                if run.bounded is not None:
-                    if sized is not None and len(items) >= min(map(len, sized)):
-                        return Batch(items)  # or it would wait for room that nothing needs
-                    most = run.room(fn, stretch, size)
-                    if not prompt:  # not kept meanwhile: the input may submit to the group
-                        run.give_room(stretch)
-                try:
-                    if iterator is None:
-                        iterator = _input.begin(begin)
-                    arguments = _input.read(iterator, most)
-                except BaseException as error:
-                    _input.blame(run.token, error)
-                    raise
-                if not arguments:
-                    run.give_room(stretch)
-                    return Batch(items)
-                if run.closed is not None or run.disturbed or run.token._reason is not None:
-                    run.check_open(fn)
-                if not prompt:
-                    context = copy_context()
-                    if run.bounded is not None:
-                        run.room(fn, stretch)
-                    run.submit_one(stretch, arguments[0], context)
-                else:
-                    run.submit_more(stretch, arguments)
-                    size = most = min(2 * size, MOST_AT_ONCE)
+            _submit_to(stretch, begin, sized)
         except BaseException:  # a signal handler's, too
             whole(run.give_room, stretch)
             raise
+        return Batch(items)
+
+
+def _submit_to(
+    stretch: Stretch,
+    begin: Callable[[], Iterator[Any]],
+    sized: Sequence[Collection[Any]] | None,
+) -> None:
+    """As `Submitter._submit_all`; a function of its own, see `Run._wait_for_room`."""
+    items, fn = stretch.items, stretch.fn
+    run = items.run
+    prompt = sized is not None
+    iterator: Iterator[Any] | None = None
+    size = most = 1  # so that the first one begins at once
+    while True:
+        if run.bounded is not None:
+            if sized is not None and len(items) >= min(map(len, sized)):
+                return  # or it would wait for room that nothing needs
+            most = run.room(fn, stretch, size)
+            if not prompt:  # not kept meanwhile: the input may submit to the group
+                run.give_room(stretch)
+        try:
+            if iterator is None:
+                iterator = _input.begin(begin)
+            arguments = _input.read(iterator, most)
+        except BaseException as error:
+            _input.blame(run.token, error)
+            raise
+        if not arguments:
+            run.give_room(stretch)
+            return
+        if run.closed is not None or run.disturbed or run.token._reason is not None:
+            run.check_open(fn)
+        if not prompt:
+            context = copy_context()
+            if run.bounded is not None:
+                run.room(fn, stretch)
+            run.submit_one(stretch, arguments[0], context)
+        else:
+            run.submit_more(stretch, arguments)
+            size = most = min(2 * size, MOST_AT_ONCE)
 
 
 MOST_AT_ONCE = 1024  # items that are queued in one go; from here on more at once gains nothing
