@@ -56,7 +56,7 @@ class BoundedQueue(deque[T]):
                     break
                 ahead += count
         # In this order: who puts something in does so first and gives its promise up then.
-        room = self.limit - ahead - len(self) + len(self._lent)
+        room = self.limit - ahead - max(len(self) - len(self._lent), 0)
         if room >= most:
             return most
         if room <= 0:
@@ -96,7 +96,7 @@ class BoundedQueue(deque[T]):
         if self.waiting:
             promised = self.promised
             taken = sum(count for count, _ in list(promised.values())) if promised else 0
-            if self.limit - taken - len(self) + len(self._lent) > 0:  # as in `take_room`
+            if self.limit - taken - max(len(self) - len(self._lent), 0) > 0:  # as above
                 for gate in self.waiting.copy():
                     gate.open()
                     return
@@ -105,7 +105,11 @@ class BoundedQueue(deque[T]):
         if self._lent:
             with contextlib.suppress(IndexError):
                 self._lent.pop()  # first, or there would be room for both
-        entry = super().popleft()
+        try:
+            entry = super().popleft()
+        except IndexError:
+            self._lent.clear()  # some was lent for what was just taken, or had never come
+            raise
         if self.waiting:
             self.wake()
         return entry

@@ -405,13 +405,11 @@ MUTANTS = [
         "nobody is told of the room that a worker makes",
         "room_against_producers",
         _bounded,
-        """
-        entry = super().popleft()
+        """            raise
         if self.waiting:
             self.wake()
 """,
-        """
-        entry = super().popleft()
+        """            raise
 """,
     ),
     Mutant(

@@ -1553,7 +1553,8 @@ def has_its_room(group, bound):
     """Whether as many calls find room as the bound says; and whether all that wait are run."""
     assert in_thread(lambda: group.submit(abs, -1).result(30)) == 1  # what is queued is run by then
     queue = group._run.bounded
-    nothing_taken = not (queue or queue.promised or queue._lent or queue.waiting)
+    until(lambda: not queue._lent)  # the worker has found the queue empty
+    nothing_taken = not (queue or queue.promised or queue.waiting)
     holding = Holding(group)
     tasks = [in_thread(group.submit, abs, -1) for _ in range(bound)]
     late, outcome = start(group.submit, abs, -1)
