@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import threading
 from collections import deque
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from fastpool._gate import Gate
+from fastpool._whole import whole
 
 __all__ = ["BoundedQueue"]
 
@@ -18,47 +20,71 @@ class BoundedQueue(deque[T]):
     """
     What waits in a group with `max_queued`: who puts something in has taken room for it before.
 
-    There is no lock. Room is a counter up to the limit, and then what was given back; whoever
-    waits for some says so first and looks then, and who gives some back does the reverse.
+    There is no lock, and nothing counts room: it is what neither the queue nor a promise takes
+    up, so none is lost wherever a signal handler raises. Who takes some enters a promise first
+    and looks then whether there was room; who waits for some says so first and looks then, and
+    who gives some back does the reverse.
     """
 
-    __slots__ = ("_freed", "_fresh", "_overdrawn", "limit", "waiting")
+    __slots__ = ("_lent", "limit", "promised", "waiting")
 
     def __init__(self, entries: Iterable[T] = (), limit: int = 0) -> None:
         super().__init__(entries)
         self.limit = limit
-        self._fresh = itertools.count()
-        self._freed: deque[None] = deque()
-        self._overdrawn: deque[None] = deque()  # for each that is in without room
+        # For how many calls room is taken that are not in the queue yet, and by which thread;
+        # under the entry that they go by there, and in the order in which it was asked for.
+        self.promised: dict[object, tuple[int, int]] = {}
+        self._lent: deque[None] = deque()  # for each that stays in the queue and never runs
         self.waiting: dict[Gate, None] = {}  # where a submitter sleeps, the first to come first
 
-    def take_room(self) -> bool:
-        """Room for one more, if there is any."""
-        try:
-            del self._freed[0]  # see `Run.take_slot`
-        except IndexError:
-            for number in self._fresh:
-                return number < self.limit
-        return True
+    def take_room(self, entry: object, most: int = 1) -> int:
+        """
+        Room for calls that are about to be put in under an entry.
 
-    def overdraw(self) -> None:
-        """Room for one more in any case; it is given back before anybody else gets some."""
-        if not self.take_room():
-            self._overdrawn.append(None)
+        Whoever takes it sees to it that it is given back, whatever is raised from here on; to put
+        them in does so.
 
-    def give_room(self) -> None:
-        """Something was taken out, or not put in."""
-        try:
-            self._overdrawn.pop()
-        except IndexError:
-            self._freed.append(None)
+        Returns:
+            For how many there is room now, `most` at the most.
+        """
+        promised, me = self.promised, threading.get_ident()
+        promised[entry] = (most, me)
+        ahead = 0
+        if len(promised) > 1:  # of those who look at once, each counts who came before
+            for other, (count, _) in list(promised.items()):
+                if other is entry:
+                    break
+                ahead += count
+        # In this order: who puts something in does so first and gives its promise up then.
+        room = self.limit - ahead - max(len(self) - len(self._lent), 0)
+        if room >= most:
+            return most
+        if room <= 0:
+            self.give_room(entry)
+            return 0
+        promised[entry] = (room, me)
+        self.wake()
+        return room
+
+    def give_room(self, entry: object) -> None:
+        """No more room is taken for an entry: its calls are in, or will not come."""
+        self.promised.pop(entry, None)
+        if self.waiting:
             self.wake()
 
     def lend_room(self) -> None:
         """Give room back for what stays in the queue and will never run."""
-        self._overdrawn.append(None)
-        self._freed.append(None)
-        self.wake()
+        try:
+            self._lent.append(None)
+            self.wake()
+        except BaseException:  # what a signal handler raised
+            whole(self.wake)
+            raise
+
+    def is_interrupted(self) -> bool:
+        """Whether the calling code has interrupted its own thread where that has taken room."""
+        me = threading.get_ident()
+        return any(owner == me for _, owner in list(self.promised.values()))
 
     def wake(self) -> None:
         """
@@ -67,23 +93,34 @@ class BoundedQueue(deque[T]):
         Said by who gives room back, and by each waiter that leaves, with room or without: it
         may have been woken for some that it has not taken.
         """
-        if self._freed and self.waiting:
-            for gate in self.waiting.copy():
-                gate.open()
-                return
+        if self.waiting:
+            promised = self.promised
+            taken = sum(count for count, _ in list(promised.values())) if promised else 0
+            if self.limit - taken - max(len(self) - len(self._lent), 0) > 0:  # as above
+                for gate in self.waiting.copy():
+                    gate.open()
+                    return
 
     def popleft(self) -> T:
-        entry = super().popleft()
-        self.give_room()
+        if self._lent:
+            with contextlib.suppress(IndexError):
+                self._lent.pop()  # first, or there would be room for both
+        try:
+            entry = super().popleft()
+        except IndexError:
+            self._lent.clear()  # some was lent for what was just taken, or had never come
+            raise
+        if self.waiting:
+            self.wake()
         return entry
 
     def remove(self, entry: T, /) -> None:
-        super().remove(entry)
-        self.give_room()
-
-    def appendleft(self, entry: T, /) -> None:
-        self.overdraw()  # it was here before
-        super().appendleft(entry)
+        try:
+            super().remove(entry)
+            self.wake()
+        except BaseException:  # what a signal handler raised, perhaps: it may be out by now
+            whole(self.wake)
+            raise
 
     def copy(self) -> Any:  # Any: a plain deque, which the stub would not have
         while True:

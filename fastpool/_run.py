@@ -31,6 +31,7 @@ from fastpool._task import (
     site,
 )
 from fastpool._text import some
+from fastpool._token import CancelToken
 from fastpool._waiting import (
     InHand,
     help_along,
@@ -42,6 +43,7 @@ from fastpool._waiting import (
     waited_in_words,
     waiting,
 )
+from fastpool._whole import whole
 from fastpool.events import Observer
 from fastpool.exceptions import GroupClosedError, describe
 from fastpool.policies import FirstFailure, Judge
@@ -186,14 +188,16 @@ class Run(Ledger):
         """Let no more than so many calls wait."""
         self.queue = self.bounded = BoundedQueue(limit=limit)
 
-    def room(self, fn: object, most: int = 1, *, waits: bool = True) -> int:
+    def room(self, fn: object, entry: object, most: int = 1, *, waits: bool = True) -> int:
         """
-        Take room in the queue, where that is bounded.
+        Take room in the queue, where that is bounded; see `BoundedQueue.take_room`.
 
         Args:
             fn: What is to be submitted.
+            entry: Under which it is going to be queued.
             most: For how many calls, at the most.
-            waits: Whether to wait until there is some. A task of the group never does.
+            waits: Whether to wait until there is some. A task of the group never does, nor does
+                who has interrupted a submit of its own thread, which has room and must go on.
 
         Returns:
             For how many there is room: one at the least if `waits`. Without a bound it is `most`.
@@ -205,25 +209,22 @@ class Run(Ledger):
         queue = self.bounded
         if queue is None:
             return most
-        if not queue.take_room():
-            if self.is_around(_scope.current_place()):
-                queue.overdraw()
-            elif waits:
-                if not self.while_open(lambda: self._wait_for_room(queue, fn)):
-                    raise self.closed_error(fn, ENDED)
-            else:
-                return 0
-        taken = 1
-        while taken < most and queue.take_room():
-            taken += 1
-        return taken
+        taken = queue.take_room(entry, most)
+        if taken:
+            return taken
+        if self.is_around(_scope.current_place()) or queue.is_interrupted():
+            return 1  # which goes in without room
+        if not waits:
+            return 0
+        if not self.while_open(lambda: self._wait_for_room(queue, fn, entry)):
+            raise self.closed_error(fn, ENDED)
+        return 1
 
-    def give_room(self, count: int) -> None:
-        """Give back room that was taken, and for which there is no call."""
+    def give_room(self, entry: object) -> None:
+        """What was to be queued under an entry has been, or will not be."""
         queue = self.bounded
         if queue is not None:
-            for _ in range(count):
-                queue.give_room()
+            queue.give_room(entry)
 
     def is_around(self, place: _scope.Place | None) -> bool:
         """Whether a place is in a task of this group, perhaps in groups further in."""
@@ -237,45 +238,82 @@ class Run(Ledger):
                 place = None if entry is None else entry.place
         return False
 
-    def submit_when_room(self, task: Task[Any], fn: object) -> None:
-        """Queue a task as soon as there is room for it; the group does not end before."""
-
-        def submit() -> None:
-            self.room(fn)
+    def submit_bounded(self, task: Task[Any], fn: object, queue: BoundedQueue[Any]) -> None:
+        """Queue a task as soon as there is room for it."""
+        try:
+            if not queue.take_room(task):
+                self.submit_when_room(task, fn)
+                return
             if self.observers:
                 self.submit_observed((task,), task, fn)
                 return
             self.queue.append(task)
+            queue.give_room(task)
+            if self.closing is not None:
+                self.refuse_late((task,), fn)
+            if self.want_lane():
+                self.call_for((task,), task)
+        except BaseException:  # a signal handler's, too
+            whole(queue.give_room, task)
+            raise
+
+    def submit_when_room(self, task: Task[Any], fn: object) -> None:
+        """Queue a task as soon as there is room for it; the group does not end before."""
+
+        def submit() -> None:
+            self.room(fn, task)
+            if self.observers:
+                self.submit_observed((task,), task, fn)
+                return
+            self.queue.append(task)
+            self.give_room(task)
             if self.want_lane():
                 self.call_for((task,), task)
 
         if not self.while_open(submit):
             raise self.closed_error(fn, ENDED)
 
-    def _wait_for_room(self, queue: BoundedQueue[Any], fn: object) -> None:
+    def _wait_for_room(self, queue: BoundedQueue[Any], fn: object, entry: object) -> None:
         token = _scope.current_token()
         lane = here()
         gate = Gate()
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, self.token))]
-        try:
+
+        # In a function of its own: what a signal handler raises at the jump backwards of a loop
+        # passes by what CPython has for the `try` around that, but not around a call.
+        def take_in_line() -> None:
             queue.waiting[gate] = None
             if lane is not None:
                 self.helpers[gate] = lane
             while True:  # said first and looked at then
                 token.check()
                 self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
-                if queue.take_room():
+                if queue.take_room(entry):
                     return
                 self.sleep_for_room(queue, gate, lane)
+
+        try:
+            take_in_line()
         finally:
-            self.helpers.pop(gate, None)
-            queue.waiting.pop(gate, None)
-            queue.wake()  # the next one, should this one have been woken for nothing
-            for heard, key in keys:
-                heard._remove(key)
+            try:
+                self.leave_line(queue, gate, keys)
+            except BaseException:  # what a signal handler raised: others are in line behind it
+                whole(self.leave_line, queue, gate, keys)
+                raise
+
+    def leave_line(
+        self, queue: BoundedQueue[Any], gate: Gate, keys: Iterable[tuple[CancelToken, int]]
+    ) -> None:
+        """Who waited for room waits no more, and hears these tokens no more."""
+        self.helpers.pop(gate, None)
+        queue.waiting.pop(gate, None)
+        queue.wake()  # the next one, should this one have been woken for nothing
+        for heard, key in keys:
+            heard._remove(key)
 
     def sleep_for_room(self, queue: BoundedQueue[Any], gate: Gate, lane: Lane | None) -> None:
         """Sleep until there may be room, or do something for it; the gate stands in line."""
+        self.see_to_queue()
         if lane is None:
             gate.wait()
             return
@@ -322,6 +360,8 @@ class Run(Ledger):
             self.submit_observed(list(tasks), stretch, stretch.fn)
             return
         self.queue.extend(itertools.repeat(stretch, len(arguments)))
+        if self.bounded is not None:
+            self.give_room(stretch)
         if self.closing is not None:
             self.refuse_late(tasks, stretch.fn)
         if not self.called and (self.idle or not self.full or self.recalled):
@@ -338,6 +378,8 @@ class Run(Ledger):
             self.submit_observed((items.task(len(items) - 1),), stretch, stretch.fn)
             return
         self.queue.append(stretch)
+        if self.bounded is not None:
+            self.give_room(stretch)
         if self.closing is not None:
             self.refuse_late((items.task(len(items) - 1),), stretch.fn)
         if not self.called and (self.idle or not self.full or self.recalled):
@@ -354,6 +396,7 @@ class Run(Ledger):
                 self.untold[task] = context
                 self.emit("task_submitted", task, context=context)
             self.queue.extend(itertools.repeat(entry, len(tasks)))
+            self.give_room(entry)
             if self.want_lane():
                 self.call_for(tasks, entry)
 
@@ -389,6 +432,22 @@ class Run(Ledger):
                     self.queue.remove(entry)
             if any(withdrawn):
                 raise
+
+    def see_to_queue(self) -> None:
+        """
+        Have a lane come for what is queued, if there should be one.
+
+        A signal handler may have ended the submit that was about to call it. Who waits for what
+        is queued says so before it sleeps.
+        """
+        if self.queue and self.want_lane():
+            try:
+                self.call()
+            except TimeoutError:  # as in `call_for`
+                raise
+            except NO_LANE:
+                if not self.lanes:
+                    raise
 
     def check_open(self, fn: object) -> None:
         """Raise if nothing can be submitted."""
@@ -745,6 +804,7 @@ class Run(Ledger):
         in_hand += [task for lane in self.lanes.copy() for task in lane.in_hand()]
         pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
+            self.see_to_queue()
             for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
             tasks = itertools.chain(*reversed(queued), in_hand, InHand(pending))

@@ -18,6 +18,7 @@ from fastpool._run import Run
 from fastpool._scope import current_token
 from fastpool._task import CANCELLED, ERROR, PLAIN, VALUE, Task
 from fastpool._waiting import wait_for, wait_for_all
+from fastpool._whole import whole
 
 __all__ = ["Source", "as_completed", "in_order"]
 
@@ -113,6 +114,14 @@ class Source(Generic[T, R]):
             Cancelled, GroupClosedError: As `Submitter.submit`.
             BaseException: What the input raises; it is recorded as a failure of the group.
         """
+        try:
+            return self._fill()
+        except BaseException:  # a signal handler's, too
+            whole(self.run.give_room, self._stretch)
+            raise
+
+    def _fill(self) -> int:
+        """As `fill`; a function of its own, see `Run._wait_for_room`."""
         read = self._read_many if self._is_prompt else self._read_each
         while not self._is_over and (ahead := self.count - self.taken) < self.window:
             if self._is_closed(ahead) or not read(ahead) or self.has_value():
@@ -126,10 +135,11 @@ class Source(Generic[T, R]):
         for ahead in range(before, self.window):
             if self._in_hand is None:
                 if run.bounded is not None:
+                    stretch = self._next_stretch()
                     # Not kept meanwhile: the input may submit to the group, or be a stream of it.
-                    if not self._room(ahead, 1):
+                    if not self._room(stretch, ahead, 1):
                         return False
-                    run.give_room(1)
+                    run.give_room(stretch)
                 try:
                     iterator = self._iterator
                     if iterator is None:
@@ -152,12 +162,13 @@ class Source(Generic[T, R]):
                 or token._reason is not None
             ):
                 self._in_hand = (item, context)
-                if self._is_closed(ahead) or not self._room(ahead, 1):
+                stretch = self._next_stretch()
+                if self._is_closed(ahead) or not self._room(stretch, ahead, 1):
                     return False
                 self._in_hand = None
             number = self.count
             if stretch is None or not number % CHUNK:
-                stretch = self._begin_chunk()
+                stretch = self._next_stretch()
             self.count = number + 1
             run.submit_one(stretch, item, context)
             # Once a value is there it waits for no slow input; but mostly that is quick.
@@ -168,9 +179,10 @@ class Source(Generic[T, R]):
     def _read_many(self, ahead: int) -> bool:
         """As `_read_each`, in one go."""
         run = self.run
+        stretch = self._next_stretch()
         most = min(self.window - ahead, CHUNK - self.count % CHUNK)
         if run.bounded is not None:
-            most = self._room(ahead, most)
+            most = self._room(stretch, ahead, most)
             if not most:
                 return False
         try:
@@ -184,29 +196,26 @@ class Source(Generic[T, R]):
             raise
         if len(items) < most:
             self._is_over = True
-            run.give_room(most - len(items))
         if not items:
+            run.give_room(stretch)
             return False
-        stretch = self._stretch
-        if stretch is None or not self.count % CHUNK:
-            stretch = self._begin_chunk()
         self.count += len(items)
         run.submit_more(stretch, items, copy_context())
         return True
 
-    def _room(self, ahead: int, most: int) -> int:
+    def _room(self, stretch: Stretch, ahead: int, most: int) -> int:
         """As `Run.room`; but with calls ahead there is none once a value can be taken."""
         run = self.run
         if not ahead:
-            return run.room(self._fn, most)
-        room = run.room(self._fn, most, waits=False)
+            return run.room(self._fn, stretch, most)
+        room = run.room(self._fn, stretch, most, waits=False)
         lane = here()
         # A worker of the same pool makes room by the calls that it runs as it waits for values.
         if room or (lane is not None and lane.pool is run.pool):
             return room
-        return self._wait_for_room(ahead, most, lane)
+        return self._wait_for_room(stretch, most, lane)
 
-    def _wait_for_room(self, ahead: int, most: int, lane: Lane | None) -> int:
+    def _wait_for_room(self, stretch: Stretch, most: int, lane: Lane | None) -> int:
         run, queue, token = self.run, self.run.bounded, current_token()
         if queue is None:
             return 0  # the group has ended meanwhile
@@ -219,25 +228,29 @@ class Source(Generic[T, R]):
             gate, ready = arrivals.gate, lambda: bool(arrivals.ended)
             arrivals.asleep[None] = None
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, run.token))]
-        queue.waiting[gate] = None
-        if lane is not None:
-            run.helpers[gate] = lane
-        try:
-            while not (room := run.room(self._fn, most, waits=False)):
+
+        def take_in_line() -> int:  # see `Run._wait_for_room`
+            queue.waiting[gate] = None
+            if lane is not None:
+                run.helpers[gate] = lane
+            while not (room := run.room(self._fn, stretch, most, waits=False)):
                 if ready() or token.cancelled() or run.closed is not None or run.stopping():
                     return 0  # what there is to say, who waits for the value says
                 run.sleep_for_room(queue, gate, lane)
             return room
+
+        try:
+            return take_in_line()
         finally:
+            try:
+                run.leave_line(queue, gate, keys)
+            except BaseException:  # what a signal handler raised: others are in line behind it
+                whole(run.leave_line, queue, gate, keys)
+                raise
             if task is not None:
                 run.unwatch(task, gate)
             if arrivals is not None:
                 arrivals.asleep.clear()
-            run.helpers.pop(gate, None)
-            queue.waiting.pop(gate, None)
-            queue.wake()  # the next one, should this one have been woken for nothing
-            for heard, key in keys:
-                heard._remove(key)
 
     def _open_input(self) -> Iterator[T]:
         assert self._items is not None
@@ -245,7 +258,11 @@ class Source(Generic[T, R]):
         self._items = None
         return iterator
 
-    def _begin_chunk(self) -> Stretch:
+    def _next_stretch(self) -> Stretch:
+        """What the next call belongs to: it begins a chunk, perhaps."""
+        stretch = self._stretch
+        if stretch is not None and (self.count % CHUNK or not stretch.items):
+            return stretch
         chunk = self.chunks[self.count // CHUNK] = Items(
             self.run,
             self._fn,

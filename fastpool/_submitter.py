@@ -15,6 +15,7 @@ from fastpool._cancellable import UNRUNNABLE, refuse
 from fastpool._items import Items, Stretch
 from fastpool._run import Run
 from fastpool._task import PENDING, PLAIN, Call, CallWith, Options, Task, label
+from fastpool._whole import whole
 
 __all__ = ["Submitter", "at_least_one"]
 
@@ -95,8 +96,8 @@ class Submitter:
         task._state = PENDING
         task._own = None
         bounded = run.bounded
-        if bounded is not None and not bounded.take_room():
-            run.submit_when_room(task, fn)
+        if bounded is not None:
+            run.submit_bounded(task, fn, bounded)
             return task
         if run.observers:
             run.submit_observed((task,), task, fn)
@@ -246,35 +247,52 @@ class Submitter:
             run.disturbed = True
         # No code of anybody's runs while a prompt input is read, so the context stays as it is.
         stretch = Stretch(items, fn, unpack=unpack, context=copy_context() if prompt else None)
-        iterator: Iterator[Any] | None = None
-        size = most = 1  # so that the first one begins at once
-        while True:
+        try:
+            _submit_to(stretch, begin, sized)
+        except BaseException:  # a signal handler's, too
+            whole(run.give_room, stretch)
+            raise
+        return Batch(items)
+
+
+def _submit_to(
+    stretch: Stretch,
+    begin: Callable[[], Iterator[Any]],
+    sized: Sequence[Collection[Any]] | None,
+) -> None:
+    """As `Submitter._submit_all`; a function of its own, see `Run._wait_for_room`."""
+    items, fn = stretch.items, stretch.fn
+    run = items.run
+    prompt = sized is not None
+    iterator: Iterator[Any] | None = None
+    size = most = 1  # so that the first one begins at once
+    while True:
+        if run.bounded is not None:
+            if sized is not None and len(items) >= min(map(len, sized)):
+                return  # or it would wait for room that nothing needs
+            most = run.room(fn, stretch, size)
+            if not prompt:  # not kept meanwhile: the input may submit to the group
+                run.give_room(stretch)
+        try:
+            if iterator is None:
+                iterator = _input.begin(begin)
+            arguments = _input.read(iterator, most)
+        except BaseException as error:
+            _input.blame(run.token, error)
+            raise
+        if not arguments:
+            run.give_room(stretch)
+            return
+        if run.closed is not None or run.disturbed or run.token._reason is not None:
+            run.check_open(fn)
+        if not prompt:
+            context = copy_context()
             if run.bounded is not None:
-                if sized is not None and len(items) >= min(map(len, sized)):
-                    return Batch(items)  # or it would wait for room that nothing needs
-                most = run.room(fn, size)
-                if not prompt:  # not kept meanwhile: the input may submit to the group
-                    run.give_room(most)
-            try:
-                if iterator is None:
-                    iterator = _input.begin(begin)
-                arguments = _input.read(iterator, most)
-            except BaseException as error:
-                _input.blame(run.token, error)
-                raise
-            if prompt and most > len(arguments):
-                run.give_room(most - len(arguments))
-            if not arguments:
-                return Batch(items)
-            if run.closed is not None or run.disturbed or run.token._reason is not None:
-                run.check_open(fn)
-            if not prompt:
-                if run.bounded is not None:
-                    run.room(fn)
-                run.submit_one(stretch, arguments[0], copy_context())
-            else:
-                run.submit_more(stretch, arguments)
-                size = most = min(2 * size, MOST_AT_ONCE)
+                run.room(fn, stretch)
+            run.submit_one(stretch, arguments[0], context)
+        else:
+            run.submit_more(stretch, arguments)
+            size = most = min(2 * size, MOST_AT_ONCE)
 
 
 MOST_AT_ONCE = 1024  # items that are queued in one go; from here on more at once gains nothing

@@ -220,8 +220,8 @@ MUTANTS = [
         "a submit looks twice at a bound that the end takes away",
         "submit_against_exit_of_bounded",
         _submitter,
-        "        if bounded is not None and not bounded.take_room():\n",
-        "        if run.bounded is not None and not run.bounded.take_room():\n",
+        "            run.submit_bounded(task, fn, bounded)\n",
+        "            run.submit_bounded(task, fn, run.bounded)\n",
         rare=True,
     ),
     Mutant(
@@ -402,16 +402,14 @@ MUTANTS = [
         "for heard in (token,)]",
     ),
     Mutant(
-        "room is told before it is there",
+        "nobody is told of the room that a worker makes",
         "room_against_producers",
         _bounded,
-        """
-            self._freed.append(None)
+        """            raise
+        if self.waiting:
             self.wake()
 """,
-        """
-            self.wake()
-            self._freed.append(None)
+        """            raise
 """,
     ),
     Mutant(
@@ -425,44 +423,57 @@ MUTANTS = [
             while True:  # said first and looked at then
                 token.check()
                 self.check_open(fn)  # before the room: a cancelled queue may be emptied, too
-                if queue.take_room():
+                if queue.take_room(entry):
                     return
                 self.sleep_for_room""",
         """
             while True:
                 token.check()
                 self.check_open(fn)
-                if queue.take_room():
+                if queue.take_room(entry):
                     return
                 queue.waiting[gate] = None
                 self.sleep_for_room""",
     ),
     Mutant(
-        "room that was given back is never used up",
-        "producers_against_bound",
-        _bounded,
-        "            del self._freed[0]  #",
-        "            self._freed[0]  #",
-    ),
-    Mutant(
-        "room is given back twice",
+        "who takes room looks before others can see it",
         "producers_against_bound",
         _bounded,
         """
-            self._freed.append(None)
-            self.wake()
+        promised[entry] = (most, me)
+        ahead = 0
+        if len(promised) > 1:  # of those who look at once, each counts who came before
+            for other, (count, _) in list(promised.items()):
+                if other is entry:
+                    break
+                ahead += count
 """,
         """
-            self._freed.extend((None, None))
-            self.wake()
+        ahead = 0
+        if promised:
+            for other, (count, _) in list(promised.items()):
+                ahead += count
+""",
+    ),
+    Mutant(
+        "a promise is given up before the call is there",
+        "producers_against_bound",
+        _run,
+        """
+            self.queue.append(task)
+            queue.give_room(task)
+""",
+        """
+            queue.give_room(task)
+            self.queue.append(task)
 """,
     ),
     Mutant(
         "there is room for one more than the bound",
         "producers_against_bound",
         _bounded,
-        "                return number < self.limit\n",
-        "                return number <= self.limit\n",
+        "        room = self.limit - ahead",
+        "        room = self.limit + 1 - ahead",
     ),
     Mutant(
         "who came last gets room first",
@@ -475,8 +486,8 @@ MUTANTS = [
         "all who wait are told of room at once",
         "producers_in_line",
         _bounded,
-        "                gate.open()\n                return\n",
-        "                gate.open()\n",
+        "                    gate.open()\n                    return\n",
+        "                    gate.open()\n",
     ),
     Mutant(
         "a worker looks before it says what it takes",

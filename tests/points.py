@@ -172,6 +172,34 @@ def shared(group: TaskGroup) -> None:
         inner.submit(quick).result()
 
 
+def bounded(group: TaskGroup) -> None:
+    with TaskGroup(1, max_queued=1) as inner, as_before(inner):
+        inner.submit(sleeps)
+        for item in range(3):
+            inner.submit(quick, item)
+        inner.map(quick, range(3))
+        inner.map(quick, inputs())
+
+
+def imap(group: TaskGroup) -> None:
+    list(group.imap(quick, range(4), window=2))
+    with TaskGroup(1, max_queued=1) as inner, as_before(inner):
+        inner.submit(sleeps)
+        list(inner.imap(quick, range(4), window=3))
+        list(inner.imap_unordered(doubles, inputs(), window=2))
+
+
+@contextlib.contextmanager
+def as_before(group: TaskGroup):
+    """What a handler has raised in here is handled first: there is as much room as there was."""
+    try:
+        yield
+    except Told:
+        with contextlib.suppress(fastpool.Cancelled):  # the input was torn, which ends the group
+            group.map(quick, range(3)).results()
+        raise
+
+
 def body(group: TaskGroup) -> None:
     group.submit(sleeps, 0.05)
     for _ in range(50):
@@ -195,6 +223,8 @@ SCENARIOS = {
         cancelling,
         asking,
         shared,
+        bounded,
+        imap,
         body,
     )
 }

@@ -46,6 +46,7 @@ from fastpool import (
     timeout,
     use_token,
 )
+from fastpool._bounded import BoundedQueue
 from fastpool._gate import Gate
 
 
@@ -1519,6 +1520,250 @@ def test_service_stops_in_good_order_when_it_is_told_to():
         child.kill()
 
     assert (child.returncode, errors) == (128 + signal.SIGTERM, "")
+
+
+# --- Room in a bounded queue ----------------------------------------------------------------------
+
+
+def alarmed(monkeypatch, instead):
+    """A real SIGALRM, whose handler raises, as a method of a bounded queue has returned."""
+
+    def stop(signum, frame):
+        raise Stop
+
+    method = getattr(BoundedQueue, instead)
+    rung = []
+
+    def rings(queue, *args):
+        found = method(queue, *args)
+        if found and queue.waiting and threading.current_thread() is threading.main_thread():
+            monkeypatch.setattr(BoundedQueue, instead, method)
+            rung.append(found)
+            signal.raise_signal(signal.SIGALRM)
+        return found
+
+    monkeypatch.setattr(BoundedQueue, instead, rings)
+    before = signal.signal(signal.SIGALRM, stop)
+    return rung, lambda: signal.signal(signal.SIGALRM, before)
+
+
+class Holding:
+    """A task that occupies the one worker of a group."""
+
+    def __init__(self, group):
+        self.started, self.go = threading.Event(), threading.Event()
+        thread, outcome = start(group.submit, self.run)
+        assert self.started.wait(60), "no worker came for it"
+        thread.join(60)
+        assert outcome
+
+    def run(self):
+        self.started.set()
+        assert self.go.wait(60)
+
+
+def has_its_room(group, bound):
+    """Whether as many calls find room as the bound says; and whether all that wait are run."""
+    assert in_thread(lambda: group.submit(abs, -1).result(30)) == 1  # what is queued is run by then
+    queue = group._run.bounded
+    until(lambda: not queue._lent)  # the worker has found the queue empty
+    nothing_taken = not (queue or queue.promised or queue.waiting)
+    holding = Holding(group)
+    tasks = [in_thread(group.submit, abs, -1) for _ in range(bound)]
+    late, outcome = start(group.submit, abs, -1)
+    until(lambda: outcome or is_asleep(late))
+    holding.go.set()
+    late.join(60)
+    assert outcome, "nobody has told it of room"
+    return nothing_taken and [task.result(60) for task in (*tasks, *outcome)] == [1] * (bound + 1)
+
+
+def test_alarm_that_ends_a_submit_as_it_gets_its_room_takes_none_along(watched, monkeypatch):
+    """
+    It has waited in line. A body that handles the alarm finds as much room as before.
+    """
+    main = threading.main_thread()
+    with TaskGroup(1, max_queued=1) as group:
+        holding = Holding(group)
+        group.submit(abs, -1)
+        releases, outcome = start(lambda: (until(lambda: main.ident in sleeping), holding.go.set()))
+        rung, restore = alarmed(monkeypatch, "take_room")
+        try:
+            with pytest.raises(Stop):
+                group.submit(abs, -2)
+        finally:
+            restore()
+        releases.join(60)
+
+        assert rung == [1]
+        assert outcome
+        assert has_its_room(group, 1)
+
+
+def read_or_not():
+    """What is raised while an input is read is the input's, and ends the group."""
+    return contextlib.suppress(Stop)
+
+
+def hand_over_to(name):
+    """What hands some calls over to a group, each call by that way of its."""
+
+    def submit(group):
+        group.submit(abs, -1)
+
+    def map_(group):
+        group.map(abs, [-1, -2, -3])
+
+    def map_of_a_generator(group):
+        group.map(abs, (-number for number in range(3)))
+
+    def starmap(group):
+        group.starmap(abs, [(-1,), (-2,), (-3,)])
+
+    def imap(group):
+        assert list(group.imap(abs, [-1, -2, -3], window=2)) == [1, 2, 3]
+
+    def imap_of_a_generator(group):
+        assert list(group.imap(abs, (-number for number in range(3)), window=2)) == [0, 1, 2]
+
+    def imap_unordered(group):
+        assert sorted(group.imap_unordered(abs, [-1, -2, -3], window=3)) == [1, 2, 3]
+
+    return locals()[name]
+
+
+HANDED_OVER = (
+    "submit",
+    "map_",
+    "map_of_a_generator",
+    "starmap",
+    "imap",
+    "imap_of_a_generator",
+    "imap_unordered",
+)
+
+
+@pytest.mark.parametrize(("bound", "observers"), [(1, ()), (2, [lambda event: None])])
+@pytest.mark.parametrize("name", HANDED_OVER)
+def test_room_is_what_it_was_wherever_a_foreign_handler_has_raised(name, bound, observers, watched):
+    """
+    A body that goes on fills the queue to its bound, and it is emptied.
+    """
+    hand_over = hand_over_to(name)
+    for point in itertools.count():
+        with read_or_not(), TaskGroup(1, max_queued=bound, observers=observers) as group:
+            torn = tear(point, lambda group=group: hand_over(group))
+
+            assert group.failures or has_its_room(group, bound), point
+        if not torn:
+            break
+
+    assert point > 10
+
+
+@pytest.mark.parametrize("name", ["submit", "map_", "imap", "imap_unordered"])
+def test_line_for_room_is_what_it_was_wherever_a_foreign_handler_has_raised(name, watched):
+    """
+    Who waits in it when that happens, before the body and behind it, gets room all the same.
+    """
+    hand_over = hand_over_to(name)
+    for point in itertools.count():
+        with read_or_not(), TaskGroup(1, max_queued=1) as group:
+            holding = Holding(group)
+            group.submit(abs, -1)
+            first, outcome = start(group.submit, abs, -1)
+            until(lambda first=first: is_asleep(first))
+            ended = []
+
+            def release(holding=holding, ended=ended):
+                until(lambda: ended or len(group._run.bounded.waiting) > 1)
+                holding.go.set()
+
+            releases, released = start(release)
+            torn = tear(point, lambda group=group: hand_over(group))
+            ended.append(True)
+            for thread in (first, releases):
+                thread.join(60)
+
+            assert outcome, f"{point}: it waits for ever"
+            assert released == [None]
+            assert group.failures or has_its_room(group, 1), point
+        if not torn:
+            break
+
+    assert point > 20
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_room_that_a_cancel_makes_is_told_wherever_a_foreign_handler_has_raised(mapped, watched):
+    """
+    A call that is out of the queue, or is known never to run, makes room though its cancel is torn.
+    """
+    for point in itertools.count():
+        with TaskGroup(1, max_queued=1) as group:
+            holding = Holding(group)
+            task = group.map(abs, [-1]).tasks[0] if mapped else group.submit(abs, -1)
+            late, outcome = start(group.submit, abs, -2)
+            until(lambda late=late: is_asleep(late))
+            torn = tear(point, task.cancel)
+            queue = group._run.bounded
+            if queue._lent if mapped else task not in queue.copy():
+                until(lambda outcome=outcome: outcome)
+            holding.go.set()
+            late.join(60)
+
+            assert outcome, f"{point}: it waits for ever"
+            assert has_its_room(group, 1), point
+        if not torn:
+            break
+
+    assert task.cancelled()
+    assert point > 10
+
+
+def test_submit_by_a_handler_takes_no_room_from_the_one_that_it_interrupts(watched):
+    """
+    Nor does it wait for what that one has taken, which goes on only after it.
+    """
+    for point in itertools.count():
+        calls = itertools.count()
+        tasks = []
+        with TaskGroup(1, max_queued=1) as group:
+
+            def submits(group=group, calls=calls, tasks=tasks, point=point):
+                def profile(frame, event, argument):
+                    if group._run.bounded.promised and next(calls) == point:
+                        sys.setprofile(None)
+                        tasks.append(group.submit(abs, -1))
+
+                sys.setprofile(profile)
+                try:
+                    tasks.append(group.submit(abs, -2))
+                finally:
+                    sys.setprofile(None)
+
+            assert in_thread(submits) is None
+            assert has_its_room(group, 1), point
+        if len(tasks) == 1:
+            break
+
+    assert point > 5
+
+
+@pytest.mark.parametrize("options", [{}, {"max_queued": 1}])
+def test_call_whose_submit_a_foreign_handler_has_ended_is_not_waited_for_in_vain(options):
+    """
+    It is queued, perhaps, and nobody has called a worker for it: who waits for the group does.
+    """
+    for point in itertools.count():
+        with TaskGroup(1, **options) as group:
+            torn = tear(point, lambda group=group: group.submit(abs, -1))
+
+            assert in_thread(group.wait, 30) is None
+        if not torn:
+            break
+
+    assert point > 5
 
 
 # --- At every point -------------------------------------------------------------------------------

@@ -398,7 +398,7 @@ def test_what_others_take_away_is_looked_at_once():
 @pytest.mark.parametrize(
     ("module", "before", "after"),
     [
-        ("_submitter", "not bounded.take_room()", "not run.bounded.take_room()"),
+        ("_run", "            queue.give_room(entry)", "            self.bounded.give_room(entry)"),
         ("_waiting", "{room.name!r}", "{lane.room.name!r}"),
         ("_run", "            backend.end(self)", "            self.backend.end(self)"),
     ],

@@ -2093,8 +2093,8 @@ def test_group_that_ends_as_a_stream_is_to_wait_for_room_says_so(stream, monkeyp
     looked, ended = threading.Event(), threading.Event()
     room = Run.room
 
-    def look(run, fn, most=1, *, waits=True):
-        found = room(run, fn, most, waits=waits)
+    def look(run, fn, entry, most=1, *, waits=True):
+        found = room(run, fn, entry, most, waits=waits)
         if not (found or looked.is_set()):
             looked.set()
             assert ended.wait(LIMIT)
