@@ -348,8 +348,8 @@ MUTANTS = [
         "a lane that parks does not look again",
         "parking_against_submit",
         _run,
-        "        if wanted and self.idle.pop(lane, lane) is None:\n",
-        "        if wanted and self.idle.pop(lane, None) is not None:\n",
+        "            lane.at_work = self.idle.pop(lane, lane) is None\n",
+        "            lane.at_work = self.idle.pop(lane, None) is not None\n",
     ),
     Mutant(
         "who waits for a task does not look again",
