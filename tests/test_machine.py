@@ -198,6 +198,8 @@ pool = {pool}
 outcomes = set()
 for step in range(60):
     asleep.clear()
+    if pool is not None:
+        pool.apply(int)  # its own threads are through with the jobs before
     tasks = []
     try:
         with TaskGroup(2, pool=pool) as group:
