@@ -11,6 +11,8 @@ import pytest
 
 from fastpool import TaskGroup
 
+GIL = not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 
 
@@ -139,6 +141,8 @@ def test_any_one_allocation_of_a_worker_may_fail(pool, how):
     For real: the block is left, every handle ends, and the next group has all its workers.
     """
     pytest.importorskip("_testcapi", reason="this Python has nothing to make allocations fail")
+    if not GIL:
+        pytest.skip("any thread could meet it, those of a pool's own too, which loses a job then")
     if how == "fail" and (3, 12) <= sys.version_info < (3, 14):
         pytest.skip("this Python itself crashes if there is no memory for a generator")
     said = run_limited(
@@ -202,7 +206,7 @@ for step in range(60):
         pool.apply(int)  # its own threads are through with the jobs before
     tasks = []
     try:
-        with TaskGroup(2, pool=pool) as group:
+        with TaskGroup(1, pool=pool) as group:
             if {how!r} == "map":
                 tasks.extend(group.map(task, [1]).tasks)
             elif {how!r} == "nest":
