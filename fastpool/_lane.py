@@ -35,6 +35,7 @@ class Lane:
     __slots__ = (
         "above",
         "at",
+        "at_work",
         "below",
         "context",
         "gate",
@@ -57,7 +58,8 @@ class Lane:
         self.number = number
         self.gate = Gate()
         self.run: Run | None = None
-        # What it runs now: a task, or a place among those of a `map`.
+        self.at_work = False  # whether it has begun, and not come to rest since
+        # What it runs now, or is about to: a task, or a place among those of a `map`.
         self.at: At | None = None
         # Where somebody observes: when that began, and the context in which it is told of.
         self.since = 0.0
@@ -74,9 +76,9 @@ class Lane:
 
     def serve_here(self) -> None:
         """Say that the calling thread serves this lane from now on."""
+        _local.lane = self
         self.thread = this_thread()
         self.of_thread = threading.current_thread()
-        _local.lane = self
 
     @property
     def task(self) -> Task[Any] | None:
@@ -93,6 +95,10 @@ class Lane:
         """What it has taken and not ended; all of it was shipped, if it is a far one's."""
         task = self.task
         return [] if task is None else [task]
+
+    def let_go(self) -> None:
+        """It has nothing in hand any more."""
+        self.at = None
 
     @property
     def where(self) -> str:

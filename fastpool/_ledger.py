@@ -445,15 +445,38 @@ class Ledger:
             self.notify(task)
 
     def broken(self, lane: Lane, error: BaseException) -> None:
-        """A lane has failed, not its task: out of memory, say. It ends, and nothing is lost."""
-        task = lane.task
-        if task is None or task._state:
+        """
+        A lane has failed, not its task: out of memory, say. So the group has.
+
+        What it was at fails with that, and what it has taken besides never runs.
+        """
+        traceback = strip(error)
+        taken = [
+            task
+            for task in lane.in_hand()
+            # It may have been about to ask whether it may run it.
+            if not task._state and (task._lane is lane or self.admit(task, lane))
+        ]
+        if not taken:
             self._report(error)
+            for task in lane.in_hand():
+                self.notify(task)  # as that may be what failed
+            return
+        task, *others = taken
+        known = [order for order, of in enumerate(self.failures) if of.task is task]
+        if known:  # its own failure, which was yet to be told
+            error = self.failures[known[0]].exception
+            self.ended(task, ERROR, (error, strip(error), known[0]))
         else:
-            self.ended(task, ERROR, (error, strip(error), self.record(task, error)))
-            self.cancel_rest()
-            self.notify(task)
-            self.tell_ended("task_failed", task, lane, error)
+            self.ended(task, ERROR, (error, traceback, self.record(task, error)))
+        self.halt(error)
+        self.cancel_rest()
+        for other in others:
+            self.never_ran(other, _Withdrawn(error))
+        self.notify(task)
+        if task in self.untold:
+            lane.context = self.untold.pop(task, None)
+        self.tell_ended("task_failed", task, lane, error)
 
     def record(self, task: Task[Any] | None, error: BaseException) -> int:
         """Note a failure; its place in time."""
@@ -554,8 +577,15 @@ class Ledger:
 
     def notify(self, task: Task[Any]) -> None:
         """Wake who waits for a task."""
-        for watcher in tuple(self.watchers.pop(task, ())):  # others may take theirs off it now
-            watcher.notify(task)
+        watchers = self.watchers.pop(task, None)
+        if watchers is None:
+            return
+        try:
+            for watcher in tuple(watchers):  # others may take theirs off it now
+                watcher.notify(task)
+        except BaseException:
+            self.watchers.setdefault(task, []).extend(watchers)  # to be told again: see `broken`
+            raise
 
     @_marks.swallows
     def emit(

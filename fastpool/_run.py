@@ -511,7 +511,11 @@ class Run(Ledger):
         for resting in (self.idle, self.recalled):
             lane = take_last(resting)
             if lane is not None:
-                self.called[lane] = None
+                try:
+                    self.called[lane] = None
+                except BaseException:
+                    resting[lane] = None
+                    raise
                 try:
                     lane.gate.open()
                 except BaseException:
@@ -599,11 +603,16 @@ class Run(Ledger):
         """A backend is about to start this lane."""
         lane.run = self
         self.lanes[lane] = None
-        self.called[lane] = None
+        try:
+            self.called[lane] = None
+        except BaseException:
+            self.lanes.pop(lane, None)
+            raise
 
     def begin(self, lane: Lane) -> bool:
         """A lane that was called has come. False if nobody needs it any more."""
-        if self.called.pop(lane, lane) is not None:
+        lane.at_work = self.called.pop(lane, lane) is None
+        if not lane.at_work:
             return False
         if len(self.queue) > 1 and not self.attended and self.want_lane():
             with contextlib.suppress(*NO_LANE):
@@ -615,11 +624,14 @@ class Run(Ledger):
         if self.abandoned is not None:
             return True  # nobody takes it back
         self.idle[lane] = None
+        lane.at_work = False
         self.passed(lane)
         # A group that was seen at rest may have ended, and what is queued now is to be refused.
         wanted = self.queue and not self.stopping() and self.goes_on()
-        if wanted and self.idle.pop(lane, lane) is None:
-            return False
+        if wanted:
+            lane.at_work = self.idle.pop(lane, lane) is None
+            if lane.at_work:
+                return False
         self.wake_leavers()
         return True
 
@@ -628,6 +640,25 @@ class Run(Ledger):
         self.lanes.pop(lane, None)
         self.passed(lane)
         self.give_back_slot()
+
+    def lane_failed(self, lane: Lane, error: BaseException) -> None:
+        """
+        What serves a lane has raised, and no task: out of memory, say. It rests or ends.
+
+        May be said wherever that was: before it began, at work, or when it had come to rest.
+        """
+        self.broken(lane, error)
+        lane.let_go()
+        # Only what it has itself. It may be idle, or recalled; and who has just taken it off there
+        # calls it: it comes, and finds the group stopped.
+        if lane.at_work or self.called.pop(lane, lane) is None:
+            if lane.stays:
+                self.rest(lane)
+            else:
+                self.dismiss(lane)
+        else:
+            self.passed(lane)
+            self.wake_leavers()
 
     def recall(self) -> Lane | None:
         """Take back a lane that was called and has not come; its slot is the caller's then."""
@@ -648,33 +679,52 @@ class Run(Ledger):
         """
         Tasks for a lane to run: in the order submitted, `most` at the most, perhaps none.
         """
-        return [handle(at) for at in self.take_places(lane, most)]
+        places = self.take_places(lane, most)
+        try:
+            return [handle(at) for at in places]
+        except BaseException as error:
+            self.untake(places, lane, error)
+            raise
 
     def take_places(self, lane: Lane, most: int) -> list[At]:
         """As `take`, but calls of a `map` get no handle for it."""
         taken: list[At] = []
         popleft, token = self.queue.popleft, self.token
-        while len(taken) < most:
-            if (self.disturbed or token._reason is not None) and self.stopping():
-                break
-            try:
-                entry = popleft()
-            except IndexError:
-                break
-            at: At = entry if isinstance(entry, Task) else (entry.following(), entry)
-            if isinstance(at, tuple):
-                at[1].items.taken[at[0]] = True
-            else:
-                at._taken = True
-            if self.disturbed or token._reason is not None:  # as in `threads.serve`
-                if not self.admit(handle(at), lane):
-                    continue
-            elif isinstance(at, tuple):
-                at[1].items.note(at[0], lane)
-            else:
-                at._lane = lane
-            taken.append(at)
+        try:
+            while len(taken) < most:
+                if (self.disturbed or token._reason is not None) and self.stopping():
+                    break
+                try:
+                    entry = popleft()
+                except IndexError:
+                    break
+                at: At = entry if isinstance(entry, Task) else (entry.following(), entry)
+                taken.append(at)
+                if isinstance(at, tuple):
+                    at[1].items.taken[at[0]] = True
+                else:
+                    at._taken = True
+                if self.disturbed or token._reason is not None:  # as in `threads.serve`
+                    if not self.admit(handle(at), lane):
+                        taken.pop()
+                elif isinstance(at, tuple):
+                    at[1].items.note(at[0], lane)
+                else:
+                    at._lane = lane
+        except BaseException as error:
+            self.untake(taken, lane, error)
+            raise
         return taken
+
+    def untake(self, places: list[At], lane: Lane, error: BaseException) -> None:
+        """A lane that fails has taken these, and is at none of them: they end with the group."""
+        self._report(error)
+        for task in map(handle, places):
+            if task._lane is lane:
+                task._lane = None
+                self.claims.pop(task, None)  # it may hold the verdict that this lane runs it
+            task._taken = False
+            self.settle(task)  # who waits has heard of the cancel, and hears of this only from here
 
     def give_back(self, tasks: list[Task[Any]]) -> None:
         """What a lane took and has not begun, for another one to run; it comes first again."""
@@ -740,6 +790,7 @@ class Run(Ledger):
                 if task._state:
                     self.claims.pop(task, None)
                 return False
+            inner.at = task
             task._lane = inner
             self._leave_queue(task)
             self.perform(task, inner)
@@ -754,6 +805,7 @@ class Run(Ledger):
         helped = 0
         with self.slot_for(lane) as inner:
             while inner is not None and helped < most and (tasks := self.take(inner)):
+                inner.at = tasks[0]
                 helped += 1
                 self.perform(tasks[0], inner)
         return helped > 0
@@ -761,26 +813,35 @@ class Run(Ledger):
     @contextlib.contextmanager
     def slot_for(self, lane: Lane) -> Generator[Lane | None, None, None]:
         """A lane on top of a waiting worker's, for it to help out in; None if no slot is free."""
+        inner = Lane(lane.pool)
+        inner.run = self
+        inner.below = lane
         own = any(below.run is self for below in lane.stack())
         if not own and self.recall() is None and not self.take_slot():
             yield None
             return
-        inner = Lane(lane.pool)
-        inner.run = self
-        inner.below = lane
-        self.lanes[inner] = None
-        lane.above = inner
-        inner.serve_here()
         try:
+            self.lanes[inner] = None
+            lane.above = inner
+            inner.serve_here()
             # As in `call`: said that we are at it, and looked then whether the group ends.
             yield inner if self.goes_on() else None
+        except BaseException as error:
+            task = inner.task
+            if task is not None and task._state:
+                self.notify(task)  # as that may be what failed
+            elif task is not None:
+                self.broken(inner, error)
+            raise
         finally:
             lane.above = None
             stand_in(lane)
             self.lanes.pop(inner, None)
-            self.passed(inner)
-            if not own:
-                self.give_back_slot()
+            try:
+                self.passed(inner)
+            finally:
+                if not own:
+                    self.give_back_slot()
 
     # --- Waiting for everything ---------------------------------------------------------------
 
@@ -914,6 +975,9 @@ class Run(Ledger):
                 _marks.held += (interrupt,)
         if notice is not None:
             notice.unregister()
+        for task in list(self.watchers):  # what a lane that failed has lost has ended only now
+            if task._taken and not task._state and self.settle(task):
+                self.notify(task)
         for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):

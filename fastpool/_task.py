@@ -199,7 +199,7 @@ class Task(Generic[R_co]):
 
     def running(self) -> bool:
         """Whether it has started and not ended."""
-        return self._lane is not None and not self._state
+        return self._lane is not None and not self.done()
 
     def cancelled(self) -> bool:
         """Whether it never started, or ended in `Cancelled` while its own token was set."""

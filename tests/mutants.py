@@ -348,8 +348,8 @@ MUTANTS = [
         "a lane that parks does not look again",
         "parking_against_submit",
         _run,
-        "        if wanted and self.idle.pop(lane, lane) is None:\n",
-        "        if wanted and self.idle.pop(lane, None) is not None:\n",
+        "            lane.at_work = self.idle.pop(lane, lane) is None\n",
+        "            lane.at_work = self.idle.pop(lane, None) is not None\n",
     ),
     Mutant(
         "who waits for a task does not look again",
@@ -494,15 +494,14 @@ MUTANTS = [
         "cancel_of_task_against_its_start",
         threads,
         """
-        entry._taken = True
-        # Said first and looked at then: who leaves the block without us sets the token first.
         lane.at = entry
+        entry._taken = True
         if run.disturbed or token._reason is not None:
 """,
         """
         looks = run.disturbed or token._reason is not None
-        entry._taken = True
         lane.at = entry
+        entry._taken = True
         if looks:
 """,
         rare=True,

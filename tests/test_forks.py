@@ -214,7 +214,7 @@ def test_observer_that_forks_as_it_is_told_of_a_submit(bound):
         (threads.serve, "lane.at = entry"),
         (threads.serve_stretch, "taken[index] = True"),
         (threads.serve_stretch, "states[index] = lane"),
-        (threads.serve_stretch, "lane.at = place = (index, stretch)"),
+        (threads.serve_stretch, "lane.at = place = (index, stretch)  # as in `serve`"),
         (Run.take_places, "at._taken = True"),
         (Run.take_places, "at._lane = lane"),
         (Run.take_places, "at[1].items.note(at[0], lane)"),

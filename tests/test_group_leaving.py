@@ -4,12 +4,14 @@ How a group fails, and what leaves its block.
 
 import asyncio
 import gc
+import itertools
 import signal
 import threading
 import traceback
 import weakref
 from contextlib import suppress
 from contextvars import Context, ContextVar
+from multiprocessing.pool import ApplyResult
 
 import pytest
 from staging import fail, is_asleep, sleeper, start, started_sleeper, until
@@ -23,13 +25,18 @@ from fastpool import (
     StuckTaskError,
     TaskCancelledError,
     TaskGroup,
+    _run,
     cancellable,
     current_token,
     shield,
     timeout,
     use_token,
 )
+from fastpool._gate import Gate
+from fastpool._lane import Lane
 from fastpool._ledger import Ledger
+from fastpool._run import Run
+from fastpool.backends import threads
 
 # --- The first failure -------------------------------------------------------------------------
 
@@ -312,6 +319,233 @@ def test_worker_that_breaks_stops_the_others_and_wakes_who_waits(monkeypatch, wa
 
     assert outcome == [True]
     assert asleep.cancelled()
+
+
+@pytest.fixture
+def breaks_once(monkeypatch):
+    """Has a function of the library's fail, the first time that a worker calls it."""
+
+    def arrange(holder, name, *, after=False):
+        works = getattr(holder, name)
+        errors = [MemoryError("no room for the books")]
+        main = threading.current_thread()
+
+        def breaks(*args, **kwargs):
+            fails = errors and threading.current_thread() is not main
+            if fails and not after:
+                raise errors.pop()
+            value = works(*args, **kwargs)
+            if fails and errors:
+                raise errors.pop()
+            return value
+
+        monkeypatch.setattr(holder, name, breaks)
+        return errors
+
+    return arrange
+
+
+def runs_at_once(count, arguments):
+    """Whether a group has so many workers."""
+    both = threading.Barrier(count, timeout=60)
+    with TaskGroup(**arguments) as group:
+        batch = group.map(lambda _: both.wait(), range(count))
+    return sorted(batch.results()) == list(range(count))
+
+
+BREAKING = [  # what a worker comes to, from when it is called until it rests or ends
+    (Lane, "serve_here", False),
+    (Run, "begin", False),
+    (Run, "begin", True),
+    (_run, "handle", False),
+    (Ledger, "admit", False),
+    (Ledger, "admit", True),
+    (Run, "perform", False),
+    (threads, "serve_stretch", False),
+    (Ledger, "ended", True),
+    (Ledger, "notify", False),
+    (Gate, "notify", False),
+    (Run, "rest", False),
+    (Run, "passed", False),
+    (Run, "wake_leavers", False),
+    (Run, "dismiss", False),
+    (Run, "give_back_slot", False),
+    (Run, "give_back_slot", True),
+]
+
+
+@pytest.mark.parametrize("how", ["submit", "map", "fail"])
+@pytest.mark.parametrize(("holder", "name", "after"), BREAKING)
+def test_worker_that_breaks_anywhere_holds_up_nobody(
+    holder, name, after, how, workers, breaks_once
+):
+    """
+    The block is left, every handle ends, who waits is woken, the next group has all its workers.
+    """
+    arguments = workers(2)
+    go = threading.Event()
+    tasks, waiters = [], []
+
+    def run():
+        with TaskGroup(**arguments) as group:
+            if how == "map":
+                tasks.extend(group.map(go.wait, [60, 60, 60]).tasks)
+            else:
+                tasks.append(group.submit(go.wait, 60))
+            waiters.append(start(tasks[0].wait)[0])
+            until(lambda: group._run.watchers or tasks[0].done())
+            try:
+                if how != "map":
+                    tasks.append(group.submit(int, "x" if how == "fail" else "1"))
+            finally:
+                go.set()
+
+    errors = breaks_once(holder, name, after=after)
+    allowed = {"submit": MemoryError, "map": MemoryError, "fail": (MemoryError, ValueError)}
+    with suppress(allowed[how]):
+        in_time(run)
+
+    assert all(task.done() and not task.running() for task in tasks)
+    for waiter in waiters:
+        waiter.join(timeout=60)
+        assert not waiter.is_alive()
+    errors.clear()
+    assert runs_at_once(2, arguments)
+
+
+def in_time(fn):
+    """Call something in a thread of its own, which is left to itself if it hangs."""
+    thread, outcome = start(fn)
+    thread.join(timeout=60)
+    assert not thread.is_alive(), "it hangs"
+    if isinstance(outcome[0], BaseException):
+        raise outcome[0]
+
+
+@pytest.mark.parametrize("held", ["before it is called", "when it is called"])
+def test_worker_that_breaks_at_rest_may_be_called_just_then(held, monkeypatch):
+    """
+    A submitter takes it off the idle ones as it breaks: the block is left, the task is cancelled.
+    """
+    broken, resumes, taken = threading.Event(), threading.Event(), threading.Event()
+    passed, take, failed = Run.passed, _run.take_last, Run.lane_failed
+    main = threading.current_thread()
+    errors = [MemoryError("no room for the books")]
+
+    def breaks(run, lane):
+        if errors and lane in run.idle:
+            error = errors.pop()
+            resumes.set()
+            assert taken.wait(timeout=60)
+            raise error
+        passed(run, lane)
+
+    def takes(lanes):
+        lane = take(lanes)
+        mine = lane is not None and threading.current_thread() is main
+        if mine and held == "before it is called" and not taken.is_set():
+            taken.set()
+            assert broken.wait(timeout=60)
+        return lane
+
+    def notes(run, lane, error):
+        failed(run, lane, error)
+        broken.set()
+
+    monkeypatch.setattr(Run, "passed", breaks)
+    monkeypatch.setattr(_run, "take_last", takes)
+    monkeypatch.setattr(Run, "lane_failed", notes)
+    with pytest.raises(MemoryError), TaskGroup(1) as group:
+        first = group.submit(int)
+        assert resumes.wait(timeout=60)
+        second = group.submit(int)
+        taken.set()
+
+    assert first.result() == 0
+    assert second.cancelled()
+    assert runs_at_once(1, {"max_workers": 1})
+
+
+@pytest.mark.parametrize("running", [0, 1])
+def test_thread_whose_pool_cannot_take_its_job_is_not_counted_on(running, monkeypatch):
+    """
+    `submit` says so if there is no other, and neither this group nor the next waits for it.
+    """
+    fastpool.shutdown()
+    makes, calls = ApplyResult.__init__, itertools.count()
+    go = threading.Event()
+
+    def breaks(result, *args, **kwargs):
+        if next(calls) == running:
+            raise MemoryError("no room for a result")
+        makes(result, *args, **kwargs)
+
+    def run():
+        with TaskGroup(2) as group:
+            others = [group.submit(go.wait, 60) for _ in range(running)]
+            if others:
+                task = group.submit(int)
+                go.set()
+                assert task.result(timeout=60) == 0
+            else:
+                with pytest.raises(MemoryError):
+                    group.submit(int)
+
+    monkeypatch.setattr(ApplyResult, "__init__", breaks)
+    in_time(run)
+
+    assert next(calls) > running
+    assert runs_at_once(2, {"max_workers": 2})
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_worker_of_a_pool_that_cannot_make_way_goes_on(full, make_pool, monkeypatch):
+    """
+    There is no memory for the job that would come later, or for telling of it.
+    """
+    pool = make_pool(1)
+    monkeypatch.setattr(threads, "SLICE", -1.0)
+    errors = [MemoryError("no room for a job")]
+    worker = []
+
+    def breaks(*args):
+        if errors and threading.current_thread() in worker:
+            raise errors.pop()
+        return works(*args)
+
+    holder, name = (threads, "tell_helpers") if full else (pool, "apply_async")
+    works = getattr(holder, name)
+    monkeypatch.setattr(holder, name, breaks)
+
+    def run():
+        with TaskGroup(pool=pool) as group:
+            group.submit(lambda: worker.append(threading.current_thread()))
+            batch = group.map(abs, range(20))
+        assert batch.results() == list(range(20))
+
+    in_time(run)
+
+    assert not errors
+
+
+def test_task_of_a_worker_that_breaks_while_it_helps_out_is_not_lost(make_pool, breaks_once):
+    """
+    The one worker runs what it waits for, and has no memory for its outcome.
+    """
+    pool = make_pool(1)
+    tasks = []
+
+    def nests():
+        with TaskGroup(pool=pool) as inner:
+            tasks.append(inner.submit(int))
+            tasks[0].result()
+
+    breaks_once(Ledger, "succeeded")
+    with pytest.raises(MemoryError) as raised:
+        in_time(lambda: fastpool.map(lambda _: nests(), [None], pool=pool))
+
+    assert tasks[0].exception() is raised.value
+    assert runs_at_once(1, {"pool": pool})
 
 
 def test_no_queued_task_starts_after_the_first_failure():

@@ -725,15 +725,16 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
     """
     A worker has just taken it off the queue, and has not said so yet.
     """
-    perform, wait = Run.perform, Gate.wait
+    take, wait = Run.take, Gate.wait
     taken, release = threading.Event(), threading.Event()
     token = CancelToken()
     seats, spans, now = [], [], [0.0]
 
-    def performs_late(run, task, lane):
+    def takes_and_is_held(run, lane, most=1):
+        tasks = take(run, lane, most)
         taken.set()
         release.wait(timeout=60)
-        perform(run, task, lane)
+        return tasks
 
     def wait_on_this_clock(gate, timeout=None):
         if threading.current_thread() in seats:
@@ -757,10 +758,10 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
         return task.result()
 
     with TaskGroup(pool=make_pool(1)) as group:
-        monkeypatch.setattr(Run, "perform", performs_late)
+        monkeypatch.setattr(Run, "take", takes_and_is_held)
         task = group.submit(resize, 404)
         assert taken.wait(timeout=60)
-        monkeypatch.setattr(Run, "perform", perform)
+        monkeypatch.setattr(Run, "take", take)
         monkeypatch.setattr(Gate, "wait", wait_on_this_clock)
         monkeypatch.setattr(_run, "time", types.SimpleNamespace(monotonic=lambda: now[0]))
         waiter, outcome = start(waits if where == "thread" else waits_as_a_task)

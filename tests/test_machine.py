@@ -11,6 +11,8 @@ import pytest
 
 from fastpool import TaskGroup
 
+GIL = not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()
+
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits are set as Linux has them")
 
 
@@ -130,6 +132,105 @@ def test_task_that_runs_out_of_memory_fails():
         group.submit(hungry)
     with TaskGroup(1) as after:
         assert after.submit(threading.current_thread).result() is worker.result()
+
+
+@pytest.mark.parametrize("how", ["submit", "map", "fail", "nest"])
+@pytest.mark.parametrize("pool", ["None", "ThreadPool(2)"])
+def test_any_one_allocation_of_a_worker_may_fail(pool, how):
+    """
+    For real: the block is left, every handle ends, and the next group has all its workers.
+    """
+    pytest.importorskip("_testcapi", reason="this Python has nothing to make allocations fail")
+    if not GIL:
+        pytest.skip("any thread could meet it, those of a pool's own too, which loses a job then")
+    if how == "fail" and (3, 12) <= sys.version_info < (3, 14):
+        pytest.skip("this Python itself crashes if there is no memory for a generator")
+    said = run_limited(
+        f"""
+import faulthandler, _testcapi
+from multiprocessing.pool import ThreadPool
+from fastpool import _taskgroup
+from fastpool._ledger import Ledger
+from fastpool.backends import threads
+
+faulthandler.dump_traceback_later(150, exit=True)
+sys.unraisablehook = id  # what a finalizer has no memory for is told there
+asleep = threading.Event()
+failure = ValueError("of the task")
+
+class Gate(_taskgroup.Gate):
+    # Who leaves the block has all the memory there is; it is the workers that have not.
+    __slots__ = ()
+
+    def wait(self, timeout=None):
+        if timeout is None or timeout > 1:
+            asleep.set()
+        try:
+            return super().wait(timeout)
+        finally:
+            _testcapi.remove_mem_hooks()
+
+_taskgroup.Gate = Gate
+job = threads.Shared._job
+
+def our_job(*args):
+    try:
+        job(*args)
+    finally:
+        _testcapi.remove_mem_hooks()  # a `ThreadPool` that has none for a result is lost
+
+threads.Shared._job = our_job
+failed = Ledger.failed
+
+def our_failed(*args):
+    if args[-1] is failure:  # only now: CPython has faults where it cannot raise
+        _testcapi.set_nomemory(step, step + 1)
+    failed(*args)
+
+Ledger.failed = our_failed
+
+def task(item):
+    asleep.wait(60)
+    if {how!r} == "fail":
+        raise failure
+    _testcapi.set_nomemory(step, step + 1)
+
+def nest(group):
+    group.submit(task, 1).result()
+
+pool = {pool}
+outcomes = set()
+for step in range(60):
+    asleep.clear()
+    if pool is not None:
+        pool.apply(int)  # its own threads are through with the jobs before
+    tasks = []
+    try:
+        with TaskGroup(1, pool=pool) as group:
+            if {how!r} == "map":
+                tasks.extend(group.map(task, [1]).tasks)
+            elif {how!r} == "nest":
+                tasks.append(group.submit(nest, group))
+            else:
+                tasks.append(group.submit(task, 1))
+    except (MemoryError, ValueError) as error:
+        outcomes.add(type(error).__name__)
+    else:
+        outcomes.add("quiet")
+    _testcapi.remove_mem_hooks()
+    assert all(task.done() and not task.running() for task in tasks), (step, tasks)
+    together = threading.Barrier(2, timeout=60)
+    with TaskGroup(2, pool=pool) as group:
+        batch = group.map(lambda _: together.wait(), range(2))
+    assert sorted(batch.results()) == [0, 1], step
+print("MemoryError" in outcomes)
+if pool is not None:
+    pool.close()
+    pool.join()
+"""
+    )
+
+    assert said == ["True"]
 
 
 @pytest.mark.parametrize("left", range(1, 60, 3))

@@ -1171,7 +1171,7 @@ def test_map_that_finds_no_room_as_its_group_ends_takes_nothing_from_its_input(m
     """
     looks, left = threading.Event(), threading.Event()
 
-    def finds_none(queue):
+    def finds_none(queue, entry, most=1):
         looks.set()
         assert left.wait(timeout=30)
         return False

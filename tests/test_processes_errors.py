@@ -14,10 +14,13 @@ from multiprocessing.connection import Connection, Pipe
 import far
 import pytest
 from blocked import is_blocked, rests
-from staging import stop, until
+from staging import fail, start, stop, until
 
 from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
+from fastpool._lane import Lane
+from fastpool._run import Run
 from fastpool.backends import _process, _wire, processes
+from fastpool.backends._process import WorkerProcess
 from fastpool.backends.processes import Processes
 
 MONTH = 2_678_400  # seconds
@@ -529,3 +532,70 @@ def test_lane_waits_for_nothing_where_all_has_come_home():
     lane._limit_last(1.0)
 
     assert not lane._due
+
+
+# --- What goes wrong in the lane ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("holder", "name", "after"),
+    [
+        (Lane, "serve_here", False),
+        (Run, "begin", False),
+        (Processes, "number_of", False),
+        (Run, "take_places", False),
+        (Run, "admit", False),
+        (Run, "admit", True),
+        (processes._Lane, "_ship", False),
+        (processes._Lane, "_take_home", True),
+        (Run, "give_back", False),
+        (Run, "give_back", True),
+        (Run, "rest", False),
+        (Run, "passed", False),
+        (Run, "wake_leavers", False),
+        (WorkerProcess, "rest", False),
+    ],
+)
+@pytest.mark.parametrize("back", [False, True])
+def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, name, after, back):
+    """
+    No memory in the thread that talks to a worker: the block is left, every handle ends, who
+    waits is woken, and the next group runs in the same thread.
+    """
+    works = getattr(holder, name)
+    errors, threads = [MemoryError("no room for the books")], []
+    lanes = []
+
+    def breaks(*args, **kwargs):
+        thread = threading.current_thread()
+        mine = errors and thread.name.startswith("fastpool-group")
+        if mine and after:
+            works(*args, **kwargs)
+        if mine:
+            lanes.append(thread)
+            raise errors.pop()
+        return works(*args, **kwargs)
+
+    def run():
+        with TaskGroup(pool=one) as group:
+            group._run.disturbed = name == "admit"
+            tasks.extend(group.map(far.echo, ALL).tasks)
+            threads.append(start(tasks[-1].wait)[0])
+            if back:  # what it has taken and not begun as a task sets the token
+                tasks.append(group.submit(fail, ValueError("back")))
+                tasks.extend(group.map(far.echo, ALL).tasks)
+
+    tasks = []
+    monkeypatch.setattr(holder, name, breaks)
+    thread, outcome = start(run)
+    for waits in (thread, *threads):
+        waits.join(timeout=60)
+        assert not waits.is_alive()
+
+    assert outcome[0] is None or isinstance(outcome[0], (MemoryError, ValueError, WorkerDiedError))
+    assert all(task.done() and not task.running() for task in tasks)
+    errors.clear()
+    with TaskGroup(pool=one) as group:
+        assert group.map(far.echo, ALL).results() == ALL
+        (lane,) = group._run.lanes
+    assert not lanes or lane.of_thread in lanes

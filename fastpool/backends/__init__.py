@@ -34,7 +34,8 @@ class Backend(Protocol):
         Have one more lane serve a group: `run.enlist(lane)`, then start it.
 
         It begins with `run.begin(lane)`, which is False if nobody needs it any more, and ends
-        with `run.rest(lane)` (stays, idle, until its gate opens) or `run.dismiss(lane)`.
+        with `run.rest(lane)` (stays, idle, until its gate opens) or `run.dismiss(lane)`; if what
+        serves it raises, with `run.lane_failed(lane, error)`.
         Must not block for long, nor run a task in the calling thread.
 
         Raises:

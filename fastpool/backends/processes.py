@@ -247,6 +247,9 @@ class _Lane(Lane):
     def in_hand(self) -> list[Task[Any]]:
         return [task for task in map(handle, self._batch) if not task._state]
 
+    def let_go(self) -> None:
+        self._batch, self.at = [], None
+
     def task_cancelled(self, task: Task[Any], reason: object) -> None:
         self._orders.append((task, reason))
         far, bell = self._far, self._bell
@@ -364,9 +367,14 @@ class _Lane(Lane):
             rest = [task for task in map(handle, self._batch[ended:]) if not task._state]
         if rest and run.observers and run.stopping():
             run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
-        if rest:
-            run.give_back(rest)
-        self._batch, self.at = [], None  # only now: who looks for them finds them here or there
+        try:
+            if rest:
+                run.give_back(rest)
+        except BaseException as error:
+            run.untake([task for task in rest if task._lane is self], self, error)
+            raise
+        finally:
+            self.let_go()  # only now: who looks for them finds them here or there
         if run.fences:
             run.passed(self)
         return len(batch) - len(rest)

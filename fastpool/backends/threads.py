@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastpool import _marks
 from fastpool._clock import IDLE, check_threads, run_in_helper
+from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._items import Stretch
 from fastpool._lane import Lane, stand_in, take_last
@@ -197,9 +198,9 @@ class _Pool:
                 threads.grow()
             lane = self.crew.lane(self, len(self.lanes) + 1)
             self.lanes.append(lane)
+        threads.apply_async(_park, (self, lane))  # first: if it raises, nobody counts on the lane
         lane_ready(lane)
         lane.gate.open()
-        threads.apply_async(_park, (self, lane))
 
     def end(self) -> None:
         """Let every thread go."""
@@ -296,37 +297,48 @@ _era = object()
 
 def _park(pool: _Pool, lane: Lane) -> None:
     """The one job of a pool's thread. Raises nothing: a `ThreadPool` would hang on it."""
-    thread = threading.current_thread()
-    assert isinstance(thread, _WorkerThread)
-    thread.lane = lane
-    lane.serve_here()
     patience = IDLE
     while not pool.ended:
-        if not lane.gate.wait(patience):
-            patience = pool.patience()
-            if patience <= 0:
-                pool.retire()
-            continue
-        patience = IDLE
-        run = lane.run
-        if run is None:
-            continue
+        run: Run | None = None
         try:
-            if run.begin(lane):
+            if lane.of_thread is None:
+                _come_to(lane)
+            if not lane.gate.wait(patience):
+                patience = pool.patience()
+                if patience <= 0:
+                    pool.retire()
+                continue
+            patience = IDLE
+            run = lane.run
+            if run is not None and run.begin(lane):
                 pool.crew.serve(run, lane)
         except BaseException as error:
-            run.broken(lane, error)
-            run.dismiss(lane)
-        del run
+            if run is None:
+                if not is_a(error, MemoryError):
+                    raise
+                run = lane.run  # it may have been called: the gate is shut behind it
+            if run is not None:
+                run.lane_failed(lane, error)
     if pool.crew.leave is not None:
         pool.crew.leave(lane)
-    thread.lane = lane.run = None  # from a group that was abandoned nobody takes it back
+    lane.run = None  # from a group that was abandoned nobody takes it back
+    thread = lane.of_thread
+    if isinstance(thread, _WorkerThread):
+        thread.lane = None
     if pool.foreign:
         # A task has forked, and returned in the child as well. Its thread is all there is of that
         # process, which a `ThreadPool` would have wait for a job for ever; so the thread ends.
         sys.exit()
     assert pool.threads is not None
     pool.threads.close()
+
+
+def _come_to(lane: Lane) -> None:
+    """The calling thread serves a lane from now on."""
+    thread = threading.current_thread()
+    assert isinstance(thread, _WorkerThread)
+    thread.lane = lane
+    lane.serve_here()
 
 
 def serve(run: Run, lane: Lane) -> None:
@@ -350,9 +362,10 @@ def serve(run: Run, lane: Lane) -> None:
         if type(entry) is Stretch:
             entry = serve_stretch(run, lane, entry)
             continue
-        entry._taken = True
-        # Said first and looked at then: who leaves the block without us sets the token first.
+        # First: if the lane fails, this is not lost; and who leaves the block without us sets the
+        # token first and looks here then.
         lane.at = entry
+        entry._taken = True
         if run.disturbed or token._reason is not None:
             _serve_disturbed(run, lane, entry)
             if run.stopping() and run.rest(lane):
@@ -406,8 +419,8 @@ def serve_stretch(run: Run, lane: Lane, stretch: Stretch) -> Task[Any] | Stretch
     entry: Task[Any] | Stretch | None = stretch
     while entry is stretch:
         index = following()
+        lane.at = place = (index, stretch)  # as in `serve`
         taken[index] = True
-        lane.at = place = (index, stretch)
         if run.disturbed or token._reason is not None:
             entry = items.task(index)
             break
@@ -550,40 +563,41 @@ class Shared:
         run.enlist(lane)
         try:
             self.pool.apply_async(self._job, (run, lane))
+            # A worker that waits for the group can do what this job would, if it never gets there.
+            tell_helpers(run)
         except BaseException:
-            run.called.pop(lane, None)
-            run.lanes.pop(lane, None)
+            if run.called.pop(lane, lane) is None:  # else it has come, or was recalled
+                run.lanes.pop(lane, None)
             raise
-        # A worker that waits for the group can do what this job would, if it never gets there.
-        tell_helpers(run)
 
     def _job(self, run: Run, lane: Lane) -> None:
-        if not run.begin(lane):
-            return
-        lane.serve_here()
         try:
+            if not run.begin(lane):
+                return
+            lane.serve_here()
             until = time.monotonic() + SLICE
             while tasks := run.take(lane):
+                lane.at = tasks[0]
                 run.perform(tasks.pop(), lane)
                 if run.queue and time.monotonic() > until and self._make_way(run, lane):
                     return
             run.dismiss(lane)
         except BaseException as error:  # not to the pool, which would hang on it
-            run.broken(lane, error)
-            run.dismiss(lane)
+            run.lane_failed(lane, error)
         finally:
             stand_in(None)
             del run, lane  # what failed refers to this frame: see `strip`
 
     def _make_way(self, run: Run, lane: Lane) -> bool:
-        """Go to the end of the pool's own queue; False if the pool takes nothing any more."""
+        """Go to the end of the pool's own queue; False if that cannot be."""
         run.called[lane] = None
-        run.passed(lane)
         try:
+            run.passed(lane)
             self.pool.apply_async(self._job, (run, lane))
-        except ValueError:
+            tell_helpers(run)  # as in `start_lane`
+        except Exception:  # it takes nothing any more, say
+            # From the call on the lane is whoever's takes it off: the new job's, perhaps.
             return run.called.pop(lane, lane) is not None
-        tell_helpers(run)  # as in `start_lane`
         return True
 
     def cancel(self, run: Run) -> None:
