@@ -3,6 +3,7 @@ A process that is forked while other threads are in the middle of something: the
 """
 
 import inspect
+import multiprocessing
 import os
 import resource
 import select
@@ -33,7 +34,7 @@ from fastpool import (
 )
 from fastpool._callbacks import Callback, Interrupts, Registration
 from fastpool._run import Run
-from fastpool.backends import Processes, processes, threads
+from fastpool.backends import Processes, _process, processes, threads
 from fastpool.futures import GroupExecutor
 
 pytestmark = [
@@ -515,6 +516,30 @@ def test_child_that_a_far_task_forks_ends_though_callbacks_of_its_token_run(tmp_
         group.cancel()
 
     assert task.result() == 0
+
+
+def test_child_has_no_worker_process_that_another_thread_starts(release, monkeypatch):
+    """
+    It would be joined as the child ends, which only its parent can do.
+    """
+    started = threading.Event()
+
+    class Slow(_process.WorkerProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.set()
+            release.wait(60)
+
+    monkeypatch.setattr(_process, "WorkerProcess", Slow)
+    with TaskGroup(pool=Processes(1)) as group:
+        task = group.submit(abs, -2)
+        assert started.wait(60)
+        assert len(multiprocessing.active_children()) == 1
+        said = in_child(lambda: (leave(group, task), multiprocessing.active_children()))
+        release.set()
+
+    assert said == "('left', [])"
+    assert task.result() == 2
 
 
 # --- Others set tokens ----------------------------------------------------------------------------
