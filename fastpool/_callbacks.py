@@ -22,9 +22,19 @@ from fastpool.exceptions import Cancelled
 if TYPE_CHECKING:
     from fastpool._token import CancelToken
 
-__all__ = ["Callback", "Interrupts", "Registration", "keys", "run_callbacks"]
+__all__ = [
+    "Callback",
+    "Interrupts",
+    "Registration",
+    "after_fork",
+    "is_left",
+    "keys",
+    "run_callbacks",
+]
 
-keys = itertools.count(1)  # orders tokens and callbacks by age; `next` of it is atomic
+# Orders tokens, callbacks, causes and claims by age; `next` of it is atomic.
+keys = itertools.count(1)
+_first = 0  # the first of them that is of this process, and not of the one that it was forked from
 
 _HELPER = "helper"  # the claim of which helper runs a slow callback, or goes on with it
 FIRST_PAUSE = 0.001  # seconds until an interruption that could not be made is tried again
@@ -59,21 +69,21 @@ class Callback:
         self._begun = False
         self._again = False
         self._context: contextvars.Context | None = contextvars.copy_context()
-        self._claims: dict[str | None, object] = {}  # `setdefault` is atomic: one alone gets it
+        self._claims: dict[str | None, int] = {}  # `setdefault` is atomic: one alone gets it
         self._waiters: list[Gate] = []  # only ever added to
         self._pause: Gate | None = None
 
-    def claim(self, mine: object) -> bool:
+    def claim(self, mine: int) -> bool:
         """Whether it is the caller who decides what becomes of it."""
         return self._claims.setdefault(None, mine) is mine
 
-    def has_claimed(self, mine: object) -> bool:
+    def has_claimed(self, mine: int) -> bool:
         """Whether it was the caller; takes nothing."""
         return self._claims.get(None) is mine
 
     def run_in(self, token: CancelToken) -> None:
         """Run it, if nobody has, and take it off its token."""
-        mine = object()
+        mine = next(keys)
         try:
             self._run(token, mine)
         except BaseException:  # what a signal handler raised: somebody may be waiting
@@ -86,7 +96,7 @@ class Callback:
                     raise
             raise
 
-    def _run(self, token: CancelToken, mine: object) -> None:
+    def _run(self, token: CancelToken, mine: int) -> None:
         """May be called again, wherever it was interrupted."""
         if not self.claim(mine):
             return
@@ -112,7 +122,7 @@ class Callback:
 
     def _go_on(self, token: CancelToken) -> None:
         """In a helper: call it, with growing pauses, until somebody waits for the end of it."""
-        me = object()
+        me = next(keys)
         if self._claims.setdefault(_HELPER, me) is not me:
             return
         try:
@@ -155,7 +165,8 @@ class Callback:
         pause = self._pause
         if pause is not None:
             pause.open()
-        while not self.finished:
+        # Nobody goes on in a forked child with what was begun before.
+        while not self.finished and not is_left(self._claims.get(None)):
             gate.sit_out()
 
 
@@ -169,6 +180,17 @@ _RUNNING = frozenset(
 def run_callbacks(pending: list[tuple[Callback, CancelToken]]) -> None:
     for entry, token in pending:
         entry.run_in(token)
+
+
+def is_left(number: int | None) -> bool:
+    """Whether what has a number is of the process that this one was forked from."""
+    return number is not None and number < _first
+
+
+def after_fork() -> None:
+    """In a forked child: what has a number by now is the parent's."""
+    global _first
+    _first = next(keys)
 
 
 class Registration(Closing):
@@ -196,7 +218,7 @@ class Registration(Closing):
         Threads:
             Any; takes no lock, so signal handlers and finalizers may call it.
         """
-        entry, token, mine = self._entry, self._token, object()
+        entry, token, mine = self._entry, self._token, next(keys)
         try:
             if not entry.claim(mine):
                 return False

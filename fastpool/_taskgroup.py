@@ -18,7 +18,16 @@ from multiprocessing.pool import ThreadPool
 from types import FrameType, TracebackType
 from typing import Any, Literal, NoReturn, Self, TypeVar
 
-from fastpool import _clock, _descriptor, _guard, _input, _marks, _scope, structlog_observer
+from fastpool import (
+    _clock,
+    _descriptor,
+    _guard,
+    _input,
+    _marks,
+    _scope,
+    _token,
+    structlog_observer,
+)
 from fastpool._callbacks import run_callbacks
 from fastpool._cancellable import refuse
 from fastpool._errors import annotate, is_a, raise_as_it_is, release, strip
@@ -925,8 +934,8 @@ def _is_left_behind(run: Run) -> bool:
 def _after_fork() -> None:
     """In a forked child: no thread came along, and the parent's groups are not ours."""
     with contextlib.ExitStack() as steps:  # all are made, the last one first, whatever one raises
-        for step in (_guard.after_fork, _clock.after_fork, threads.after_fork):
-            steps.callback(step)
+        for module in (_guard, _clock, threads, _token):
+            steps.callback(module.after_fork)
         steps.callback(_descriptor.after_fork)  # before anything is cancelled here
         for run in list(_open_runs):
             steps.callback(run.disown)

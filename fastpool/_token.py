@@ -9,15 +9,22 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Protocol, TypeVar
 
-from fastpool import _clock, _marks, _wakers
-from fastpool._callbacks import Callback, Interrupts, Registration, keys, run_callbacks
+from fastpool import _callbacks, _clock, _marks, _wakers
+from fastpool._callbacks import (
+    Callback,
+    Interrupts,
+    Registration,
+    is_left,
+    keys,
+    run_callbacks,
+)
 from fastpool._descriptor import Descriptor
 from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._whole import whole
 from fastpool.exceptions import Cancelled
 
-__all__ = ["CancelToken", "Cause", "Reporter"]
+__all__ = ["CancelToken", "Cause", "Reporter", "after_fork"]
 
 T = TypeVar("T")
 
@@ -32,7 +39,7 @@ class Reporter(Protocol):
 class Cause:
     """Why a token was set, shared by it and all its descendants."""
 
-    __slots__ = ("at", "expired", "failure", "reason", "source")
+    __slots__ = ("at", "expired", "failure", "number", "reason", "source")
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class Cause:
         self.failure = failure
         self.source = source  # the key of the token it began with: no reference, hence no cycle
         self.expired = expired
+        self.number = next(keys)
         self.at = time.monotonic()
 
 
@@ -184,7 +192,9 @@ class CancelToken:
         self, cause: Cause, run: Callable[[Callable[[], object]], object] | None = None
     ) -> bool:
         """`cancel` with everything there is to say; `run` has the callbacks run elsewhere."""
+        mine = next(keys)
         try:
+            _setting[mine] = self, cause  # before it is set, and until all have heard of it
             if not self._claim(cause):
                 return False
             self._announce(cause, run)
@@ -193,6 +203,8 @@ class CancelToken:
                 whole(self._claim, cause)
                 whole(self._announce, cause, run)
             raise
+        finally:
+            _setting.pop(mine, None)
         return True
 
     def _announce(self, cause: Cause, run: Callable[[Callable[[], object]], object] | None) -> None:
@@ -520,8 +532,10 @@ class CancelToken:
         Only to be called for a token that is set or sealed; returns at once from inside a
         callback.
         """
-        # By its cause: the one who sets it may not have come to its reason yet.
-        if self._cause is not None:
+        # By its cause: the one who sets it may not have come to its reason yet. In a forked child
+        # nobody runs them if that was in the parent.
+        cause = self._cause
+        if cause is not None and not is_left(cause.number):
             for callback in self._callbacks():
                 callback.join()
 
@@ -632,6 +646,23 @@ class CancelToken:
 
     is_set = cancelled
     set = cancel
+
+
+_setting: dict[int, tuple[CancelToken, Cause]] = {}  # the cancels that are under way
+
+
+def after_fork() -> None:
+    """
+    In a forked child: what a thread of the parent's was about to set is set here as well.
+
+    Its callbacks are left to the parent.
+    """
+    _callbacks.after_fork()
+    for token, cause in _setting.copy().values():
+        if token._cause is cause:
+            token._claim(cause)
+            token._spread(cause)
+    _setting.clear()
 
 
 class _Messages(threading.local):

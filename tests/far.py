@@ -635,6 +635,23 @@ def forks():
     return os.fork() or None
 
 
+def forks_while_callbacks_run(begun):
+    """How a child ends that is forked when the token is set, and one of its callbacks runs."""
+    running, release = threading.Event(), threading.Event()
+    token = current_token()
+    token.on_cancel(release.is_set)  # called when the other one has ended
+    token.on_cancel(lambda: (running.set(), release.wait(60)))
+    note(begun)
+    running.wait(60)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        return None
+    status = os.waitpid(child, 0)[1]
+    release.set()
+    return status
+
+
 class ForksAsItIsRead:
     """What is read is the number of the child, and in the child nothing."""
 

@@ -130,8 +130,8 @@ MUTANTS = [
         "closing does not wait for the callback",
         "cancel_against_close",
         _callbacks,
-        "        while not self.finished:\n",
-        "        while self.function is None and not self.finished:\n",
+        "        while not self.finished and",
+        "        while self.function is None and not self.finished and",
     ),
     Mutant(
         "a callback wakes who waits for it and is finished then",

@@ -3,18 +3,22 @@ A process that is forked while other threads are in the middle of something: the
 """
 
 import inspect
+import multiprocessing
 import os
 import resource
 import select
 import signal
 import threading
+import time
 import traceback
 from types import SimpleNamespace
 
+import far
 import pytest
 from staging import start, until
 
 from fastpool import (
+    Cancelled,
     CancelToken,
     FailFast,
     GroupClosedError,
@@ -24,11 +28,13 @@ from fastpool import (
     _descriptor,
     _guard,
     _taskgroup,
+    _token,
     as_completed,
     use_token,
 )
+from fastpool._callbacks import Callback, Interrupts, Registration
 from fastpool._run import Run
-from fastpool.backends import Processes, processes, threads
+from fastpool.backends import Processes, _process, processes, threads
 from fastpool.futures import GroupExecutor
 
 pytestmark = [
@@ -422,6 +428,209 @@ def test_child_leaves_a_block_at_the_end_of_its_stack_though_another_thread_did_
         said = in_child(_taskgroup._limit_by, 0)
 
     assert said == "None"
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("fork_in_block", [False, True])
+def test_child_does_not_wait_for_a_callback_that_another_thread_runs(slow, fork_in_block, release):
+    """
+    That does not go on there; whether whoever set the token runs it, or a helper.
+    """
+    running = threading.Event()
+    token = CancelToken()
+
+    def callback():
+        running.set()
+        release.wait(60)
+
+    def leaves_block():
+        with pytest.raises(Cancelled):
+            block.__exit__(None, None, None)
+        return "left"
+
+    if fork_in_block:
+        block = Interrupts(token, callback, slow)
+        block.__enter__()
+        check = leaves_block
+    else:
+        check = token._register(Callback(callback, slow=slow)).close
+    thread, _ = start(token.cancel)
+    assert running.wait(60)
+    said = in_child(check)
+    release.set()
+    thread.join(60)
+
+    assert said == ("left" if fork_in_block else "None")
+    if fork_in_block:
+        leaves_block()
+
+
+def test_child_does_not_wait_for_a_callback_that_another_thread_takes_back(hold_at, release):
+    """
+    It was about to say so.
+    """
+    held = hold_at(Registration.unregister, "entry.finish(token)")
+    registration = CancelToken().on_cancel(print)
+    thread, taken_back = start(registration.unregister)
+    assert held.wait(60)
+    said = in_child(lambda: (registration.close(), registration.unregister()))
+    release.set()
+    thread.join(60)
+
+    assert said == "(None, False)"
+    assert taken_back == [True]
+
+
+def test_child_joins_the_callbacks_that_run_in_itself():
+    """
+    As its parent does; no matter that their token is older.
+    """
+    token = CancelToken()
+    running, registration = threading.Event(), token.on_cancel(lambda: running.set() or hold())
+    held, closed = threading.Event(), []
+
+    def hold():
+        held.wait(60)
+        closed.append("after")
+
+    def closes():
+        start(token.cancel)
+        assert running.wait(20)
+        thread, _ = start(lambda: (registration.close(), closed.append("closed")))
+        until(lambda: registration._entry._waiters)
+        held.set()
+        thread.join(20)
+        return closed
+
+    assert in_child(closes) == "['after', 'closed']"
+    registration.close()
+
+
+def test_child_that_a_far_task_forks_ends_though_callbacks_of_its_token_run(tmp_path):
+    """
+    Neither the one that a helper of the worker process is at, nor the one that comes after it.
+    """
+    with TaskGroup(pool=Processes(1)) as group:
+        task = group.submit(far.forks_while_callbacks_run, tmp_path / "begun")
+        far.seen(tmp_path / "begun")
+        group.cancel()
+
+    assert task.result() == 0
+
+
+def test_child_has_no_worker_process_that_another_thread_starts(release, monkeypatch):
+    """
+    It would be joined as the child ends, which only its parent can do.
+    """
+    started = threading.Event()
+
+    class Slow(_process.WorkerProcess):
+        def __init__(self, *args):
+            super().__init__(*args)
+            started.set()
+            release.wait(60)
+
+    monkeypatch.setattr(_process, "WorkerProcess", Slow)
+    with TaskGroup(pool=Processes(1)) as group:
+        task = group.submit(abs, -2)
+        assert started.wait(60)
+        assert len(multiprocessing.active_children()) == 1
+        said = in_child(lambda: (leave(group, task), multiprocessing.active_children()))
+        release.set()
+
+    assert said == "('left', [])"
+    assert task.result() == 2
+
+
+# --- Others set tokens ----------------------------------------------------------------------------
+
+
+class HeldAsItIsSet(CancelToken):
+    """A token that stops who sets it, in the process that made it, in the middle of that."""
+
+    __slots__ = ("after", "held", "process", "release")
+
+    def __init__(self, release, *, after):
+        super().__init__()
+        self.release = release
+        self.after = after  # whether it says already why it was set
+        self.process = os.getpid()
+        self.held = threading.Event()
+
+    def _claim(self, cause):
+        if self.after:
+            super()._claim(cause)
+        elif self._cause is None:
+            self._entries.setdefault(_token._CAUSE, cause)
+        if os.getpid() == self.process and not self.held.is_set():
+            self.held.set()
+            self.release.wait(60)
+        return super()._claim(cause)
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("whose", ["its own", "its first child's"])
+def test_token_that_is_being_set_is_set_in_a_child_with_its_descendants(after, whose, release):
+    """
+    Who waits for one of those there, or sets it, hears what its ancestor was set for.
+    """
+    if whose == "its own":
+        token = half = HeldAsItIsSet(release, after=after)
+    else:
+        token, half = CancelToken(), HeldAsItIsSet(release, after=after)
+        half._link(token)
+    last = token.child().child()
+    told = []
+    last.on_cancel(lambda: told.append("told"))
+    thread, _ = start(token.cancel, "rain")
+    assert half.held.wait(60)
+    tokens = token, half, last
+    said = in_child(lambda: [(each.wait(20), each.reason, each.cancel()) for each in tokens] + told)
+    release.set()
+    thread.join(60)
+
+    assert said == str([(True, "rain", False)] * 3)
+    assert told == ["told"]
+
+
+class Due:
+    """Something with a deadline that has passed, which stops the parent's thread that looks."""
+
+    def __init__(self, release, *, as_it_expires):
+        self.release = release
+        self.process = os.getpid()
+        self.as_it_expires = as_it_expires
+        self.held, self.expired = threading.Event(), threading.Event()
+        self.when = time.monotonic()
+
+    def hold(self):
+        if os.getpid() == self.process:
+            self.held.set()
+            self.release.wait(60)
+
+    def _due(self):
+        if not self.as_it_expires:
+            self.hold()
+        return self.when
+
+    def _expire(self):
+        self.hold()
+        self.expired.set()
+
+
+@pytest.mark.parametrize("as_it_expires", [False, True])
+def test_deadline_that_the_clock_looks_at_expires_in_a_child(as_it_expires, release):
+    """
+    It was due, and nothing of that had been done yet.
+    """
+    target = Due(release, as_it_expires=as_it_expires)
+    _clock.add_deadline(target.when, target)
+    assert target.held.wait(60)
+    said = in_child(lambda: target.expired.wait(20))
+    release.set()
+
+    assert said == "True"
+    assert target.expired.wait(60)
 
 
 # --- What the system refuses ----------------------------------------------------------------------

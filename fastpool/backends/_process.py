@@ -301,7 +301,6 @@ class WorkerProcess:
         self.calls.close()
         self.control.close()
         self._close_pidfd()
-        multiprocessing.process._children.discard(self.process)  # type: ignore[attr-defined] # or the exit would join it
 
     def _close_pidfd(self) -> None:
         number, self._pidfd = self._pidfd, None
@@ -313,6 +312,9 @@ def _after_fork() -> None:
     global _starting
     _starting = threading.Lock()
     _forked.append(None)
+    # Or the exit would join them. One may be just about to start, and not known to its lane.
+    children: set[Any] = multiprocessing.process._children  # type: ignore[attr-defined]
+    children -= {child for child in children if isinstance(child.name, _Name)}
 
 
 if hasattr(os, "register_at_fork"):
