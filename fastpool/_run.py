@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
 import threading
@@ -522,11 +523,12 @@ class Run(Ledger):
                     lane.gate.open()  # a signal handler of the user's may have been quicker
                     raise
                 return
+        began: list[Lane | None] = [None]
         if self.take_slot():
             try:
-                backend.start_lane(self)
+                backend.start_lane(self, functools.partial(self.enlist, began))
             except BaseException:
-                self.free_slot()
+                self.not_started(began[0])
                 raise
 
     def while_open(self, fn: Callable[[], object]) -> bool:
@@ -599,8 +601,8 @@ class Run(Ledger):
             for gate in self.leavers.copy():
                 gate.open()
 
-    def enlist(self, lane: Lane) -> None:
-        """A backend is about to start this lane."""
+    def enlist(self, began: list[Lane | None], lane: Lane) -> None:
+        """A backend is about to start this lane, with the slot that was taken for it."""
         lane.run = self
         self.lanes[lane] = None
         try:
@@ -608,6 +610,22 @@ class Run(Ledger):
         except BaseException:
             self.lanes.pop(lane, None)
             raise
+        began[0] = lane  # with no call in between, after which a signal handler could raise
+
+    def not_started(self, lane: Lane | None) -> None:
+        """
+        A backend has raised instead of starting a lane: what a signal handler did, perhaps.
+
+        Args:
+            lane: The one that it had enlisted by then.
+        """
+        if lane is None:
+            self.free_slot()
+        elif lane.stays:
+            lane.gate.open()  # where its thread is; it comes, with the slot
+        elif self.called.pop(lane, lane) is None:  # else it has come, or was recalled
+            self.lanes.pop(lane, None)
+            self.free_slot()
 
     def begin(self, lane: Lane) -> bool:
         """A lane that was called has come. False if nobody needs it any more."""

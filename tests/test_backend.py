@@ -34,9 +34,9 @@ class Batches:
         self.taken = []
         self.ended = 0
 
-    def start_lane(self, run):
+    def start_lane(self, run, enlist):
         lane = Lane(self)
-        run.enlist(lane)
+        enlist(lane)
         threading.Thread(target=self.serve, args=(run, lane)).start()
 
     def serve(self, run, lane):

@@ -162,10 +162,10 @@ def test_child_leaves_a_group_in_which_another_thread_starts_a_worker(release, m
     starting = threading.Event()
     start_lane = threads.Leased.start_lane
 
-    def slowly(self, run):
+    def slowly(*args):
         starting.set()
         release.wait(60)
-        start_lane(self, run)
+        start_lane(*args)
 
     monkeypatch.setattr(threads.Leased, "start_lane", slowly)
     with TaskGroup(1) as group:

@@ -581,6 +581,42 @@ def tear(point, step):
     return None
 
 
+@pytest.mark.parametrize("made", ["new", "parked"])
+def test_group_has_as_many_workers_wherever_a_foreign_handler_has_raised(made, workers):
+    """
+    Neither fewer nor more than it says; so `max_workers=1` runs nothing side by side.
+    """
+    arguments = workers(1)
+    for point in itertools.count():
+        if made == "new":
+            fastpool.shutdown()
+        else:
+            with TaskGroup(**arguments) as before:
+                before.submit(abs, -1)
+        begun, go = [], threading.Event()
+
+        def hold(begun=begun, go=go):
+            begun.append(len(begun))
+            assert go.wait(60)
+
+        group, torn = TaskGroup(**arguments), None
+        with contextlib.suppress(Stop), group:  # it may be held back until the block is left
+            torn = tear(point, lambda group=group: group.submit(abs, -1))
+            try:
+                for _ in range(2):
+                    start(group.submit, hold)[0].join(60)
+                until(lambda begun=begun: begun)
+                lanes, more = len(group._run.lanes), group._run.take_slot()
+            finally:
+                go.set()
+
+        assert (lanes, more) == (1, False), point
+        if not torn:
+            break
+
+    assert point > 10
+
+
 @pytest.mark.parametrize("idle", [True, False])
 def test_helper_that_a_foreign_handler_has_torn_the_call_of_does_the_next_job(idle):
     """

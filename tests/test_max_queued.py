@@ -1278,7 +1278,7 @@ def test_task_that_no_thread_can_be_started_for_gives_its_room_back(monkeypatch)
     Each submit is refused by what the system said, and none of them blocks.
     """
 
-    def refuses(backend, run):
+    def refuses(*_):
         raise RuntimeError("can't start new thread")
 
     works = Leased.start_lane
@@ -1300,11 +1300,11 @@ def test_group_goes_on_with_fewer_threads(monkeypatch):
     works = Leased.start_lane
     lanes = []
 
-    def starts_one(backend, run):
+    def starts_one(*args):
         if lanes:
             raise RuntimeError("can't start new thread")
-        lanes.append(run)
-        works(backend, run)
+        lanes.append(args)
+        works(*args)
 
     monkeypatch.setattr(Leased, "start_lane", starts_one)
     with TaskGroup(4, max_queued=2) as group:

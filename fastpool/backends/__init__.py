@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from fastpool._lane import Lane
     from fastpool._run import Run
     from fastpool.backends.processes import Processes
 
@@ -29,9 +32,9 @@ class Backend(Protocol):
     remote: bool
     """Whether calls and results are pickled on their way."""
 
-    def start_lane(self, run: Run) -> None:
+    def start_lane(self, run: Run, enlist: Callable[[Lane], None]) -> None:
         """
-        Have one more lane serve a group: `run.enlist(lane)`, then start it.
+        Have one more lane serve a group: `enlist(lane)`, then start it.
 
         It begins with `run.begin(lane)`, which is False if nobody needs it any more, and ends
         with `run.rest(lane)` (stays, idle, until its gate opens) or `run.dismiss(lane)`; if what
@@ -39,7 +42,8 @@ class Backend(Protocol):
         Must not block for long, nor run a task in the calling thread.
 
         Raises:
-            Exception: What the system says if it cannot be started; nothing is enlisted then.
+            Exception: What the system says if it cannot be started. If that comes only after
+                `enlist`, the gate of a lane that stays is opened, for its thread is there.
         """
         ...
 

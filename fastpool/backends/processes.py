@@ -113,13 +113,13 @@ class Processes:
     def _lane(self, pool: object, number: int) -> _Lane:
         return _Lane(pool, number, self)
 
-    def start_lane(self, run: Run) -> None:
+    def start_lane(self, run: Run, enlist: Callable[[Lane], None]) -> None:
         """Wake a thread that has a worker, or start one that gets one."""
         _process.refuse_in_import()
         lease = self._leases.get(run)
         if lease is None:
             lease = self._leases.setdefault(run, Leased(self.slots, self._crew))
-        lease.start_lane(run)
+        lease.start_lane(run, enlist)
 
     def cancel(self, run: Run) -> None:
         """The lanes hear the group's token themselves, and tell their workers."""

@@ -481,7 +481,7 @@ class Leased:
         self._leases: dict[str, _Pool] = {}  # under one key: `setdefault` decides who leases
         self._era = _era
 
-    def start_lane(self, run: Run) -> None:
+    def start_lane(self, run: Run, enlist: Callable[[Lane], None]) -> None:
         """Wake a parked thread, or start one."""
         pool = self._leases.get("pool")
         if pool is None:
@@ -489,14 +489,10 @@ class Leased:
         run.pool = pool
         lane = take_last(pool.reserve)
         if lane is None:
-            pool.start(run.enlist)
+            pool.start(enlist)
         else:
-            run.enlist(lane)
-            try:
-                lane.gate.open()
-            except BaseException:  # see `Run._call`
-                lane.gate.open()
-                raise
+            enlist(lane)
+            lane.gate.open()
 
     def _lease(self) -> _Pool:
         pool = take_last(self._crew.idle)
@@ -555,20 +551,15 @@ class Shared:
         self.pool = pool
         self.slots: int = pool._processes  # type: ignore[attr-defined]
 
-    def start_lane(self, run: Run) -> None:
+    def start_lane(self, run: Run, enlist: Callable[[Lane], None]) -> None:
         """Issue a job that serves the group."""
         run.pool = self.pool
         run.sharing = True
         lane = Lane(self.pool)
-        run.enlist(lane)
-        try:
-            self.pool.apply_async(self._job, (run, lane))
-            # A worker that waits for the group can do what this job would, if it never gets there.
-            tell_helpers(run)
-        except BaseException:
-            if run.called.pop(lane, lane) is None:  # else it has come, or was recalled
-                run.lanes.pop(lane, None)
-            raise
+        enlist(lane)
+        self.pool.apply_async(self._job, (run, lane))
+        # A worker that waits for the group can do what this job would, if it never gets there.
+        tell_helpers(run)
 
     def _job(self, run: Run, lane: Lane) -> None:
         try:
