@@ -19,7 +19,7 @@ from fastpool import _marks, _scope
 from fastpool._bounded import BoundedQueue
 from fastpool._callbacks import Callback, Registration
 from fastpool._gate import Gate
-from fastpool._items import Stretch
+from fastpool._items import Items, Stretch
 from fastpool._lane import At, Lane, handle, here, stand_in, take_last
 from fastpool._ledger import GIVEN_BACK, Ledger
 from fastpool._task import (
@@ -355,12 +355,16 @@ class Run(Ledger):
         """
         items = stretch.items
         start = len(items)
-        stretch.add(arguments, context)
         tasks = map(items.task, range(start, start + len(arguments)))
-        if self.observers:
-            self.submit_observed(list(tasks), stretch, stretch.fn)
-            return
-        self.queue.extend(itertools.repeat(stretch, len(arguments)))
+        try:
+            stretch.add(arguments, context)
+            if self.observers:
+                self.submit_observed(list(tasks), stretch, stretch.fn)
+                return
+            self.queue.extend(itertools.repeat(stretch, len(arguments)))
+        except BaseException as error:  # a signal handler's, too
+            whole(self.drop, items, start, error)
+            raise
         if self.bounded is not None:
             self.give_room(stretch)
         if self.closing is not None:
@@ -371,20 +375,30 @@ class Run(Ledger):
     def submit_one(self, stretch: Stretch, argument: object, context: Context) -> None:
         """As `submit_more`, for one call; nobody else has the context."""
         items = stretch.items
-        stretch.contexts.append(context)
-        items.taken.append(False)
-        items.add_states(1)
-        items.values.append(argument)
-        if self.observers:
-            self.submit_observed((items.task(len(items) - 1),), stretch, stretch.fn)
-            return
-        self.queue.append(stretch)
+        start = len(items)
+        try:
+            stretch.contexts.append(context)
+            items.taken.append(False)
+            items.add_states(1)
+            items.values.append(argument)
+            if self.observers:
+                self.submit_observed((items.task(start),), stretch, stretch.fn)
+                return
+            self.queue.append(stretch)
+        except BaseException as error:  # a signal handler's, too
+            whole(self.drop, items, start, error)
+            raise
         if self.bounded is not None:
             self.give_room(stretch)
         if self.closing is not None:
-            self.refuse_late((items.task(len(items) - 1),), stretch.fn)
+            self.refuse_late((items.task(start),), stretch.fn)
         if not self.called and (self.idle or not self.full or self.recalled):
-            self.call_for(map(items.task, (len(items) - 1,)), stretch)
+            self.call_for(map(items.task, (start,)), stretch)
+
+    def drop(self, items: Items, start: int, reason: object) -> None:
+        """Let no call from a place on be waited for that nobody has begun: it may not be queued."""
+        for index in range(start, len(items)):
+            self.withdraw(items.task(index), reason)
 
     def submit_observed(
         self, tasks: Sequence[Task[Any]], entry: Task[Any] | Stretch, fn: object

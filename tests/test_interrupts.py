@@ -1802,6 +1802,34 @@ def test_call_whose_submit_a_foreign_handler_has_ended_is_not_waited_for_in_vain
     assert point > 5
 
 
+@pytest.mark.parametrize("observers", [(), [lambda event: None]])
+@pytest.mark.parametrize("name", HANDED_OVER[1:])
+def test_calls_that_a_foreign_handler_kept_from_the_queue_are_not_waited_for(
+    name, observers, watched
+):
+    """
+    Though others of the same `map` are queued.
+    """
+    hand_over = hand_over_to(name)
+    for point in itertools.count():
+        with read_or_not(), TaskGroup(1, observers=observers) as group:
+            holding = Holding(group)
+            if name.startswith("imap"):
+                holding.go.set()  # it waits for values
+            torn = tear(point, lambda group=group: hand_over(group))
+            waiter, outcome = start(group.wait, 30)
+            if not holding.go.is_set():
+                until(lambda waiter=waiter: is_asleep(waiter))
+                holding.go.set()
+            waiter.join(60)
+
+            assert outcome == [None] or group.failures, point
+        if not torn:
+            break
+
+    assert point > 10
+
+
 # --- At every point -------------------------------------------------------------------------------
 
 

@@ -313,7 +313,7 @@ def _after_fork() -> None:
     _starting = threading.Lock()
     _forked.append(None)
     # Or the exit would join them. One may be just about to start, and not known to its lane.
-    children: set[Any] = multiprocessing.process._children  # type: ignore[attr-defined]
+    children: set[Any] = vars(multiprocessing.process)["_children"]
     children -= {child for child in children if isinstance(child.name, _Name)}
 
 
