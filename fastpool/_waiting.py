@@ -116,7 +116,8 @@ def _sleep_until_done(tasks: list[Task[Any]], timeout: float | None, lane: Lane 
     token = _scope.current_token()
     gate = Gate()
     key = token._add_sleeper(gate)
-    try:
+
+    def see_them_end() -> bool:  # a function of its own: see `Run._wait_for_room`
         if lane is not None:
             for task in tasks:
                 token.check()
@@ -130,6 +131,9 @@ def _sleep_until_done(tasks: list[Task[Any]], timeout: float | None, lane: Lane 
                     return False
                 _sleep_once(task, token, gate, left, lane)
         return True
+
+    try:
+        return see_them_end()
     finally:
         token._remove(key)
 

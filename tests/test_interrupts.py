@@ -3,6 +3,7 @@ Ctrl-C: who hears it, where it is raised, and what is left behind.
 """
 
 import contextlib
+import dis
 import gc
 import io
 import itertools
@@ -38,6 +39,7 @@ from fastpool import (
     StuckTaskError,
     TaskGroup,
     _clock,
+    _waiting,
     _wakers,
     blocking,
     cancellable,
@@ -48,6 +50,9 @@ from fastpool import (
 )
 from fastpool._bounded import BoundedQueue
 from fastpool._gate import Gate
+from fastpool._run import Run
+from fastpool._stream import Source
+from fastpool.blocking import _elsewhere
 
 
 def interrupt():
@@ -1556,6 +1561,23 @@ def test_service_stops_in_good_order_when_it_is_told_to():
         child.kill()
 
     assert (child.returncode, errors) == (128 + signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize(
+    "fn", [_elsewhere.sit_in, _waiting._sleep_until_done, Run._wait_for_room, Source._wait_for_room]
+)
+def test_what_is_raised_at_a_jump_backwards_does_not_pass_by_what_cleans_up(fn):
+    """
+    CPython 3.12 to 3.14 leave the jump at the end of some loops out of the `try` around them.
+    """
+    code = dis.Bytecode(fn)
+    covered = {
+        offset for entry in code.exception_entries for offset in range(entry.start, entry.end)
+    }
+    jumps = [step.offset for step in code if step.opname.startswith("JUMP_BACKWARD")]
+
+    # A loop before the `try`, of which all is outside, has nothing to clean up.
+    assert not [at for at in jumps if at not in covered and at > min(covered)]
 
 
 # --- Room in a bounded queue ----------------------------------------------------------------------

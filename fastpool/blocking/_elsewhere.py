@@ -84,14 +84,18 @@ def sit_in(
     call = Call(lambda: fn(*args, **kwargs))
     _clock.run_in_helper(call.run)
     try:
-        while not call.ended():
-            call.gate.wait()
+        _see_end_of(call, call.gate.wait)
     except BaseException:
         try:
             interrupt()
         except Exception as error:  # it must not come in the place of the other
             unraisable(error, interrupt)
-        while not call.ended():
-            call.gate.sit_out()
+        _see_end_of(call, call.gate.sit_out)
         raise
     return call.unwrap()
+
+
+# A function of its own: see `Run._wait_for_room`.
+def _see_end_of(call: Call[R], wait: Callable[[], object]) -> None:
+    while not call.ended():
+        wait()
