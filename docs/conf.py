@@ -45,7 +45,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"fastpool\.([a-z_]+\.)*_[A-Z]\w*"),
     # What only the library makes is in signatures that nobody calls.
     ("py:.*", r"fastpool\.(blocking\.)?_[a-z]+\.\w+"),
-    ("py:.*", r"Callback|Context|FrameType|Options|R_co|Run|Ts"),
+    ("py:.*", r"Callback|Context|FrameType|Lane|Options|R_co|Run|Ts"),
     # Those of other packages, by the names that their signatures have for them.
     ("py:.*", r"_TYPE_[A-Z]+|BaseHTTPS?Connection|Retry|Url"),
     ("py:.*", r"fastpool\.blocking\.with_urllib3\.HTTPS?Connection"),

@@ -81,8 +81,15 @@ class BoundedQueue(deque[T]):
             whole(self.wake)
             raise
 
+    def take_nothing(self, entry: object) -> None:
+        """Only say that the calling thread is about to make room; see `is_interrupted`."""
+        self.promised[entry] = (0, threading.get_ident())
+
     def is_interrupted(self) -> bool:
-        """Whether the calling code has interrupted its own thread where that has taken room."""
+        """
+        Whether the calling code has interrupted its own thread where that has taken room, or is
+        about to make some: it would wait for what can only go on after it.
+        """
         me = threading.get_ident()
         return any(owner == me for _, owner in list(self.promised.values()))
 

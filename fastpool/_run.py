@@ -517,8 +517,15 @@ class Run(Ledger):
 
     def call(self) -> None:
         """Have one more lane serve the queue, if one is idle or may be started."""
-        # Others may have run all there was since we looked, and the group be about to end.
-        self.while_open(self._call)
+        queue, entry = self.bounded, object()
+        if queue is not None:
+            queue.take_nothing(entry)  # nothing that interrupts us may wait for this lane
+        try:
+            # Others may have run all there was since we looked, and the group be about to end.
+            self.while_open(self._call)
+        finally:
+            if queue is not None:
+                queue.promised.pop(entry, None)
 
     def _call(self) -> None:
         backend = self.backend

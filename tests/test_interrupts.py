@@ -478,6 +478,15 @@ def raising_at(point):
     But where nothing can be done about it: in what lets nothing pass, and at the very entry of an
     `__exit__`.
     """
+
+    def stop():
+        raise Stop
+
+    return doing_at(point, stop)
+
+
+def doing_at(point, act):
+    """A profiler that does something there."""
     points = itertools.count()
 
     def profile(frame, event, argument):
@@ -486,7 +495,7 @@ def raising_at(point):
         if name in ("_forget", "__del__") or (name == "__exit__" and event == "call"):
             return
         if is_ours and event in ("call", "c_return") and next(points) == point:
-            raise Stop
+            act()
 
     return profile
 
@@ -1850,6 +1859,43 @@ def test_calls_that_a_foreign_handler_kept_from_the_queue_are_not_waited_for(
             break
 
     assert point > 10
+
+
+@pytest.mark.parametrize("limit", [1, 2])
+@pytest.mark.parametrize("made", ["new", "parked", "idle"])
+def test_handler_that_submits_waits_for_no_room_that_its_own_thread_is_about_to_make(made, limit):
+    """
+    It has interrupted a submit of its thread, which has filled the queue and calls a worker.
+    """
+
+    def fill():
+        for point in itertools.count():
+            if made == "new":
+                fastpool.shutdown()
+            else:
+                with TaskGroup(limit) as before:
+                    before.submit(abs, -1)
+            with TaskGroup(limit, max_queued=1) as group:
+                if made == "idle":
+                    group.submit(abs, -1).wait()
+                    until(group._run.at_rest)
+                told = []
+
+                def submit(told=told, group=group):
+                    told.append(group.submit(abs, -2))
+
+                sys.setprofile(doing_at(point, submit))
+                try:
+                    task = group.submit(abs, -1)
+                finally:
+                    sys.setprofile(None)
+
+            assert [task.result(), *(of.result() for of in told)] == [1, 2][: 1 + len(told)]
+            if not told:
+                break
+        return point
+
+    assert in_thread(fill) > 10
 
 
 # --- At every point -------------------------------------------------------------------------------
