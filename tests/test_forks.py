@@ -112,6 +112,16 @@ def hold_at(release):
     threading.settrace(None)
 
 
+def left_in_the_middle_of_a_submit(group, reached, release):
+    """What a child says that leaves a group in which another thread submits; and what that has."""
+    producer, submitted = start(group.submit, abs, -2)
+    assert reached.wait(60)
+    said = in_child(leave, group)
+    release.set()
+    producer.join(60)
+    return said, submitted
+
+
 # --- Others submit --------------------------------------------------------------------------------
 
 
@@ -145,11 +155,7 @@ def test_child_leaves_a_group_that_another_thread_tells_of_a_task(release):
             release.wait(60)
 
     with TaskGroup(1, observers=[tell]) as group:
-        producer, submitted = start(group.submit, abs, -2)
-        assert telling.wait(60)
-        said = in_child(leave, group)
-        release.set()
-        producer.join(60)
+        said, submitted = left_in_the_middle_of_a_submit(group, telling, release)
 
     assert said == "left"
     assert submitted[0].result() == 2
@@ -169,11 +175,7 @@ def test_child_leaves_a_group_in_which_another_thread_starts_a_worker(release, m
 
     monkeypatch.setattr(threads.Leased, "start_lane", slowly)
     with TaskGroup(1) as group:
-        producer, submitted = start(group.submit, abs, -2)
-        assert starting.wait(60)
-        said = in_child(leave, group)
-        release.set()
-        producer.join(60)
+        said, submitted = left_in_the_middle_of_a_submit(group, starting, release)
 
     assert said == "left"
     assert submitted[0].result() == 2
