@@ -46,6 +46,7 @@ MODULES = (
     "_taskgroup.py",
     "_run.py",
     "_ledger.py",
+    "_bounded.py",
     "backends/threads.py",
     "backends/processes.py",
     "backends/_process.py",
