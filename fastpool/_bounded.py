@@ -35,7 +35,8 @@ class BoundedQueue(deque[T]):
         # under the entry that they go by there, and in the order in which it was asked for.
         self.promised: dict[object, tuple[int, int]] = {}
         self._lent: deque[None] = deque()  # for each that stays in the queue and never runs
-        self.waiting: dict[Gate, None] = {}  # where a submitter sleeps, the first to come first
+        # Where a submitter sleeps, and which thread that is; the first to come first.
+        self.waiting: dict[Gate, int] = {}
 
     def take_room(self, entry: object, most: int = 1) -> int:
         """
@@ -51,7 +52,7 @@ class BoundedQueue(deque[T]):
         promised[entry] = (most, me)
         ahead = 0
         if len(promised) > 1:  # of those who look at once, each counts who came before
-            for other, (count, _) in list(promised.items()):
+            for other, (count, _) in promised.copy().items():
                 if other is entry:
                     break
                 ahead += count
@@ -87,11 +88,17 @@ class BoundedQueue(deque[T]):
 
     def is_interrupted(self) -> bool:
         """
-        Whether the calling code has interrupted its own thread where that has taken room, or is
-        about to make some: it would wait for what can only go on after it.
+        Whether the calling code has interrupted its own thread where that has taken room, is
+        about to make some, or stands in line: it would wait for what can only go on after it.
         """
         me = threading.get_ident()
-        return any(owner == me for _, owner in list(self.promised.values()))
+        return me in self.waiting.copy().values() or any(
+            owner == me for _, owner in self.promised.copy().values()
+        )
+
+    def line_up(self, gate: Gate) -> None:
+        """Have a gate of the calling thread's opened when there may be room. Look after."""
+        self.waiting[gate] = threading.get_ident()
 
     def wake(self) -> None:
         """
@@ -102,7 +109,7 @@ class BoundedQueue(deque[T]):
         """
         if self.waiting:
             promised = self.promised
-            taken = sum(count for count, _ in list(promised.values())) if promised else 0
+            taken = sum(count for count, _ in promised.copy().values()) if promised else 0
             if self.limit - taken - max(len(self) - len(self._lent), 0) > 0:  # as above
                 for gate in self.waiting.copy():
                     gate.open()

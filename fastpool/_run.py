@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from fastpool import _marks, _scope
 from fastpool._bounded import BoundedQueue
 from fastpool._callbacks import Callback, Registration
+from fastpool._errors import is_a
 from fastpool._gate import Gate
 from fastpool._items import Items, Stretch
 from fastpool._lane import At, Lane, handle, here, stand_in, take_last
@@ -283,7 +284,7 @@ class Run(Ledger):
         # In a function of its own: what a signal handler raises at the jump backwards of a loop
         # passes by what CPython has for the `try` around that, but not around a call.
         def take_in_line() -> None:
-            queue.waiting[gate] = None
+            queue.line_up(gate)
             if lane is not None:
                 self.helpers[gate] = lane
             while True:  # said first and looked at then
@@ -314,7 +315,7 @@ class Run(Ledger):
 
     def sleep_for_room(self, queue: BoundedQueue[Any], gate: Gate, lane: Lane | None) -> None:
         """Sleep until there may be room, or do something for it; the gate stands in line."""
-        self.see_to_queue()
+        self.look_at_queue()
         if lane is None:
             gate.wait()
             return
@@ -323,7 +324,7 @@ class Run(Ledger):
         queue.waiting.pop(gate, None)
         queue.wake()
         helped = self.help_leave(lane, most=1) or help_along(lane, *self.in_hand())
-        queue.waiting[gate] = None
+        queue.line_up(gate)
         queue.wake()
         if helped:
             return
@@ -398,7 +399,7 @@ class Run(Ledger):
     def drop(self, items: Items, start: int, reason: object) -> None:
         """Let no call from a place on be waited for that nobody has begun: it may not be queued."""
         for index in range(start, len(items)):
-            self.withdraw(items.task(index), reason)
+            super().withdraw(items.task(index), reason)  # it makes room when a lane comes to it
 
     def submit_observed(
         self, tasks: Sequence[Task[Any]], entry: Task[Any] | Stretch, fn: object
@@ -436,33 +437,20 @@ class Run(Ledger):
         """Have a lane come for what was just queued, under that entry for each of the tasks."""
         try:
             self.call()
-        except TimeoutError:  # no system says so, but a handler of SIGALRM
-            raise
-        except NO_LANE as error:
+        except BaseException as error:
+            # No system says `TimeoutError`, but a handler of SIGALRM.
+            if is_a(error, TimeoutError) or not is_a(error, *NO_LANE):
+                self.look_at_queue()  # others may have found the slot taken that we had
+                raise
             if self.lanes:
                 return  # it goes on with those that it has
             withdrawn = [super(Run, self).withdraw(task, error) for task in tasks]
             for _ in filter(None, withdrawn):
                 with contextlib.suppress(ValueError, IndexError):
                     self.queue.remove(entry)
+            self.look_at_queue()
             if any(withdrawn):
                 raise
-
-    def see_to_queue(self) -> None:
-        """
-        Have a lane come for what is queued, if there should be one.
-
-        A signal handler may have ended the submit that was about to call it. Who waits for what
-        is queued says so before it sleeps.
-        """
-        if self.queue and self.want_lane():
-            try:
-                self.call()
-            except TimeoutError:  # as in `call_for`
-                raise
-            except NO_LANE:
-                if not self.lanes:
-                    raise
 
     def check_open(self, fn: object) -> None:
         """Raise if nothing can be submitted."""
@@ -608,13 +596,24 @@ class Run(Ledger):
     def give_back_slot(self) -> None:
         """Free a slot, and see whether somebody was waiting for it."""
         self.free_slot()
+        self.look_at_queue()
+        self.wake_leavers()
+
+    def look_at_queue(self) -> None:
+        """
+        Have a lane come for what is queued, if there should be one.
+
+        Said by who gives a slot back, and by who is about to wait for what is queued: a signal
+        handler may have ended the submit that was to call it. The group fails if there is none.
+        """
         if self.queue and not self.stopping() and self.want_lane():
             try:
                 self.call()
+            except TimeoutError:  # as in `call_for`
+                raise
             except NO_LANE as error:
                 if not self.lanes:
                     self._report(error)  # nobody is left to run the rest
-        self.wake_leavers()
 
     def wake_leavers(self) -> None:
         """Have who waits for the lanes to come to rest look again."""
@@ -904,7 +903,7 @@ class Run(Ledger):
         in_hand += [task for lane in self.lanes.copy() for task in lane.in_hand()]
         pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
-            self.see_to_queue()
+            self.look_at_queue()
             for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
                 pending.pop(resting, None)
             tasks = itertools.chain(*reversed(queued), in_hand, InHand(pending))
@@ -962,15 +961,7 @@ class Run(Ledger):
         # Looked at again after the recalls: a submitter may have counted on such a lane.
         if not self.queue or self.stopping():
             return self.at_rest()
-        if self.want_lane():
-            try:
-                self.call()
-            except TimeoutError:  # as in `call_for`
-                raise
-            except NO_LANE as error:
-                if not self.lanes:
-                    self._report(error)  # no thread at all: nothing of the queue can run
-                return False
+        self.look_at_queue()
         if lane is not None:
             self.help_leave(lane)
         return False

@@ -230,10 +230,10 @@ class Source(Generic[T, R]):
         keys = [(heard, heard._add_sleeper(gate)) for heard in dict.fromkeys((token, run.token))]
 
         def take_in_line() -> int:  # see `Run._wait_for_room`
-            queue.waiting[gate] = None
+            queue.line_up(gate)
             if lane is not None:
                 run.helpers[gate] = lane
-            while not (room := run.room(self._fn, stretch, most, waits=False)):
+            while not (room := queue.take_room(stretch, most)):
                 if ready() or token.cancelled() or run.closed is not None or run.stopping():
                     return 0  # what there is to say, who waits for the value says
                 run.sleep_for_room(queue, gate, lane)

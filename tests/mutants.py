@@ -260,7 +260,7 @@ MUTANTS = [
         "a worker that has looked for something to run stands in no line for room",
         "wait_against_leaving",
         _run,
-        "        queue.waiting[gate] = None\n        queue.wake()\n        if helped:\n",
+        "        queue.line_up(gate)\n        queue.wake()\n        if helped:\n",
         "        queue.wake()\n        if helped:\n",
     ),
     Mutant(
@@ -417,7 +417,7 @@ MUTANTS = [
         "room_against_producers",
         _run,
         """
-            queue.waiting[gate] = None
+            queue.line_up(gate)
             if lane is not None:
                 self.helpers[gate] = lane
             while True:  # said first and looked at then
@@ -432,7 +432,7 @@ MUTANTS = [
                 self.check_open(fn)
                 if queue.take_room(entry):
                     return
-                queue.waiting[gate] = None
+                queue.line_up(gate)
                 self.sleep_for_room""",
     ),
     Mutant(
@@ -443,7 +443,7 @@ MUTANTS = [
         promised[entry] = (most, me)
         ahead = 0
         if len(promised) > 1:  # of those who look at once, each counts who came before
-            for other, (count, _) in list(promised.items()):
+            for other, (count, _) in promised.copy().items():
                 if other is entry:
                     break
                 ahead += count

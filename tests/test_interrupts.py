@@ -1898,6 +1898,54 @@ def test_handler_that_submits_waits_for_no_room_that_its_own_thread_is_about_to_
     assert in_thread(fill) > 10
 
 
+def test_bound_is_kept_wherever_a_foreign_handler_has_ended_a_map():
+    """
+    What it kept from the queue takes up no room there, nor does it make any.
+    """
+    for point in itertools.count():
+        with read_or_not(), TaskGroup(1, max_queued=3) as group:
+            holding = Holding(group)
+            torn = tear(point, lambda group=group: group.map(abs, [-1, -2, -3]))
+            producer, _ = start(lambda group=group: [group.submit(abs, -1) for _ in range(9)])
+            until(lambda group=group: group.failures or group._run.bounded.waiting)
+            queued = len(group._run.queue)
+            holding.go.set()
+            producer.join(60)
+
+        assert group.failures or queued == 3, point
+        if not torn:
+            break
+
+    assert point > 10
+
+
+def test_handler_that_submits_waits_for_no_room_that_its_own_thread_stands_in_line_for():
+    """
+    It is given to who came first, and that is the call that was interrupted.
+    """
+    told = []
+    before = signal.signal(signal.SIGALRM, lambda *_: told.append(group.submit(abs, -3)))
+
+    def ring():
+        until(lambda: group._run.bounded.waiting)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGALRM)
+        until(lambda: told)
+        holding.go.set()
+
+    try:
+        with TaskGroup(1, max_queued=1) as group:
+            holding = Holding(group)
+            group.submit(abs, -1)
+            rings, rung = start(ring)
+            task = group.submit(abs, -2)
+            rings.join(60)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+    assert rung == [None]
+    assert [task.result(), *(of.result() for of in told)] == [2, 3]
+
+
 # --- At every point -------------------------------------------------------------------------------
 
 

@@ -1293,6 +1293,37 @@ def test_task_that_no_thread_can_be_started_for_gives_its_room_back(monkeypatch)
     assert tasks.results() == list(range(20))
 
 
+@pytest.mark.parametrize("bound", [{}, {"max_queued": 2}])
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), LookupError()])
+def test_call_that_found_the_slot_taken_is_run_though_no_thread_was_started_with_it(
+    monkeypatch, bound, error
+):
+    """
+    Another submitter had it; the system, or a signal handler, has ended that.
+    """
+    starts, has_queued = threading.Event(), threading.Event()
+    works, once = Leased.start_lane, [error]
+
+    def refuses_once(*args):
+        if not once:
+            return works(*args)
+        starts.set()
+        assert has_queued.wait(60)
+        raise once.pop()
+
+    monkeypatch.setattr(Leased, "start_lane", refuses_once)
+    with TaskGroup(1, **bound) as group:
+        first, refused = start(group.submit, abs, -1)
+        assert starts.wait(60)
+        task = group.submit(abs, -2)
+        has_queued.set()
+        first.join(60)
+        value = task.result(timeout=60)
+
+    assert refused == [error]
+    assert value == 2
+
+
 def test_group_goes_on_with_fewer_threads(monkeypatch):
     """
     Where the system gives only one, that one serves those who wait.
