@@ -15,6 +15,8 @@ __all__ = ["BoundedQueue"]
 
 T = TypeVar("T")
 
+NOTHING = (0, 0)  # what nobody has promised
+
 
 class BoundedQueue(deque[T]):
     """
@@ -52,10 +54,10 @@ class BoundedQueue(deque[T]):
         promised[entry] = (most, me)
         ahead = 0
         if len(promised) > 1:  # of those who look at once, each counts who came before
-            for other, (count, _) in promised.copy().items():
+            for other in list(promised):
                 if other is entry:
                     break
-                ahead += count
+                ahead += promised.get(other, NOTHING)[0]  # what is gone is in the queue by now
         # In this order: who puts something in does so first and gives its promise up then.
         room = self.limit - ahead - max(len(self) - len(self._lent), 0)
         if room >= most:
@@ -92,8 +94,8 @@ class BoundedQueue(deque[T]):
         about to make some, or stands in line: it would wait for what can only go on after it.
         """
         me = threading.get_ident()
-        return me in self.waiting.copy().values() or any(
-            owner == me for _, owner in self.promised.copy().values()
+        return me in list(self.waiting.values()) or any(
+            owner == me for _, owner in list(self.promised.values())
         )
 
     def line_up(self, gate: Gate) -> None:
@@ -109,9 +111,9 @@ class BoundedQueue(deque[T]):
         """
         if self.waiting:
             promised = self.promised
-            taken = sum(count for count, _ in promised.copy().values()) if promised else 0
+            taken = sum(count for count, _ in list(promised.values())) if promised else 0
             if self.limit - taken - max(len(self) - len(self._lent), 0) > 0:  # as above
-                for gate in self.waiting.copy():
+                for gate in list(self.waiting):
                     gate.open()
                     return
 

@@ -231,7 +231,7 @@ class _Survey:
         self.seen.add(run)
         cause = run.token._cause
         state: Literal["open", "leaving", "dropped"] = "leaving" if run.leavers else "open"
-        tasks = [view for lane in run.lanes.copy() if (view := self.task(lane)) is not None]
+        tasks = [view for lane in list(run.lanes) if (view := self.task(lane)) is not None]
         return OpenGroup(
             name=run.name,
             state="dropped" if run.closed is DROPPED else state,

@@ -442,8 +442,10 @@ class Run(Ledger):
             if is_a(error, TimeoutError) or not is_a(error, *NO_LANE):
                 self.look_at_queue()  # others may have found the slot taken that we had
                 raise
-            if self.lanes:
-                return  # it goes on with those that it has
+            if self.lanes:  # it goes on with those that it has
+                if self.idle or self.recalled:  # no memory to call one, say
+                    self.look_at_queue()
+                return
             withdrawn = [super(Run, self).withdraw(task, error) for task in tasks]
             for _ in filter(None, withdrawn):
                 with contextlib.suppress(ValueError, IndexError):
@@ -618,7 +620,7 @@ class Run(Ledger):
     def wake_leavers(self) -> None:
         """Have who waits for the lanes to come to rest look again."""
         if self.leavers:
-            for gate in self.leavers.copy():
+            for gate in list(self.leavers):
                 gate.open()
 
     def enlist(self, began: list[Lane | None], lane: Lane) -> None:
@@ -649,9 +651,9 @@ class Run(Ledger):
 
     def begin(self, lane: Lane) -> bool:
         """A lane that was called has come. False if nobody needs it any more."""
-        lane.at_work = self.called.pop(lane, lane) is None
-        if not lane.at_work:
+        if self.called.pop(lane, lane) is not None:
             return False
+        lane.at_work = True
         if len(self.queue) > 1 and not self.attended and self.want_lane():
             with contextlib.suppress(*NO_LANE):
                 self.call()  # if there is no lane to be had, go on with those there are
@@ -689,7 +691,7 @@ class Run(Ledger):
         lane.let_go()
         # Only what it has itself. It may be idle, or recalled; and who has just taken it off there
         # calls it: it comes, and finds the group stopped.
-        if lane.at_work or self.called.pop(lane, lane) is None:
+        if lane.at_work:
             if lane.stays:
                 self.rest(lane)
             else:
@@ -707,8 +709,9 @@ class Run(Ledger):
 
     def passed(self, lane: Lane) -> None:
         """A lane has finished what it had in hand."""
-        for gate, lanes in self.fences.copy().items():
-            if lanes.pop(lane, lane) is None and not lanes:
+        for gate in list(self.fences):
+            lanes = self.fences.get(gate)
+            if lanes is not None and lanes.pop(lane, lane) is None and not lanes:
                 gate.open()
 
     # --- What a lane does -----------------------------------------------------------------
@@ -891,7 +894,7 @@ class Run(Ledger):
         deadline = None if timeout is None else time.monotonic() + timeout
         gate = Gate()
         # Before the queue and after it: a far lane takes many, and gives some of them back.
-        in_hand = [task for lane in self.lanes.copy() for task in lane.in_hand()]
+        in_hand = [task for lane in list(self.lanes) for task in lane.in_hand()]
         queued = [
             entry.unfinished() if type(entry) is Stretch else (entry,)
             for entry in dict.fromkeys(self.queue.copy())
@@ -900,11 +903,11 @@ class Run(Ledger):
         # yet said so; they pass as soon as they are done with it.
         pending: dict[Lane, None] = {}
         self.fences[gate] = pending
-        in_hand += [task for lane in self.lanes.copy() for task in lane.in_hand()]
+        in_hand += [task for lane in list(self.lanes) for task in lane.in_hand()]
         pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
             self.look_at_queue()
-            for resting in [*self.idle.copy(), *self.called.copy(), *self.recalled.copy()]:
+            for resting in [*list(self.idle), *list(self.called), *list(self.recalled)]:
                 pending.pop(resting, None)
             tasks = itertools.chain(*reversed(queued), in_hand, InHand(pending))
             return wait_for_all(tasks, deadline) and self._see_pass(pending, gate, deadline)
@@ -1006,7 +1009,7 @@ class Run(Ledger):
         if notice is not None:
             notice.unregister()
         for task in list(self.watchers):  # what a lane that failed has lost has ended only now
-            if task._taken and not task._state and self.settle(task):
+            if task._state or (task._taken and self.settle(task)):
                 self.notify(task)
         for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
@@ -1036,7 +1039,7 @@ class Run(Ledger):
         self.abandoned = why
         self.token.cancel(why)
         running = [
-            (lane, task) for lane in self.lanes.copy() for task in lane.in_hand() if not task._state
+            (lane, task) for lane in list(self.lanes) for task in lane.in_hand() if not task._state
         ]
         left: list[str] = []
         for lane, task in running:
@@ -1063,7 +1066,7 @@ class Run(Ledger):
         self.foreign = self.halted = self.disturbed = True
         if self.judging is not None:
             self.judging = threading.RLock()  # another thread may have held it
-        for lane in self.lanes.copy():
+        for lane in list(self.lanes):
             for task in lane.in_hand():
                 if not task._state:
                     task._value = self.closed
@@ -1074,10 +1077,9 @@ class Run(Ledger):
         self.backend = None
         # Nobody wakes this thread any more: if a signal handler has forked, it may be waiting,
         # and an iterator of tasks waits for the next one.
-        fences = self.fences.copy()
-        for lanes in fences.values():
+        for lanes in list(self.fences.values()):
             lanes.clear()
-        watchers = itertools.chain(*self.watchers.copy().values())
-        for gate in (*fences, *watchers, *self.token._sleepers()):
+        watchers = itertools.chain(*list(self.watchers.values()))
+        for gate in (*list(self.fences), *watchers, *self.token._sleepers()):
             if isinstance(gate, Gate):
                 gate.open()

@@ -290,7 +290,7 @@ class Source(Generic[T, R]):
         """The calls that nobody has taken the value of."""
         return [
             number
-            for chunk in self.chunks.copy()
+            for chunk in list(self.chunks)
             for number in range(chunk * CHUNK, min((chunk + 1) * CHUNK, self.count))
             if not self.is_taken(number)
         ]

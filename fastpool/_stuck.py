@@ -68,7 +68,7 @@ class Vigil:
         waited = 0.0 if cause is None else time.monotonic() - cause.at
         stuck: list[tuple[Task[Any], Lane]] = []
         contexts: list[Context | None] = []
-        for lane in run.lanes.copy():
+        for lane in list(run.lanes):
             task, context = lane.task, lane.context
             # Without a context where somebody observes, it is just beginning, or has just ended.
             if task is not None and not task._state and (context or not run.observers):

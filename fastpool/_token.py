@@ -658,7 +658,7 @@ def after_fork() -> None:
     Its callbacks are left to the parent.
     """
     _callbacks.after_fork()
-    for token, cause in _setting.copy().values():
+    for token, cause in list(_setting.values()):
         if token._cause is cause:
             token._claim(cause)
             token._spread(cause)

@@ -97,7 +97,7 @@ class InHand:
         self._lanes = lanes
 
     def __iter__(self) -> Iterator[Task[Any]]:
-        return iter([task for lane in self._lanes.copy() if (task := lane.task) is not None])
+        return iter([task for lane in list(self._lanes) if (task := lane.task) is not None])
 
 
 @contextlib.contextmanager
@@ -222,8 +222,9 @@ def _tell(runs: list[Run | None], but: Lane | None, pools: set[int]) -> None:
     """Have those look again that wait for tasks of some groups, and are threads of those pools."""
     for run in runs:  # grows as it goes
         if run is not None:
-            for gate, helper in run.helpers.copy().items():
-                if helper is not but:
+            for gate in list(run.helpers):
+                helper = run.helpers.get(gate)
+                if helper is not None and helper is not but:
                     if id(helper.pool) in pools:
                         gate.open()
                     runs.extend(below.run for below in helper.stack() if below.run not in runs)

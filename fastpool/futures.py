@@ -144,7 +144,7 @@ class GroupExecutor(Executor):
             with use_token(CancelToken.NEVER):
                 wait_for_all(calls.tasks()[::-1], None)
             if not self._group._run.foreign:  # in a forked child nobody tells the futures
-                _wait(calls.copy())
+                _wait(list(calls))
 
     def __del__(self) -> None:
         """Nobody submits any more. This takes no lock, as it may run in the middle of anything."""
@@ -166,7 +166,7 @@ class GroupExecutor(Executor):
 
     def _has_begun(self) -> bool:
         """Whether a call has begun, or no worker is on its way to one."""
-        run, calls = self._group._run, self._calls.copy()
+        run, calls = self._group._run, list(self._calls)
         if run.stopping() or any(call.running() for call in calls):
             return True
         at_work = run.in_hand()
@@ -200,11 +200,11 @@ class _Calls(dict["_Call[Any]", None]):
 
     def tasks(self) -> list[Task[Any]]:
         """Their tasks, of those that have one."""
-        return [task for call in self.copy() if (task := call.task) is not None]
+        return [task for call in list(self) if (task := call.task) is not None]
 
     def cancel(self) -> None:
         """Cancel what has not begun, and have an eye on the rest."""
-        for call in self.copy():
+        for call in list(self):
             if not _cancel(call):
                 call.watch()
 

@@ -392,8 +392,8 @@ def test_worker_that_breaks_anywhere_holds_up_nobody(
                 tasks.extend(group.map(go.wait, [60, 60, 60]).tasks)
             else:
                 tasks.append(group.submit(go.wait, 60))
-            waiters.append(start(tasks[0].wait)[0])
-            until(lambda: group._run.watchers or tasks[0].done())
+            waiters.extend(start(task.wait)[0] for task in tasks)
+            until(lambda: all(task in group._run.watchers or task.done() for task in tasks))
             try:
                 if how != "map":
                     tasks.append(group.submit(int, "x" if how == "fail" else "1"))
@@ -464,6 +464,43 @@ def test_worker_that_breaks_at_rest_may_be_called_just_then(held, monkeypatch):
     assert first.result() == 0
     assert second.cancelled()
     assert runs_at_once(1, {"max_workers": 1})
+
+
+def test_call_is_run_though_there_is_no_memory_to_call_a_worker_with(monkeypatch):
+    """
+    At the first try; the one there is is idle.
+    """
+    take, errors = _run.take_last, [MemoryError("no room for an iterator")]
+
+    def breaks_once(lanes):
+        if errors:
+            raise errors.pop()
+        return take(lanes)
+
+    with TaskGroup(1) as group:
+        group.submit(abs, -1).wait()
+        until(group._run.at_rest)
+        monkeypatch.setattr(_run, "take_last", breaks_once)
+        value = group.submit(abs, -2).result(timeout=60)
+
+    assert not errors
+    assert value == 2
+
+
+def test_job_that_comes_late_leaves_the_worker_at_work(make_pool):
+    """
+    Another job serves the group in its place; if that breaks, the block is left all the same.
+    """
+    go = threading.Event()
+    with TaskGroup(pool=make_pool(1)) as group:
+        task = group.submit(go.wait, 60)
+        until(task.running)
+        (lane,) = group._run.lanes
+        begins = group._run.begin(lane)
+        at_work = lane.at_work
+        go.set()
+
+    assert (begins, at_work) == (False, True)
 
 
 @pytest.mark.parametrize("running", [0, 1])

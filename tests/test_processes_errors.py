@@ -18,6 +18,7 @@ from staging import fail, start, stop, until
 
 from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
 from fastpool._lane import Lane
+from fastpool._ledger import Ledger
 from fastpool._run import Run
 from fastpool.backends import _process, _wire, processes
 from fastpool.backends._process import WorkerProcess
@@ -599,3 +600,28 @@ def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, nam
         assert group.map(far.echo, ALL).results() == ALL
         (lane,) = group._run.lanes
     assert not lanes or lane.of_thread in lanes
+
+
+def test_who_waits_is_told_though_the_lane_breaks_as_it_tells(monkeypatch, tmp_path):
+    """
+    In a group whose token is set already, so that no cancel wakes it; by the end of the block.
+    """
+    notify, errors = Ledger.notify, [MemoryError("no room for a tuple")]
+
+    def breaks(run, task):
+        if errors and task is held:
+            raise errors.pop()
+        notify(run, task)
+
+    with TaskGroup(pool=Processes(1)) as group:
+        held = group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release", 404)
+        far.seen(tmp_path / "begun")
+        group.cancel()
+        waiter, outcome = start(held.result)
+        until(lambda: group._run.watchers)
+        monkeypatch.setattr(Ledger, "notify", breaks)
+        far.note(tmp_path / "release")
+    waiter.join(timeout=60)
+
+    assert outcome == [404]
+    assert not errors

@@ -228,17 +228,21 @@ GOES_THROUGH = {"all", "any", "enumerate", "filter", "frozenset", "iter", "map",
 GOES_THROUGH |= {"set", "sorted", "sum", "tuple", "zip"}
 
 
+DEQUE, DICT = {"d"}, {"{"}
+BOTH = DEQUE | DICT
+
+
 def gone_through(sources, rows):
     """Where a container that others change meanwhile is gone through, item by item."""
     known, _ = read(sources)
     kinds = said(rows)
 
-    def is_shared(node, owner, module, *, also_list):
-        """Whether it is a dictionary or a deque that several threads write to, or a view of it."""
+    def is_shared(node, owner, module, unsafe):
+        """Whether several threads write to it, or to what it is a view of, and it is made so."""
         if isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
             (".items", ".keys", ".values")
         ):
-            return is_shared(node.func.value, owner, module, also_list=also_list)
+            return is_shared(node.func.value, owner, module, unsafe)
         if isinstance(node, ast.Name):
             classes, field = [module], node.id
         elif isinstance(node, ast.Attribute):
@@ -248,8 +252,7 @@ def gone_through(sources, rows):
             return False
         for name in (each for cls in classes if cls for each in lineage(known, cls)):
             made = {cls.containers.get(field, "[")[0] for cls in known.get(name, ())}
-            unsafe = made & {"d"} if also_list else made & {"d", "{"}
-            if unsafe and "atomic" in kinds.get((name, field), ()):
+            if made & unsafe and "atomic" in kinds.get((name, field), ()):
                 return True
         return False
 
@@ -257,14 +260,16 @@ def gone_through(sources, rows):
         for inner in ast.iter_child_nodes(node):
             through = []
             if isinstance(inner, (ast.For, ast.comprehension)):
-                through = [(inner.iter, False)]
+                through = [(inner.iter, BOTH)]
             elif isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name):
                 if inner.func.id in GOES_THROUGH:
-                    through = [(argument, False) for argument in inner.args]
+                    through = [(argument, BOTH) for argument in inner.args]
                 elif inner.func.id == "list":  # takes a dictionary, or a view of one, in one go
-                    through = [(argument, True) for argument in inner.args]
-            for what, also_list in through:
-                if is_shared(what, owner, module, also_list=also_list):
+                    through = [(argument, DEQUE) for argument in inner.args]
+            elif isinstance(inner, ast.Call) and ast.unparse(inner.func).endswith(".copy"):
+                through = [(inner.func.value, DICT)]  # may collect garbage on Python 3.11
+            for what, unsafe in through:
+                if is_shared(what, owner, module, unsafe):
                     found.append(f"{module}: {ast.unparse(what)}, line {what.lineno}")
             visit(module, inner.name if isinstance(inner, ast.ClassDef) else owner, inner)
 
@@ -374,7 +379,8 @@ def test_no_container_is_gone_through_while_others_change_it():
         ("_taskgroup", "in _dropped.copy():", "in list(_dropped):"),
         ("_taskgroup", "list(_open_runs):\n        if", "_open_runs:\n        if"),
         ("_run", "tuple(self.failures)", "tuple(self.lanes)"),
-        ("_dump", "in run.lanes.copy() if", "in run.lanes if"),
+        ("_dump", "in list(run.lanes) if", "in run.lanes if"),
+        ("_dump", "in list(run.lanes) if", "in run.lanes.copy() if"),
     ],
 )
 def test_container_that_is_gone_through_is_found(module, before, after):

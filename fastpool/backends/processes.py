@@ -132,8 +132,8 @@ class Processes:
         return True
 
     def _kill(self, run: Run) -> None:
-        for lane, served in self._serving.copy().items():
-            if served is run:
+        for lane in list(self._serving):
+            if self._serving.get(lane) is run:
                 lane.kill()
 
     def end(self, run: Run) -> None:

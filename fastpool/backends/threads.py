@@ -491,8 +491,13 @@ class Leased:
         if lane is None:
             pool.start(enlist)
         else:
-            enlist(lane)
-            lane.gate.open()
+            try:
+                enlist(lane)
+                lane.gate.open()
+            except BaseException:  # a signal handler's, say
+                if lane not in run.lanes:
+                    pool.reserve[lane] = None
+                raise
 
     def _lease(self) -> _Pool:
         pool = take_last(self._crew.idle)
