@@ -443,16 +443,16 @@ MUTANTS = [
         promised[entry] = (most, me)
         ahead = 0
         if len(promised) > 1:  # of those who look at once, each counts who came before
-            for other, (count, _) in promised.copy().items():
+            for other in list(promised):
                 if other is entry:
                     break
-                ahead += count
+                ahead += promised.get(other, NOTHING)[0]  # what is gone is in the queue by now
 """,
         """
         ahead = 0
         if promised:
-            for other, (count, _) in list(promised.items()):
-                ahead += count
+            for other in list(promised):
+                ahead += promised.get(other, NOTHING)[0]
 """,
     ),
     Mutant(
@@ -479,8 +479,8 @@ MUTANTS = [
         "who came last gets room first",
         "producers_in_line",
         _bounded,
-        "            for gate in self.waiting.copy():\n",
-        "            for gate in reversed(self.waiting.copy()):\n",
+        "            for gate in list(self.waiting):\n",
+        "            for gate in reversed(list(self.waiting)):\n",
     ),
     Mutant(
         "all who wait are told of room at once",
