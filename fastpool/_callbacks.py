@@ -178,7 +178,10 @@ _RUNNING = frozenset(
 
 
 def run_callbacks(pending: list[tuple[Callback, CancelToken]]) -> None:
+    first = _first
     for entry, token in pending:
+        if _first != first:
+            return  # one of them has forked, and returned in the child as well
         entry.run_in(token)
 
 

@@ -432,6 +432,38 @@ def test_child_leaves_a_block_at_the_end_of_its_stack_though_another_thread_did_
     assert said == "None"
 
 
+def test_callbacks_behind_one_that_forks_are_the_parents():
+    """
+    It returns in the child as well; they are run once.
+    """
+    token = CancelToken()
+    reader, writer = os.pipe()
+    ran, forked = [], []
+
+    def fork():
+        ran.append("fork")
+        forked.append(os.fork())
+
+    token.on_cancel(lambda: ran.append("older"))
+    token.on_cancel(fork)
+    token.on_cancel(lambda: ran.append("newer"))
+    try:
+        token.cancel()
+        if not forked[0]:
+            os.write(writer, " ".join(ran).encode())
+    finally:
+        if forked == [0]:
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(forked[0], 0)
+    with open(reader) as said:
+        in_child = said.read().split()
+
+    assert len(ran) == 3
+    assert in_child == ran[:2]
+    assert in_child[1] == "fork"
+
+
 @pytest.mark.parametrize("slow", [False, True])
 @pytest.mark.parametrize("fork_in_block", [False, True])
 def test_child_does_not_wait_for_a_callback_that_another_thread_runs(slow, fork_in_block, release):
