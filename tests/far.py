@@ -544,6 +544,8 @@ def die_by(way):
     if way == "segfault":
         signal.signal(signal.SIGSEGV, signal.SIG_DFL)  # no report of it by `faulthandler`
         ctypes.string_at(0)
+    if way == "SIGHUP":
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored in what `nohup` runs
     os.kill(os.getpid(), int(way) if way.isdigit() else getattr(signal, way))
     while True:
         time.sleep(1)
