@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import deque
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from fastpool._gate import Gate
@@ -30,8 +29,8 @@ class BoundedQueue(deque[T]):
 
     __slots__ = ("_lent", "limit", "promised", "waiting")
 
-    def __init__(self, entries: Iterable[T] = (), limit: int = 0) -> None:
-        super().__init__(entries)
+    def __init__(self, limit: int) -> None:
+        super().__init__()
         self.limit = limit
         # For how many calls room is taken that are not in the queue yet, and by which thread;
         # under the entry that they go by there, and in the order in which it was asked for.
@@ -60,14 +59,10 @@ class BoundedQueue(deque[T]):
                 ahead += promised.get(other, NOTHING)[0]  # what is gone is in the queue by now
         # In this order: who puts something in does so first and gives its promise up then.
         room = self.limit - ahead - max(len(self) - len(self._lent), 0)
-        if room >= most:
-            return most
         if room <= 0:
             self.give_room(entry)
             return 0
-        promised[entry] = (room, me)
-        self.wake()
-        return room
+        return min(room, most)  # what is promised beyond that is given back with the rest
 
     def give_room(self, entry: object) -> None:
         """No more room is taken for an entry: its calls are in, or will not come."""

@@ -188,7 +188,7 @@ class Run(Ledger):
 
     def bound(self, limit: int) -> None:
         """Let no more than so many calls wait."""
-        self.queue = self.bounded = BoundedQueue(limit=limit)
+        self.queue = self.bounded = BoundedQueue(limit)
 
     def room(self, fn: object, entry: object, most: int = 1, *, waits: bool = True) -> int:
         """

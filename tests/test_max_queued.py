@@ -1191,6 +1191,49 @@ def test_map_that_finds_no_room_as_its_group_ends_takes_nothing_from_its_input(m
 # --- Room that comes back ----------------------------------------------------------------------
 
 
+def test_room_of_a_cancelled_call_is_given_back_once():
+    """
+    When it is cancelled, and not when a worker comes to it.
+    """
+    started, release = threading.Event(), threading.Event()
+
+    def hold(number):
+        started.set()
+        assert release.wait(timeout=30)
+        return number
+
+    with TaskGroup(1, max_queued=2) as group:
+        held = Held(group)
+        batch = group.map(hold, [1, 2])
+        assert batch.tasks[0].cancel()
+        group.submit(abs, -3)
+        held.release.set()
+        assert started.wait(timeout=30)  # the worker has passed the first one, and has the second
+        producer, _ = start(lambda: [group.submit(abs, -number) for number in range(4)])
+        until(lambda: group._run.bounded.waiting)
+        queued = len(group._run.queue)
+        release.set()
+        producer.join(timeout=30)
+
+    assert queued == 2
+
+
+def test_room_that_was_given_back_for_calls_that_had_gone_is_none_once_the_queue_is_empty():
+    """
+    Cancels may come as workers have just taken the calls off.
+    """
+    queue = BoundedQueue(1)
+    queue.lend_room()
+    queue.lend_room()
+    with pytest.raises(IndexError):
+        queue.popleft()
+    assert queue.take_room("first", 2) == 1
+    queue.append("first")
+    queue.give_room("first")
+
+    assert queue.take_room("second") == 0
+
+
 @pytest.mark.parametrize(
     "items", [lambda: [1], lambda: iter([1]), lambda: (n for n in [1])], ids=["list", "iter", "gen"]
 )
