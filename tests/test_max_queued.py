@@ -1225,6 +1225,8 @@ def test_room_that_was_given_back_for_calls_that_had_gone_is_none_once_the_queue
     queue = BoundedQueue(1)
     queue.lend_room()
     queue.lend_room()
+    assert queue.take_room("early", 2) == 1
+    queue.give_room("early")
     with pytest.raises(IndexError):
         queue.popleft()
     assert queue.take_room("first", 2) == 1
