@@ -20,6 +20,7 @@ import fastpool
 from fastpool import (
     Cancelled,
     CancelToken,
+    CollectAll,
     FailFast,
     GroupClosedError,
     StuckTaskError,
@@ -464,6 +465,59 @@ def test_worker_that_breaks_at_rest_may_be_called_just_then(held, monkeypatch):
     assert first.result() == 0
     assert second.cancelled()
     assert runs_at_once(1, {"max_workers": 1})
+
+
+def test_failure_of_a_task_is_its_own_though_its_worker_breaks_as_it_ends_it(breaks_once):
+    """
+    It is on record by then, behind another one, so it leaves with that, and the handle has it.
+    """
+    tasks = []
+
+    def run():
+        with TaskGroup(1, policy=CollectAll()) as group:
+            group.submit(fail, LookupError()).wait()
+            breaks_once(Ledger, "ended")
+            tasks.append(group.submit(int, "x"))
+
+    with pytest.raises(ExceptionGroup) as raised:
+        in_time(run)
+
+    _, error = raised.value.exceptions
+    assert type(error) is ValueError
+    assert tasks[0].exception() is error
+
+
+def test_worker_that_breaks_cancels_by_what_broke_it(breaks_once):
+    """
+    Under any policy, and whatever has failed before.
+    """
+    groups = []
+
+    def run():
+        with TaskGroup(1, policy=CollectAll()) as group:
+            groups.append(group)
+            group.submit(fail, ValueError("earlier")).wait()
+            errors.extend(breaks_once(Run, "perform"))
+            group.submit(int)
+
+    errors = []
+    with pytest.raises(ExceptionGroup):
+        in_time(run)
+
+    assert groups[0].token.reason is errors[0]
+
+
+def test_task_of_a_worker_that_breaks_before_it_starts_is_told_as_ended_once(breaks_once):
+    """
+    As failed, and in the context that it was submitted in.
+    """
+    told = []
+    breaks_once(Run, "perform")
+    with pytest.raises(MemoryError), TaskGroup(1, observers=[told.append]) as group:
+        task = group.submit(int)
+
+    names = [event.name for event in told if event.task is task]
+    assert names == ["task_submitted", "task_failed"]
 
 
 def test_call_is_run_though_there_is_no_memory_to_call_a_worker_with(monkeypatch):

@@ -585,8 +585,10 @@ def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, nam
             if back:  # what it has taken and not begun as a task sets the token
                 tasks.append(group.submit(fail, ValueError("back")))
                 tasks.extend(group.map(far.echo, ALL).tasks)
+            threads[0].join(timeout=60)  # no wait is ended by the end of the block alone
+            told.append(not threads[0].is_alive())
 
-    tasks = []
+    tasks, told = [], []
     monkeypatch.setattr(holder, name, breaks)
     thread, outcome = start(run)
     for waits in (thread, *threads):
@@ -595,6 +597,7 @@ def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, nam
 
     assert outcome[0] is None or isinstance(outcome[0], (MemoryError, ValueError, WorkerDiedError))
     assert all(task.done() and not task.running() for task in tasks)
+    assert told in ([True], [])
     errors.clear()
     with TaskGroup(pool=one) as group:
         assert group.map(far.echo, ALL).results() == ALL
