@@ -463,12 +463,12 @@ class Ledger:
                 self.notify(task)  # as that may be what failed
             return
         task, *others = taken
-        known = [order for order, of in enumerate(self.failures) if of.task is task]
-        if known:  # its own failure, which was yet to be told
-            error = self.failures[known[0]].exception
-            self.ended(task, ERROR, (error, strip(error), known[0]))
-        else:
+        order = next((at for at, of in enumerate(self.failures) if of.task is task), None)
+        if order is None:
             self.ended(task, ERROR, (error, traceback, self.record(task, error)))
+        else:  # its own failure, which was yet to be told
+            error = self.failures[order].exception
+            self.ended(task, ERROR, (error, strip(error), order))
         self.halt(error)
         self.cancel_rest()
         for other in others:
