@@ -75,11 +75,11 @@ class Callback:
 
     def claim(self, mine: int) -> bool:
         """Whether it is the caller who decides what becomes of it."""
-        return self._claims.setdefault(None, mine) is mine
+        return self._claims.setdefault(None, mine) == mine
 
     def has_claimed(self, mine: int) -> bool:
         """Whether it was the caller; takes nothing."""
-        return self._claims.get(None) is mine
+        return self._claims.get(None) == mine
 
     def run_in(self, token: CancelToken) -> None:
         """Run it, if nobody has, and take it off its token."""
@@ -91,7 +91,7 @@ class Callback:
                 try:
                     whole(self._run, token, mine)
                 except BaseException:  # it has an error of its own
-                    if self._claims.setdefault(_HELPER, mine) is mine:
+                    if self._claims.setdefault(_HELPER, mine) == mine:
                         whole(self.finish, token)
                     raise
             raise
@@ -123,7 +123,7 @@ class Callback:
     def _go_on(self, token: CancelToken) -> None:
         """In a helper: call it, with growing pauses, until somebody waits for the end of it."""
         me = next(keys)
-        if self._claims.setdefault(_HELPER, me) is not me:
+        if self._claims.setdefault(_HELPER, me) != me:
             return
         try:
             if self.slow and not self._call():

@@ -907,7 +907,7 @@ class Run(Ledger):
         pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
         try:
             self.look_at_queue()
-            for resting in [*list(self.idle), *list(self.called), *list(self.recalled)]:
+            for resting in [*self.idle, *self.called, *self.recalled]:
                 pending.pop(resting, None)
             tasks = itertools.chain(*reversed(queued), in_hand, InHand(pending))
             return wait_for_all(tasks, deadline) and self._see_pass(pending, gate, deadline)

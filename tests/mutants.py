@@ -104,7 +104,7 @@ MUTANTS = [
         "two threads claim a callback",
         "cancel_against_unregister",
         _callbacks,
-        "        return self._claims.setdefault(None, mine) is mine\n",
+        "        return self._claims.setdefault(None, mine) == mine\n",
         """
         claimed = None in self._claims
         self._claims.setdefault(None, mine)
@@ -446,13 +446,13 @@ MUTANTS = [
             for other in list(promised):
                 if other is entry:
                     break
-                ahead += promised.get(other, NOTHING)[0]  # what is gone is in the queue by now
+                ahead += promised.get(other, (0, 0))[0]  # what is gone is in the queue by now
 """,
         """
         ahead = 0
         if promised:
             for other in list(promised):
-                ahead += promised.get(other, NOTHING)[0]
+                ahead += promised.get(other, (0, 0))[0]
 """,
     ),
     Mutant(
