@@ -249,16 +249,6 @@ class Ledger:
             # If the group has ended, it is told by the one who has closed it.
             self.while_open(lambda: self.tell_never_ran(task))
 
-    def too_late(self, places: Sequence[At]) -> bool:
-        """Whether the block was left without what a lane is about to run, which then never runs."""
-        # The lane has said that it is at it. Who leaves the block says so first, and names what
-        # lanes are at then.
-        if self.abandoned is None:
-            return False
-        for at in places:
-            self.never_ran(handle(at), _Withdrawn(self.abandoned))
-        return True
-
     def let_go(self, task: Task[Any], reason: object) -> None:
         """Make it final that a task never runs, and keep nothing of the call but its function."""
         task._args = ()

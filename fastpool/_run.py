@@ -787,7 +787,9 @@ class Run(Ledger):
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""
         lane.at = task
-        if self.too_late((task,)):
+        # Who leaves the block says so first, and names what lanes are at then: it runs, and is
+        # named, or never runs.
+        if self.abandoned is not None:
             lane.at = None
             return
         self.started(task, lane)
@@ -1008,9 +1010,9 @@ class Run(Ledger):
                 _marks.held += (interrupt,)
         if notice is not None:
             notice.unregister()
-        for task in list(self.watchers):  # what a lane that failed has lost has ended only now
-            if task._state or (task._taken and self.settle(task)):
-                self.notify(task)
+        for task in list(self.watchers):
+            self.settle(task)  # what a lane that failed has lost, or never ran, has ended only now
+            self.notify(task)
         for belongings in (self.claims, self.tokens, self.watchers):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):

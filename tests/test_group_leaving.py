@@ -26,6 +26,7 @@ from fastpool import (
     StuckTaskError,
     TaskCancelledError,
     TaskGroup,
+    _ledger,
     _run,
     cancellable,
     current_token,
@@ -2138,6 +2139,49 @@ def test_group_that_was_abandoned_is_freed_once_its_task_has_ended():
         threads.pop().join(60)
 
     assert run() is None
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_who_waits_for_what_a_helper_is_about_to_run_is_told_as_the_block_is_left(
+    make_pool, monkeypatch
+):
+    """
+    It has been decided that the waiting worker runs it, and not been said that it does.
+    """
+    decide, held, goes_on = _ledger._Claim.decide, threading.Event(), threading.Event()
+    tasks, ran, waiters = [], [], []
+
+    def decide_and_hold(claim, verdict):
+        decided = decide(claim, verdict)
+        if isinstance(verdict, Lane) and verdict.below is not None:
+            held.set()
+            assert goes_on.wait(timeout=60)
+        return decided
+
+    def parent():
+        tasks.append(group.submit(ran.append, 404))
+        tasks[0].wait()
+
+    pool = make_pool(1)
+    monkeypatch.setattr(_ledger._Claim, "decide", decide_and_hold)
+    with (
+        pytest.raises(StuckTaskError),
+        TaskGroup(pool=pool, grace=0, on_stuck="abandon") as group,
+    ):
+        group.submit(parent)
+        assert held.wait(timeout=60)
+        waiters.append(start(tasks[0].wait))
+        until(lambda: tasks[0] in group._run.watchers)
+        group.cancel()
+    waiter, outcome = waiters[0]
+    waiter.join(timeout=20)
+    told = list(outcome)
+    goes_on.set()
+    pool.apply(int)
+
+    assert told == [True]
+    assert tasks[0].cancelled()
+    assert ran == []
 
 
 def test_group_refuses_clearly_after_it_failed():
