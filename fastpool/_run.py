@@ -24,7 +24,6 @@ from fastpool._items import Items, Stretch
 from fastpool._lane import At, Lane, handle, here, stand_in, take_last
 from fastpool._ledger import GIVEN_BACK, Ledger
 from fastpool._task import (
-    CANCELLED,
     Call,
     Failure,
     Task,
@@ -790,7 +789,6 @@ class Run(Ledger):
         # Who leaves the block says so first, and names what lanes are at then: it runs, and is
         # named, or never runs.
         if self.abandoned is not None:
-            lane.at = None
             return
         self.started(task, lane)
         try:
@@ -937,8 +935,7 @@ class Run(Ledger):
                     at_work = [task for task in in_hand if not task.done()]
                     if not at_work:
                         gate.wait(left)
-                if not wait_for(at_work, left):
-                    return False
+                wait_for(at_work, left)
             return True
         finally:
             token._remove(key)
@@ -1051,7 +1048,6 @@ class Run(Ledger):
                 f"{task.site}, in {lane.where}{_waits_for(lane)}"
             )
         for lane, task in running:
-            self.notify(task)
             # Off the list first: a wait that begins now does not find it, or is told here.
             self.lanes.pop(lane, None)
             self.passed(lane)
@@ -1068,11 +1064,6 @@ class Run(Ledger):
         self.foreign = self.halted = self.disturbed = True
         if self.judging is not None:
             self.judging = threading.RLock()  # another thread may have held it
-        for lane in list(self.lanes):
-            for task in lane.in_hand():
-                if not task._state:
-                    task._value = self.closed
-                    task._state = CANCELLED
         self.queue.clear()
         for belongings in (self.lanes, self.idle, self.called, self.recalled, self.claims):
             belongings.clear()

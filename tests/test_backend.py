@@ -16,7 +16,14 @@ import pytest
 from staging import in_thread, is_asleep, until
 
 import fastpool
-from fastpool import CancelToken, GroupClosedError, TaskCancelledError, TaskGroup, current_token
+from fastpool import (
+    CancelToken,
+    GroupClosedError,
+    StuckTaskError,
+    TaskCancelledError,
+    TaskGroup,
+    current_token,
+)
 from fastpool._lane import Lane
 from fastpool._ledger import Ledger, _Claim
 from fastpool._run import Run
@@ -93,6 +100,47 @@ def test_group_runs_on_any_backend():
     assert all(task.done() for task in batch.tasks)
     assert any(task.cancelled() for task in batch.tasks)
     assert backend.ended == 2
+
+
+def test_what_a_lane_gives_back_is_run_by_another_one():
+    """
+    It is called for that: this one may be busy for long.
+    """
+
+    class GivesBack(Batches):
+        def serve(self, run, lane):
+            if run.begin(lane):
+                tasks = run.take(lane, 2)
+                if len(tasks) > 1:
+                    until(lambda: len(run.lanes) == 1)  # whoever came as well has gone
+                    run.give_back(tasks[1:])
+                if tasks:
+                    run.perform(tasks[0], lane)
+                run.dismiss(lane)
+
+    both = threading.Barrier(2, timeout=60)
+    with TaskGroup(pool=GivesBack()) as group:
+        batch = group.map(lambda number: (both.wait(), number)[1], range(2))
+
+    assert batch.results() == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_task_that_is_left_behind_on_any_backend_is_named():
+    """
+    The lane says by itself what it is at.
+    """
+    release = threading.Event()
+    with (
+        pytest.raises(StuckTaskError) as raised,
+        TaskGroup(pool=Batches(), grace=0, on_stuck="abandon") as group,
+    ):
+        task = group.submit(release.wait, 60)
+        until(task.running)
+        group.cancel()
+    release.set()
+
+    assert "task 'wait'" in raised.value.__notes__[0]
 
 
 @pytest.mark.parametrize("taken_again", [False, True])

@@ -323,17 +323,85 @@ def test_worker_that_breaks_stops_the_others_and_wakes_who_waits(monkeypatch, wa
     assert asleep.cancelled()
 
 
+def test_worker_that_breaks_in_a_cancelled_group_wakes_who_waits_for_it(
+    workers, watched, monkeypatch
+):
+    """
+    Who leaves, and who waits for the whole group: neither hears of a cancel any more.
+    """
+    errors, main = [MemoryError("no room for the books")], threading.current_thread()
+    failed, waiting = Ledger.failed, []
+
+    def breaks(run, *arguments):
+        if errors:
+            raise errors.pop()
+        failed(run, *arguments)
+
+    def stubborn():
+        waiting.append(start(group.wait))
+        until(lambda: is_asleep(waiting[0][0]) and is_asleep(main))
+        raise ValueError("root")
+
+    monkeypatch.setattr(Ledger, "failed", breaks)
+    with pytest.raises(MemoryError), TaskGroup(**workers(1)) as group:
+        until(group.submit(stubborn).running)
+        group.cancel()
+    waiter, outcome = waiting[0]
+    waiter.join(timeout=20)
+
+    assert not errors
+    assert outcome == [None]
+
+
+def test_worker_that_breaks_as_it_comes_to_rest_wakes_who_waits_for_it(watched, monkeypatch):
+    """
+    As above; and it had passed everything that somebody waited for when it ended its task.
+    """
+    errors, groups, waiting = [MemoryError("no room for the books")], [], []
+    rest, passed = Run.rest, Run.passed
+
+    def rests(run, lane):
+        if not waiting:
+            waiting.append(start(groups[0].wait))
+            until(lambda: is_asleep(waiting[0][0]) and is_asleep(leaver))
+        return rest(run, lane)
+
+    def breaks(run, lane):
+        if errors and lane in run.idle:
+            raise errors.pop()
+        passed(run, lane)
+
+    def leaves():  # not the main thread, which looks by itself now and then
+        with TaskGroup(1) as group:
+            groups.append(group)
+            group.submit(int).wait()
+            group.cancel()
+
+    monkeypatch.setattr(Run, "rest", rests)
+    monkeypatch.setattr(Run, "passed", breaks)
+    leaver, left = start(leaves)
+    leaver.join(timeout=20)
+    waiter, outcome = waiting[0]
+    waiter.join(timeout=20)
+
+    assert not errors
+    assert [type(left[0]), outcome] == [MemoryError, [None]]
+
+
 @pytest.fixture
 def breaks_once(monkeypatch):
-    """Has a function of the library's fail, the first time that a worker calls it."""
+    """
+    Has a function of the library's fail, the first time that another thread calls it than the
+    one that has arranged it, or that it itself does.
+    """
 
-    def arrange(holder, name, *, after=False):
+    def arrange(holder, name, *, after=False, itself=False):
         works = getattr(holder, name)
         errors = [MemoryError("no room for the books")]
-        main = threading.current_thread()
+        me = threading.current_thread()
 
         def breaks(*args, **kwargs):
-            fails = errors and threading.current_thread() is not main
+            fails = errors and (threading.current_thread() is me) == itself
             if fails and not after:
                 raise errors.pop()
             value = works(*args, **kwargs)
@@ -488,6 +556,35 @@ def test_failure_of_a_task_is_its_own_though_its_worker_breaks_as_it_ends_it(bre
     assert tasks[0].exception() is error
 
 
+def test_worker_that_breaks_before_it_begins_a_task_fails_that(workers, breaks_once):
+    """
+    It has taken it off the queue; there is no memory for the call that would run it.
+    """
+    errors = breaks_once(Run, "perform")
+    with pytest.raises(MemoryError) as raised, TaskGroup(**workers(1)) as group:
+        group._run.disturbed = True
+        task = group.submit(int)
+
+    assert not errors
+    assert task.exception() is raised.value
+
+
+def test_worker_that_has_broken_keeps_no_task(breaks_once):
+    """
+    It goes on with other groups.
+    """
+    errors = breaks_once(Ledger, "failed")
+    with pytest.raises(MemoryError), TaskGroup(1) as group:
+        task = group.submit(fail, ValueError("root"))
+    kept = weakref.ref(group._run), weakref.ref(task)
+    del group, task
+    gc.collect()  # the frame in which it has failed is in a cycle with the error
+    assert runs_at_once(1, {"max_workers": 1})
+
+    assert not errors
+    assert [ref() for ref in kept] == [None, None]
+
+
 def test_worker_that_breaks_cancels_by_what_broke_it(breaks_once):
     """
     Under any policy, and whatever has failed before.
@@ -540,6 +637,63 @@ def test_call_is_run_though_there_is_no_memory_to_call_a_worker_with(monkeypatch
 
     assert not errors
     assert value == 2
+
+
+class NoRoomFirst(dict):
+    """Has no memory for what is put in first."""
+
+    def __init__(self):
+        super().__init__()
+        self.errors = [MemoryError("no room for another")]
+
+    def __setitem__(self, key, value):
+        if self.errors:
+            raise self.errors.pop()
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("idle", [False, True])
+def test_worker_that_there_is_no_memory_to_call_may_be_called_again(idle):
+    """
+    One that is idle is called at the next look; where there is none, the submit says so.
+    """
+    with TaskGroup(1) as group:
+        if idle:
+            group.submit(abs, -1).wait()
+            until(group._run.at_rest)
+        group._run.called = NoRoomFirst()
+        if not idle:
+            with pytest.raises(MemoryError):
+                group.submit(abs, -2)
+        value = group.submit(abs, -2).result(timeout=60)
+
+    assert value == 2
+
+
+def test_worker_that_breaks_as_it_is_called_comes(monkeypatch):
+    """
+    It has been woken by then, and is woken no second time.
+    """
+    wait, errors = Gate.wait, []
+
+    def breaks(gate, timeout=None):
+        through = wait(gate, timeout)
+        if errors and threading.current_thread().name.startswith("fastpool-"):
+            raise errors.pop()
+        return through
+
+    def run():
+        with TaskGroup(1) as group:
+            group.submit(abs, -1).wait()
+            until(group._run.at_rest)
+            errors.append(MemoryError("no room for a float"))
+            group.submit(abs, -2)
+
+    monkeypatch.setattr(Gate, "wait", breaks)
+    with pytest.raises(MemoryError):
+        in_time(run)
+
+    assert not errors
 
 
 def test_job_that_comes_late_leaves_the_worker_at_work(make_pool):
@@ -620,9 +774,21 @@ def test_worker_of_a_pool_that_cannot_make_way_goes_on(full, make_pool, monkeypa
     assert not errors
 
 
-def test_task_of_a_worker_that_breaks_while_it_helps_out_is_not_lost(make_pool, breaks_once):
+@pytest.mark.parametrize(
+    ("holder", "name", "leaves"),
+    [
+        (Ledger, "succeeded", False),
+        (Ledger, "succeeded", True),
+        (Run, "perform", False),
+        (Run, "perform", True),
+        (Run, "_leave_queue", False),
+    ],
+)
+def test_task_of_a_worker_that_breaks_while_it_helps_out_is_not_lost(
+    make_pool, breaks_once, holder, name, leaves
+):
     """
-    The one worker runs what it waits for, and has no memory for its outcome.
+    The one worker runs what it waits for, and has no memory for that, or for its outcome.
     """
     pool = make_pool(1)
     tasks = []
@@ -630,13 +796,65 @@ def test_task_of_a_worker_that_breaks_while_it_helps_out_is_not_lost(make_pool, 
     def nests():
         with TaskGroup(pool=pool) as inner:
             tasks.append(inner.submit(int))
-            tasks[0].result()
+            breaks_once(holder, name, itself=True)
+            if not leaves:
+                tasks[0].result()
 
-    breaks_once(Ledger, "succeeded")
     with pytest.raises(MemoryError) as raised:
         in_time(lambda: fastpool.map(lambda _: nests(), [None], pool=pool))
 
     assert tasks[0].exception() is raised.value
+    assert runs_at_once(1, {"pool": pool})
+
+
+def test_who_waits_is_told_though_a_helper_breaks_as_it_tells(make_pool, breaks_once, watched):
+    """
+    The worker is another group's, so its failure ends no wait for the task that it has run.
+    """
+    pool = make_pool(1)
+    main, tasks = threading.current_thread(), []
+
+    def helps():
+        tasks.append(group.submit(int))
+        until(lambda: is_asleep(main))
+        breaks_once(Ledger, "notify", itself=True)
+        tasks[0].result()
+
+    with TaskGroup(pool=pool) as group, pytest.raises(MemoryError), TaskGroup(pool=pool) as other:
+        other.submit(helps)
+        until(lambda: tasks)
+        with shield():
+            told = tasks[0].wait(timeout=20)
+
+    assert told
+    assert tasks[0].result() == 0
+
+
+@pytest.mark.parametrize(("holder", "name"), [(_run, "handle"), (Ledger, "admit")])
+def test_call_that_a_helper_has_no_memory_to_take_fails_its_group(
+    make_pool, breaks_once, holder, name
+):
+    """
+    And not that of the helper; who waits for the call is told.
+    """
+    pool = make_pool(1)
+    tasks = []
+
+    def feeds():
+        tasks.append(group.submit(int))
+        breaks_once(holder, name, itself=True)
+        with suppress(MemoryError):
+            group.submit(int)  # there is room when it has run the other
+
+    with pytest.raises(MemoryError), TaskGroup(pool=pool, max_queued=1) as group:
+        group._run.disturbed = True
+        with shield():
+            with TaskGroup(pool=pool) as other:
+                other.submit(feeds)
+            told = tasks[0].wait(timeout=20)
+
+    assert told
+    assert tasks[0].cancelled()
     assert runs_at_once(1, {"pool": pool})
 
 

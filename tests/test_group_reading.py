@@ -777,22 +777,32 @@ def test_group_wait_that_ends_early_does_so_before_a_task_has_begun(
     assert task.result() == 404
 
 
+@pytest.mark.parametrize("name", ["take", "perform"])
 @pytest.mark.parametrize("timeout", [None, 0.1])
 def test_worker_that_waits_for_a_group_runs_what_a_task_there_waits_for(
-    watched, make_pool, monkeypatch, timeout
+    watched, make_pool, monkeypatch, timeout, name
 ):
     """
     Though that task was just being taken as the wait began; it waits on, as long as it may.
     """
-    perform = Run.perform
+    works = getattr(Run, name)
     taken, over = threading.Event(), threading.Event()
     seats = []
 
+    def hold():
+        taken.set()
+        until(lambda: seats and is_asleep(seats[0]))
+
     def performs_late(run, task, lane):
-        if task.name == "waits_for_another":
-            taken.set()
-            until(lambda: seats and is_asleep(seats[0]))
-        perform(run, task, lane)
+        if run is group._run and not taken.is_set():
+            hold()
+        works(run, task, lane)
+
+    def takes_and_is_late(run, lane, *most):
+        tasks = works(run, lane, *most)
+        if run is group._run and not taken.is_set():
+            hold()
+        return tasks
 
     def waits_for_another():
         value = other.submit(resize, 404).result()
@@ -810,7 +820,7 @@ def test_worker_that_waits_for_a_group_runs_what_a_task_there_waits_for(
         finally:
             over.set()
 
-    monkeypatch.setattr(Run, "perform", performs_late)
+    monkeypatch.setattr(Run, name, takes_and_is_late if name == "take" else performs_late)
     with TaskGroup(1, timeout=20) as other, TaskGroup(pool=make_pool(1), timeout=20) as group:
         waiter = other.submit(waits)
         task = group.submit(waits_for_another)

@@ -3941,11 +3941,12 @@ def test_who_begins_to_wait_as_the_last_one_gives_up_is_told():
     assert told == [after]
 
 
-def test_task_that_came_too_late_is_not_kept():
+@pytest.mark.parametrize("observers", [[], [repr]])
+def test_task_that_came_too_late_is_not_kept(observers):
     """
     Whoever had just looked whether the group was open is refused, and nothing leads to the task.
     """
-    with TaskGroup(1) as group:
+    with TaskGroup(1, observers=observers) as group:
         pass
     run = group._run
     run.closed = None  # as it was a moment ago

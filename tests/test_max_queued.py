@@ -878,6 +878,43 @@ def test_waiter_that_leaves_passes_its_wake_up_on(workers, watched, monkeypatch)
     assert second.result() is True
 
 
+def test_stream_that_leaves_the_line_for_a_value_passes_its_wake_up_on(
+    workers, watched, monkeypatch
+):
+    """
+    Room comes once it has seen that there is none, and a value.
+    """
+    release = [threading.Event() for _ in range(3)]
+    leaving, leave_line, notify = threading.Event(), Run.leave_line, Run.notify
+
+    def leave_as_room_comes(run, *arguments):
+        if not leaving.is_set():
+            leaving.set()
+            until(lambda: not run.queue)
+        leave_line(run, *arguments)
+
+    def notify_and_wait(run, task):
+        notify(run, task)
+        assert leaving.wait(timeout=60)
+
+    def waits(number):
+        assert release[number].wait(timeout=60)
+
+    with TaskGroup(**workers(1), max_queued=1) as group:
+        first = blocked(next, group.imap(waits, iter(range(3)), window=5))
+        behind = blocked(group.submit, abs, -404)
+        monkeypatch.setattr(Run, "leave_line", leave_as_room_comes)
+        monkeypatch.setattr(Run, "notify", notify_and_wait)
+        release[0].set()
+        task = ended(*behind)
+        value = ended(*first)
+        for event in release:
+            event.set()
+
+    assert task.result() == 404
+    assert value is None
+
+
 def test_room_that_two_calls_leave_wakes_two(workers, watched):
     """
     Though both wake-ups may have met the same waiter.

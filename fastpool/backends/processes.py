@@ -304,6 +304,7 @@ class _Lane(Lane):
                     if run.rest(self):
                         return
                     continue
+                self.at, self._batch = batch[0], batch
                 done = self._ship(run, number, batch, bell)
                 if run.observers:
                     continue
@@ -324,7 +325,6 @@ class _Lane(Lane):
 
     def _ship(self, run: Run, number: int, batch: list[At], bell: Descriptor) -> int:
         """Have a batch run; how many of it have ended."""
-        self.at, self._batch = batch[0], batch
         if run.abandoned is not None:  # as in `Run.perform`
             self._batch, self.at = [], None
             return 0

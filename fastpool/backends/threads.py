@@ -527,7 +527,6 @@ class Leased:
         pool.idle_since = time.monotonic()
         if self._era is not _era:
             pool.end()
-            self._leases.pop("pool", None)
             return
         # Without a call in between, after which a handler could run: it is given back once.
         try:
