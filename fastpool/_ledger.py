@@ -515,7 +515,7 @@ class Ledger:
         Whoever meets the recorded failure, and so finds the group `stopping`, does so, or would
         hear of a cancelled sibling before its own token is set.
         """
-        if not (self.over or self.foreign or self.token.cancelled()):
+        if not self.token.cancelled():
             self.cancel_rest()
 
     def cancel_rest(self) -> None:

@@ -780,8 +780,8 @@ class Run(Ledger):
         if self.stopping():
             for task in tasks:
                 self.settle(task)  # who began to wait after the cancel hears only from here
-        elif self.queue and self.want_lane():
-            self.call()
+        else:
+            self.look_at_queue()
 
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""

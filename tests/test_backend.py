@@ -109,19 +109,26 @@ def test_what_a_lane_gives_back_is_run_by_another_one():
 
     class GivesBack(Batches):
         def serve(self, run, lane):
+            me = threading.current_thread()
+            came.append(me)
+            assert queued.wait(timeout=60)
             if run.begin(lane):
                 tasks = run.take(lane, 2)
                 if len(tasks) > 1:
-                    until(lambda: len(run.lanes) == 1)  # whoever came as well has gone
+                    for other in set(came) - {me}:
+                        other.join(timeout=60)
                     run.give_back(tasks[1:])
                 if tasks:
                     run.perform(tasks[0], lane)
                 run.dismiss(lane)
 
-    both = threading.Barrier(2, timeout=60)
+    both, came, queued = threading.Barrier(2, timeout=60), [], threading.Event()
     with TaskGroup(pool=GivesBack()) as group:
         batch = group.map(lambda number: (both.wait(), number)[1], range(2))
+        queued.set()
+        ended = batch.tasks[1].wait(timeout=20)  # who leaves would look by itself
 
+    assert ended
     assert batch.results() == [0, 1]
 
 

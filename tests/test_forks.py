@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import far
 import pytest
-from staging import start, until
+from staging import is_asleep, start, until
 
 from fastpool import (
     Cancelled,
@@ -351,7 +351,7 @@ def rest_of(values):
 
 @pytest.mark.parametrize("cancelled", [False, True])
 @pytest.mark.parametrize("waits", ["result", "wait", "as_completed", "leave"])
-def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled):
+def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled, watched):
     """
     It is a thread of the parent's that was to end it.
     """
@@ -369,6 +369,7 @@ def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled
     def hold():
         if cancelled:
             group.cancel()
+        until(lambda: is_asleep(threading.main_thread()))
         signal.raise_signal(signal.SIGUSR1)
         release.wait(60)
         return "held"

@@ -372,7 +372,7 @@ def test_worker_that_breaks_as_it_comes_to_rest_wakes_who_waits_for_it(watched, 
         passed(run, lane)
 
     def leaves():  # not the main thread, which looks by itself now and then
-        with TaskGroup(1) as group:
+        with TaskGroup(1, grace=600) as group:  # seconds: until then nothing else has it look
             groups.append(group)
             group.submit(int).wait()
             group.cancel()
@@ -554,6 +554,84 @@ def test_failure_of_a_task_is_its_own_though_its_worker_breaks_as_it_ends_it(bre
     _, error = raised.value.exceptions
     assert type(error) is ValueError
     assert tasks[0].exception() is error
+
+
+@pytest.mark.parametrize("holder", [Ledger, Gate])
+def test_who_waits_is_told_though_the_worker_breaks_as_it_tells(holder, watched, breaks_once):
+    """
+    In a group whose token is set already, so that no cancel wakes it, and while the body goes on.
+    """
+    release = threading.Event()
+    with pytest.raises(MemoryError), TaskGroup(1) as group:
+        task = group.submit(release.wait, 60)
+        until(task.running)
+        group.cancel()
+        waiter, outcome = start(task.wait)
+        until(lambda: is_asleep(waiter))
+        breaks_once(holder, "notify")
+        release.set()
+        waiter.join(timeout=20)
+        told = list(outcome)
+
+    assert told == [True]
+    assert task.result() is True
+
+
+def test_failures_that_are_recorded_at_once_have_an_order():
+    """
+    The first of them is what leaves, what cancels, and the cause of what it has cancelled.
+    """
+
+    class Together(list):
+        def append(self, failure):
+            super().append(failure)
+            both.wait()
+
+    both = threading.Barrier(2, timeout=60)
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup(2) as group:
+        group._run.failures = Together()
+        tasks = [group.submit(fail_together, both, ValueError("root")) for _ in range(2)]
+        queued = group.submit(int)
+    first, second = sorted(tasks, key=lambda task: task._value[2])
+
+    assert [first._value[2], second._value[2]] == [0, 1]
+    assert first.exception() is raised.value
+    assert second.exception() is not raised.value
+    assert group.token.reason is raised.value
+    assert queued._error().__cause__ is raised.value
+
+
+def fail_together(both, error):
+    both.wait()
+    raise error
+
+
+def test_failure_that_another_thread_makes_final_is_the_first(monkeypatch):
+    """
+    Its worker has recorded it, and come no further; the next one to fail finds it there.
+    """
+    record, recorded, goes_on = Ledger.record, threading.Event(), threading.Event()
+
+    def record_and_hold(run, task, error):
+        order = record(run, task, error)
+        if task is not None and not recorded.is_set():
+            recorded.set()
+            assert goes_on.wait(timeout=60)
+        return order
+
+    def fail_second():
+        assert recorded.wait(timeout=60)
+        raise LookupError
+
+    monkeypatch.setattr(Ledger, "record", record_and_hold)
+    with pytest.raises(ValueError, match="root") as raised, TaskGroup(2) as group, shield():
+        second = group.submit(fail_second)
+        first = group.submit(fail, ValueError("root"))
+        second.wait()
+        outcome = first.exception(), first._value[2]
+        goes_on.set()
+
+    assert outcome == (raised.value, 0)
 
 
 def test_worker_that_breaks_before_it_begins_a_task_fails_that(workers, breaks_once):
@@ -812,22 +890,23 @@ def test_who_waits_is_told_though_a_helper_breaks_as_it_tells(make_pool, breaks_
     The worker is another group's, so its failure ends no wait for the task that it has run.
     """
     pool = make_pool(1)
-    main, tasks = threading.current_thread(), []
+    waiting = []
 
     def helps():
-        tasks.append(group.submit(int))
-        until(lambda: is_asleep(main))
+        task = group.submit(int)
+        waiting.append(start(task.result))  # not the main thread, which looks by itself
+        until(lambda: is_asleep(waiting[0][0]))
         breaks_once(Ledger, "notify", itself=True)
-        tasks[0].result()
+        task.result()
 
-    with TaskGroup(pool=pool) as group, pytest.raises(MemoryError), TaskGroup(pool=pool) as other:
-        other.submit(helps)
-        until(lambda: tasks)
-        with shield():
-            told = tasks[0].wait(timeout=20)
+    with TaskGroup(pool=pool) as group:
+        with pytest.raises(MemoryError), TaskGroup(pool=pool) as other:
+            other.submit(helps)
+        waiter, outcome = waiting[0]
+        waiter.join(timeout=20)
+        told = list(outcome)
 
-    assert told
-    assert tasks[0].result() == 0
+    assert told == [0]
 
 
 @pytest.mark.parametrize(("holder", "name"), [(_run, "handle"), (Ledger, "admit")])
@@ -847,7 +926,7 @@ def test_call_that_a_helper_has_no_memory_to_take_fails_its_group(
             group.submit(int)  # there is room when it has run the other
 
     with pytest.raises(MemoryError), TaskGroup(pool=pool, max_queued=1) as group:
-        group._run.disturbed = True
+        group._run.disturbed = name == "admit"
         with shield():
             with TaskGroup(pool=pool) as other:
                 other.submit(feeds)

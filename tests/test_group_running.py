@@ -44,12 +44,14 @@ from fastpool import (
     StuckTaskError,
     Submitter,
     TaskGroup,
+    _ledger,
     _submitter,
     cancellable,
     current_token,
     shield,
     use_token,
 )
+from fastpool._lane import Lane
 from fastpool._ledger import Ledger
 from fastpool._run import Run
 from fastpool.backends import threads
@@ -3912,6 +3914,112 @@ def test_claim_that_is_laid_as_the_task_ends_is_taken_back(monkeypatch):
 
     assert not told
     assert claims == []
+
+
+def test_of_two_who_cancel_a_task_one_is_told_that_it_has_done_so(monkeypatch):
+    """
+    The other one comes to it when nothing is left of what has decided it.
+    """
+    main, release = threading.current_thread(), threading.Event()
+    others = []
+
+    def lay_late(ledger, task, lay=Ledger.claim):
+        if threading.current_thread() is main and not others:
+            others.extend(in_thread(ledger.withdraw, task, "enough") for _ in range(2))
+            assert task not in ledger.claims
+        return lay(ledger, task)
+
+    with TaskGroup(1) as group:
+        until(group.submit(release.wait, 60).running)
+        task = group.submit(int)
+        monkeypatch.setattr(Ledger, "claim", lay_late)
+        told = task.cancel()
+        release.set()
+
+    assert [told, *others] == [False, True, False]
+
+
+def test_task_that_is_being_cancelled_is_done_for_who_asks(monkeypatch):
+    """
+    It has been decided that it never runs, and not been written down yet.
+    """
+    main, held, goes_on = threading.current_thread(), threading.Event(), threading.Event()
+    never_ran = Ledger.never_ran
+
+    def hold_first(ledger, *arguments):
+        if threading.current_thread() is not main:
+            held.set()
+            assert goes_on.wait(timeout=60)
+        never_ran(ledger, *arguments)
+
+    release = threading.Event()
+    monkeypatch.setattr(Ledger, "never_ran", hold_first)
+    with TaskGroup(1) as group:
+        until(group.submit(release.wait, 60).running)
+        task = group.submit(int)
+        canceller, outcome = start(task.cancel, "enough")
+        assert held.wait(timeout=60)
+        done = task.done()
+        goes_on.set()
+        canceller.join(timeout=60)
+        release.set()
+
+    assert done
+    assert outcome == [True]
+
+
+def test_task_that_a_helper_is_about_to_run_is_cancelled_as_a_running_one(make_pool, monkeypatch):
+    """
+    However often: that it runs is decided, though it does not say by whom yet.
+    """
+    decide, held, goes_on = _ledger._Claim.decide, threading.Event(), threading.Event()
+    tasks, ran = [], []
+
+    def decide_and_hold(claim, verdict):
+        decided = decide(claim, verdict)
+        if isinstance(verdict, Lane):
+            held.set()
+            assert goes_on.wait(timeout=60)
+        return decided
+
+    def parent():
+        tasks.append(group.submit(ran.append, 404))
+        tasks[0].wait()
+
+    monkeypatch.setattr(_ledger._Claim, "decide", decide_and_hold)
+    with TaskGroup(pool=make_pool(1)) as group:
+        group.submit(parent)
+        assert held.wait(timeout=60)
+        told = [tasks[0].cancel() for _ in range(3)]
+        done = tasks[0].done()
+        goes_on.set()
+
+    assert told == [True, False, False]
+    assert not done
+    assert ran == [404]
+    assert tasks[0].result() is None
+
+
+def test_handle_that_was_had_before_its_call_ended_keeps_no_function():
+    """
+    As any other.
+    """
+    release = threading.Event()
+
+    def waits(number):
+        assert release.wait(timeout=60)
+        return number
+
+    kept = weakref.ref(waits)
+    with TaskGroup(1) as group:
+        batch = group.map(waits, [404])
+        (task,) = batch.tasks
+        release.set()
+    del batch, group, waits
+    fastpool.shutdown()
+    until(lambda: kept() is None)
+
+    assert task.result() == 404
 
 
 def test_who_begins_to_wait_as_the_last_one_gives_up_is_told():

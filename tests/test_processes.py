@@ -21,7 +21,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections import Counter
+from collections import Counter, deque
 from contextvars import Context, ContextVar
 from multiprocessing import forkserver
 from types import SimpleNamespace
@@ -43,6 +43,7 @@ from fastpool import (
     backends,
 )
 from fastpool.backends import _process, processes
+from fastpool.backends._process import WorkerProcess
 from fastpool.backends.processes import Processes
 
 
@@ -201,6 +202,34 @@ def test_server_that_dies_is_waited_for_until_it_can_be_replaced(returns, error,
 
     assert 2 <= sum(slept) < 10
     assert server._preload_modules == [_process.SERVER]
+
+
+@pytest.mark.parametrize(
+    ("listed", "preloads"), [(["__main__"], True), ([_process.SERVER], True), (["json"], False)]
+)
+def test_server_imports_us_unless_the_program_has_a_list_of_its_own(monkeypatch, listed, preloads):
+    """
+    So that a worker does not begin with that.
+    """
+    lists = []
+    context = SimpleNamespace(set_forkserver_preload=lists.append)
+    monkeypatch.setattr(forkserver._forkserver, "_preload_modules", listed)
+    told = _process._preload(context)
+
+    assert told == preloads
+    assert lists == ([["__main__", _process.SERVER]] if listed == ["__main__"] else [])
+
+
+def test_answer_to_an_earlier_question_leaves_the_later_ones_unanswered():
+    """
+    A worker that is slow to report is asked no more, once there are many of them.
+    """
+    control = SimpleNamespace(recv_bytes=lambda: pickle.dumps((1, "where")))
+    asked = SimpleNamespace(control=control, _unanswered=deque([1, 2]))
+    answer = WorkerProcess._hear_where(asked)
+
+    assert answer == (1, "where")
+    assert [*asked._unanswered] == [2]
 
 
 def test_workers_serve_one_group_after_another(two):

@@ -6,17 +6,19 @@ import contextlib
 import gc
 import os
 import resource
+import select
 import signal
 import threading
 import weakref
 from multiprocessing.connection import Connection, Pipe
+from types import SimpleNamespace
 
 import far
 import pytest
 from blocked import is_blocked, rests
 from staging import fail, start, stop, until
 
-from fastpool import CollectAll, TaskGroup, WorkerDiedError, shield
+from fastpool import CollectAll, StuckTaskError, TaskGroup, WorkerDiedError, shield
 from fastpool._lane import Lane
 from fastpool._ledger import Ledger, _Claim
 from fastpool._run import Run
@@ -402,23 +404,24 @@ def test_late_answer_to_a_report_is_not_that_to_the_next(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
-def test_batch_that_is_shipped_as_its_block_is_left_without_it_never_runs(monkeypatch):
+def test_batch_that_is_taken_as_its_block_is_left_without_it_never_runs(monkeypatch):
     """
     Nobody has named it. Its handles have ended by then.
     """
-    ship, held, goes_on, over = processes._Lane._ship, *(threading.Event() for _ in range(3))
-    sent, backend = [], Processes(1)
+    take_places, held, goes_on = Run.take_places, threading.Event(), threading.Event()
+    sent, threads, backend = [], [], Processes(1)
     with TaskGroup(pool=backend) as group:
         group.submit(abs, 1)  # its worker is ready
 
-    def ship_late(lane, *arguments):
-        held.set()
-        assert goes_on.wait(timeout=60)
-        shipped = ship(lane, *arguments)
-        over.set()
-        return shipped
+    def take_late(run, lane, most):
+        places = take_places(run, lane, most)
+        if places:
+            threads.append(threading.current_thread())
+            held.set()
+            assert goes_on.wait(timeout=60)
+        return places
 
-    monkeypatch.setattr(processes._Lane, "_ship", ship_late)
+    monkeypatch.setattr(Run, "take_places", take_late)
     monkeypatch.setattr(processes._Lane, "_take_home", lambda *_: sent.append(1))
     with TaskGroup(pool=backend, grace=0, on_stuck="abandon") as group:
         batch = group.map(abs, [1, 2])
@@ -426,10 +429,39 @@ def test_batch_that_is_shipped_as_its_block_is_left_without_it_never_runs(monkey
         group.cancel("enough")
     cancelled = [task.cancelled() for task in batch.tasks]
     goes_on.set()
+    threads[0].join(timeout=60)
 
     assert cancelled == [True, True]
-    assert over.wait(timeout=60)
     assert sent == []
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_value_that_came_as_its_block_was_left_without_it_changes_nothing(monkeypatch):
+    """
+    The handle says that it was left behind, and goes on to say so.
+    """
+    came, held, goes_on, over = Ledger.all_succeeded, *(threading.Event() for _ in range(3))
+
+    def come_late(*arguments):
+        held.set()
+        assert goes_on.wait(timeout=60)
+        came(*arguments)
+        over.set()
+
+    monkeypatch.setattr(Ledger, "all_succeeded", come_late)
+    with (
+        pytest.raises(StuckTaskError),
+        TaskGroup(pool=Processes(1), grace=0, on_stuck="abandon") as group,
+    ):
+        batch = group.map(abs, [-404])
+        assert held.wait(timeout=60)
+        group.cancel()
+    (task,) = batch.tasks
+    before = task.cancelled()
+    goes_on.set()
+
+    assert over.wait(timeout=60)
+    assert [before, task.cancelled()] == [True, True]
 
 
 # --- How the lane waits ---------------------------------------------------------------------------
@@ -535,6 +567,43 @@ def test_lane_waits_for_nothing_where_all_has_come_home():
     assert not lane._due
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_late_call_is_found_behind_one_that_has_time(is_over):
+    """
+    What it came to, if it is over, has a while to come home.
+    """
+    lane = processes._Lane(None, 1, Processes(1))
+    lane._due = {5: (MONTH, 1.0), 6: (1.0, 1.0)}
+    far = SimpleNamespace(shared=SimpleNamespace(at=6, over=is_over))
+    late = [lane._is_overdue(far, now) for now in (2.0, 2.5)]
+
+    assert late == [not is_over, False]
+
+
+def test_lane_looks_no_later_than_it_is_to_kill(monkeypatch, tmp_path):
+    """
+    It sleeps until then, and not a second.
+    """
+    spans = []
+
+    class Poll:
+        def __init__(self):
+            self.poller = select.poll()
+            self.register, self.unregister = self.poller.register, self.poller.unregister
+
+        def poll(self, span):
+            spans.append(span)
+            return self.poller.poll(span)
+
+    monkeypatch.setattr(processes, "select", SimpleNamespace(**{**vars(select), "poll": Poll}))
+    with TaskGroup(pool=Processes(1, kill_after=0.2)) as group:
+        group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+        far.seen(tmp_path / "begun")
+        group.cancel()
+
+    assert 0 < min(spans) <= 200  # milliseconds
+
+
 # --- What goes wrong in the lane ------------------------------------------------------------------
 
 
@@ -548,6 +617,7 @@ def test_lane_waits_for_nothing_where_all_has_come_home():
         (Run, "admit", False),
         (Run, "admit", True),
         (processes._Lane, "_ship", False),
+        (processes._Lane, "_ship", "with several"),
         (processes._Lane, "_take_home", True),
         (Run, "give_back", False),
         (Run, "give_back", True),
@@ -570,7 +640,9 @@ def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, nam
     def breaks(*args, **kwargs):
         thread = threading.current_thread()
         mine = errors and thread.name.startswith("fastpool-group")
-        if mine and after:
+        if mine and after == "with several":
+            mine = len(args[0]._batch) > 1
+        elif mine and after:
             works(*args, **kwargs)
         if mine:
             lanes.append(thread)
@@ -588,10 +660,11 @@ def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, nam
             if name == "admit":
                 group._run.disturbed, group._run.claims = True, Laid()
             tasks.extend(group.map(far.echo, ALL).tasks)
-            threads.extend(start(task.wait)[0] for task in (tasks[0], tasks[-1]))
+            threads.extend(start(task.wait)[0] for task in tasks)
             if back:  # what it has taken and not begun as a task sets the token
                 tasks.append(group.submit(fail, ValueError("back")))
                 tasks.extend(group.map(far.echo, ALL).tasks)
+                threads.extend(start(task.wait)[0] for task in tasks[len(ALL) :])
             for thread in threads:
                 thread.join(timeout=60)  # no wait is ended by the end of the block alone
                 told.append(not thread.is_alive())
@@ -611,6 +684,100 @@ def test_lane_that_breaks_anywhere_holds_up_nobody(one, monkeypatch, holder, nam
         assert group.map(far.echo, ALL).results() == ALL
         (lane,) = group._run.lanes
     assert not lanes or lane.of_thread in lanes
+
+
+def test_lane_that_breaks_once_its_tasks_have_ended_fails_the_group(monkeypatch):
+    """
+    They keep what they have come to.
+    """
+    errors = [MemoryError("no room for a tuple")]
+
+    def breaks(task):
+        if errors:
+            raise errors.pop()
+
+    with pytest.raises(MemoryError), TaskGroup(pool=Processes(1)) as group:
+        task = group.submit(abs, -404)
+        group._run.watch(task, SimpleNamespace(notify=breaks))
+        until(lambda: not errors)
+
+    assert task.result() == 404
+
+
+def test_value_that_there_is_no_memory_for_is_lost_with_its_worker(monkeypatch):
+    """
+    The task has run, so it is not run again.
+    """
+    errors = [MemoryError("no room for a value")]
+
+    def breaks(*_):
+        raise errors.pop()
+
+    monkeypatch.setattr(Ledger, "all_succeeded", breaks)
+    with (
+        pytest.raises(WorkerDiedError, match=r"what task 'abs' came to in .* is lost") as raised,
+        TaskGroup(pool=Processes(1)) as group,
+    ):
+        group.submit(abs, -404)
+
+    assert type(raised.value.__cause__) is MemoryError
+
+
+def test_values_behind_one_that_there_is_no_memory_for_are_lost_with_their_worker(tmp_path):
+    """
+    Each of them, and none that was entered before.
+    """
+    errors = [MemoryError("no room for a tuple")]
+
+    def breaks(task):
+        if errors:
+            raise errors.pop()
+
+    with pytest.raises(WorkerDiedError, match="is lost"), TaskGroup(pool=Processes(1)) as group:
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        tasks = [group.submit(abs, number) for number in range(4)]
+        group.map(abs, range(200))
+        group._run.watch(tasks[0], SimpleNamespace(notify=breaks))
+        far.note(tmp_path / "go")
+
+    assert not errors
+    assert tasks[0].result() == 0
+    assert [type(task.exception()) for task in tasks[1:]] == [WorkerDiedError] * 3
+
+
+def test_calls_that_there_is_no_memory_to_take_back_end_with_their_group(monkeypatch, tmp_path):
+    """
+    None is lost; and the lane has another worker for the next group.
+    """
+    give_back, errors = Run.give_back, [MemoryError("no room for a loop")]
+
+    def breaks(run, tasks):
+        if errors:
+            raise errors.pop()
+        give_back(run, tasks)
+
+    def run():
+        with TaskGroup(pool=backend) as group:
+            group.submit(far.return_after, tmp_path / "go")
+            group.map(abs, range(8))  # in one batch, and then in one of 64:
+            held = group.submit(far.begin_and_hold, tmp_path / "begun", tmp_path / "release")
+            tasks.extend((held, *(group.submit(abs, number) for number in range(10))))
+            far.note(tmp_path / "go")
+            for task in tasks:
+                with shield():
+                    task.wait()
+
+    backend, tasks = Processes(1), []
+    monkeypatch.setattr(processes, "HELD", 0)  # all that is behind a call is taken back at once
+    monkeypatch.setattr(Run, "give_back", breaks)
+    thread, outcome = start(run)
+    thread.join(timeout=60)
+
+    assert isinstance(outcome[0], (MemoryError, WorkerDiedError))
+    assert not errors
+    assert all(task.done() for task in tasks)
+    assert echoes(backend) == ALL
 
 
 def test_who_waits_is_told_though_the_lane_breaks_as_it_tells(monkeypatch, tmp_path):

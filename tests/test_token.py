@@ -127,6 +127,7 @@ def test_timeout_is_given_by_its_name():
     What stands in its place could be anything: a reason, a parent.
     """
     for make in (CancelToken, CancelToken().child):
+        assert make(timeout=60).remaining() > 0
         with pytest.raises(TypeError):
             make(60)
 
@@ -653,6 +654,22 @@ def test_timeout_of_a_token_is_named(make):
     """
     with pytest.raises(TypeError, match="positional argument"):
         make(60)
+
+
+def test_token_that_there_is_no_thread_for_has_no_deadline(monkeypatch):
+    """
+    Or it would tell of one that never comes.
+    """
+
+    def refuses(*_):
+        raise RuntimeError("can't start new thread")
+
+    token = CancelToken()
+    monkeypatch.setattr(_clock, "add_deadline", refuses)
+    with pytest.raises(RuntimeError, match="new thread"):
+        token._limit(60)
+
+    assert token.remaining() is None
 
 
 def test_child_hears_every_ancestor_and_tells_none():

@@ -305,6 +305,8 @@ class _Lane(Lane):
                         return
                     continue
                 self.at, self._batch = batch[0], batch
+                if run.abandoned is not None:  # as in `Run.perform`
+                    return
                 done = self._ship(run, number, batch, bell)
                 if run.observers:
                     continue
@@ -325,9 +327,6 @@ class _Lane(Lane):
 
     def _ship(self, run: Run, number: int, batch: list[At], bell: Descriptor) -> int:
         """Have a batch run; how many of it have ended."""
-        if run.abandoned is not None:  # as in `Run.perform`
-            self._batch, self.at = [], None
-            return 0
         if run.observers:
             run.started(handle(batch[0]), self)
         ended = 0  # of those that the worker has: the first so many
@@ -667,11 +666,8 @@ class _Lane(Lane):
         # Looked at after it was said: the worker does the reverse, and so has begun no other one.
         begun = max(far.shared.at - self._first, 0) + 1
         rest = [task for task in map(handle, self._batch[begun:]) if not task._state]
-        with contextlib.suppress(RuntimeError, MemoryError, OSError, ValueError):
-            run.give_back(rest)  # if no lane is to be had for it, those there are come to it
+        run.give_back(rest)
         self._batch = self._batch[:begun]
-        for number in [number for number in self._due if number >= self._first + begun]:
-            del self._due[number]
 
     def _pass_on(self, far: WorkerProcess) -> None:
         """Tell the worker which of its tasks have been cancelled."""
