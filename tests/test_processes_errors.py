@@ -580,6 +580,111 @@ def test_late_call_is_found_behind_one_that_has_time(is_over):
     assert late == [not is_over, False]
 
 
+@pytest.fixture
+def in_one_batch(monkeypatch, tmp_path):
+    """Has a group of one worker take calls as one batch, with others behind; returns the tasks."""
+    monkeypatch.setattr(processes, "SLICE", 300)  # seconds: batches grow, whatever they take
+
+    def arrange(group, *calls, before=lambda tasks: None):
+        group.submit(far.return_after, tmp_path / "go")
+        group.map(abs, range(8))  # in one batch, and then in one of 64:
+        tasks = [group.submit(*call) for call in calls]
+        group.map(abs, range(200))
+        before(tasks)
+        far.note(tmp_path / "go")
+        return tasks
+
+    return arrange
+
+
+def test_call_with_nothing_before_it_is_killed_as_soon_as_the_others_are_taken_back(
+    monkeypatch, in_one_batch
+):
+    """
+    There is nothing that would have to come home first, and the worker says nothing any more.
+    """
+    monkeypatch.setattr(processes, "HOMEWARD", 300)  # seconds
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        stopped, other = in_one_batch(group, (signal.raise_signal, signal.SIGSTOP), (abs, 1))
+        until(lambda: group._run.lanes)
+        (lane,) = group._run.lanes
+        until(lambda: len(lane._batch) == 1 and lane.task is stopped)
+        stopped.cancel()
+        came = stopped.wait(timeout=60)
+        if not came:
+            os.kill(lane._far.process.pid, signal.SIGCONT)
+
+    assert came
+    assert stopped.cancelled()
+    assert other.result() == 1
+
+
+def test_call_with_something_before_it_is_killed_once_that_has_come_home(
+    monkeypatch, in_one_batch, tmp_path
+):
+    """
+    Though it should have stopped before.
+    """
+    monkeypatch.setattr(processes, "HELD", 2)  # seconds: it is cancelled before others go home
+    hold = far.begin_and_hold, tmp_path / "begun", tmp_path / "release"
+    with TaskGroup(pool=Processes(1, kill_after=0)) as group:
+        quick, held = in_one_batch(group, (abs, -1), hold)
+        far.seen(tmp_path / "begun")
+        held.cancel()
+
+    assert held.cancelled()
+    assert quick.result() == 1
+
+
+def test_lane_knows_where_its_worker_is_in_a_message_that_was_sent_again(
+    monkeypatch, in_one_batch, tmp_path
+):
+    """
+    Each call by itself, since one of them cannot be read.
+    """
+    monkeypatch.setattr(processes, "HELD", 300)  # seconds: nothing is taken back
+    with (
+        pytest.raises(ExceptionGroup),
+        TaskGroup(pool=Processes(1), policy=CollectAll()) as group,
+    ):
+        held, _ = in_one_batch(
+            group,
+            (far.begin_and_hold, tmp_path / "begun", tmp_path / "release"),
+            (far.echo, far.Unloadable()),
+        )
+        far.seen(tmp_path / "begun")
+        (lane,) = group._run.lanes
+        at = lane.task
+        far.note(tmp_path / "release")
+
+    assert at is held
+
+
+def test_nothing_is_taken_back_of_what_is_just_being_sent(one, monkeypatch, in_one_batch):
+    """
+    A long message goes by a helper, and may take its time.
+    """
+    in_helper, given, ways = processes._Lane._in_helper, [], []
+
+    def in_helper_with_no_time(*arguments):
+        ways.append(arguments)
+        monkeypatch.setattr(processes, "HELD", 0)
+        try:
+            return in_helper(*arguments)
+        finally:
+            monkeypatch.setattr(processes, "HELD", 300)
+
+    monkeypatch.setattr(processes, "HELD", 300)  # seconds
+    monkeypatch.setattr(processes._Lane, "_in_helper", in_helper_with_no_time)
+    monkeypatch.setattr(Run, "give_back", lambda run, tasks: given.extend(tasks))
+    with TaskGroup(pool=one) as group:
+        tasks = in_one_batch(group, *[(len, bytes([fill]) * 50_000) for fill in range(4)])
+
+    assert ways
+    assert given == []
+    assert [task.result() for task in tasks] == [50_000] * 4
+
+
 def test_lane_looks_no_later_than_it_is_to_kill(monkeypatch, tmp_path):
     """
     It sleeps until then, and not a second.
@@ -723,7 +828,7 @@ def test_value_that_there_is_no_memory_for_is_lost_with_its_worker(monkeypatch):
     assert type(raised.value.__cause__) is MemoryError
 
 
-def test_values_behind_one_that_there_is_no_memory_for_are_lost_with_their_worker(tmp_path):
+def test_values_behind_one_that_there_is_no_memory_for_are_lost_with_their_worker(in_one_batch):
     """
     Each of them, and none that was entered before.
     """
@@ -734,12 +839,11 @@ def test_values_behind_one_that_there_is_no_memory_for_are_lost_with_their_worke
             raise errors.pop()
 
     with pytest.raises(WorkerDiedError, match="is lost"), TaskGroup(pool=Processes(1)) as group:
-        group.submit(far.return_after, tmp_path / "go")
-        group.map(abs, range(8))  # in one batch, and then in one of 64:
-        tasks = [group.submit(abs, number) for number in range(4)]
-        group.map(abs, range(200))
-        group._run.watch(tasks[0], SimpleNamespace(notify=breaks))
-        far.note(tmp_path / "go")
+        tasks = in_one_batch(
+            group,
+            *[(abs, number) for number in range(4)],
+            before=lambda tasks: group._run.watch(tasks[0], SimpleNamespace(notify=breaks)),
+        )
 
     assert not errors
     assert tasks[0].result() == 0
