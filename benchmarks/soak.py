@@ -445,6 +445,11 @@ class Round:
                 abandoned.add(call.number)
             else:
                 self.look_at(call, task, seen[call.number], far=far)
+        if abandons(block) and not self.handles[block.number]:
+            # Where the group ends in the middle of a `map`, nobody has a handle of what has begun.
+            begun = [call.number for call in block.calls if runs_on(call, seen[call.number])]
+            TALLY["abandoned"] += len(begun)
+            abandoned.update(begun)
         if far:
             self.look_at_far(block, abandoned)
         else:
@@ -578,6 +583,11 @@ def stuck(block: Block) -> bool:
 def abandons(block: Block) -> bool:
     """Whether a group is left without those that are stuck."""
     return stuck(block) and not block.kills
+
+
+def runs_on(call: Call, seen: Outcome) -> bool:
+    """Whether a task that does not stop has begun."""
+    return call.kind == "stuck" and seen.begun > seen.ended
 
 
 def runs(seen: Outcome) -> bool:

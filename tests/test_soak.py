@@ -189,3 +189,34 @@ def test_broken_promise_is_found_and_its_round_is_named(what):
 
     assert ended.returncode == 1, ended.stdout + ended.stderr
     assert re.search(r"^(after )?round \d+ of seed one", ended.stdout, re.MULTILINE)
+
+
+CUT = """
+import threading
+from benchmarks import soak
+from fastpool import _input, current_token
+calls = [soak.Call(number, "stuck") for number in (2, 3, 4)]
+block = soak.Block(1, 2, "collect", None, None, "threads", "map", calls, "cancel", False)
+soak.tree = lambda chance, pools: block
+at_work, do, read = threading.Semaphore(0), soak.Round.do, _input.read
+def begin(self, call):
+    at_work.release()
+    do(self, call)
+def read_and_cancel(iterator, most):
+    if most > 1:
+        assert at_work.acquire(timeout=60)
+        current_token().cancel(soak.enough(block))
+    return read(iterator, most)
+soak.Round.do, _input.read = begin, read_and_cancel
+"""
+
+
+def test_what_is_left_behind_of_a_map_that_did_not_return_is_known():
+    """
+    The group ended in the middle of it, and nobody has a handle of the call at work.
+    """
+    ended = soak("--minutes", "0.01", first=CUT)
+
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    rounds, abandoned = re.search(r"(\d+) rounds,.* (\d+) abandoned", ended.stdout).groups()
+    assert rounds == abandoned
