@@ -164,14 +164,15 @@ def _tidy() -> None:
         if not wards:
             _restore(signum)
             if signum != SIGINT:
-                _guard.wards.pop(signum, None)
                 _guard.before.pop(signum, None)
 
 
 def _restore(signum: int) -> None:
+    # In this order: a finalizer that leaves a group in the middle restores it, and forgets this.
+    before = _guard.before.get(signum)
     if _signal.getsignal(signum) is _handler:
-        before = _guard.before.get(signum)  # None: it was not set by Python code
-        _signal.signal(signum, signal.SIG_DFL if before is None else before)
+        # None: it was not set by Python code.
+        _signal.signal(signum, _signal.SIG_DFL if before is None else before)
 
 
 def _in_main_thread() -> bool:

@@ -21,6 +21,7 @@ import points
 import pytest
 from blocked import is_blocked
 from staging import (
+    act_at,
     fail,
     have_idle_threads_wait,
     in_thread,
@@ -39,6 +40,7 @@ from fastpool import (
     StuckTaskError,
     TaskGroup,
     _clock,
+    _guard,
     _waiting,
     _wakers,
     blocking,
@@ -1425,6 +1427,54 @@ def test_handler_of_a_signal_is_restored_when_asked(sigterm):
         assert signal.getsignal(signal.SIGTERM) is not sigterm
         asking.close()
         assert signal.getsignal(signal.SIGTERM) is sigterm
+
+
+def test_group_may_be_opened_at_every_line_as_a_signal_is_taken_and_given_back(sigterm):
+    """
+    By a finalizer, say: the signal is heard while it is taken, and its handler restored.
+    """
+
+    def taken(group):
+        with fastpool.cancel_on_signals(group, signal.SIGTERM):
+            assert signal.getsignal(signal.SIGTERM) is not sigterm
+        return fastpool.cancel_on_signals(group, signal.SIGTERM)
+
+    for step in itertools.count():
+        met = []
+
+        def opens_one(met=met):
+            met.append(True)
+            with contextlib.suppress(Cancelled), TaskGroup(1):  # a finalizer's leaves nothing
+                pass
+
+        def traced(fn, *args, trace=opens_one, step=step):
+            sys.settrace(act_at(step, trace))
+            try:
+                return fn(*args)
+            finally:
+                sys.settrace(None)
+
+        with pytest.raises(SystemExit), TaskGroup(1) as group:
+            asking = traced(taken, group)
+            try:
+                terminate()
+            finally:
+                traced(asking.close)
+                assert signal.getsignal(signal.SIGTERM) is sigterm
+
+        if not met:
+            break
+
+
+def test_handler_that_was_not_set_by_python_is_replaced_by_the_default(sigterm):
+    """
+    `signal.getsignal` says `None` of it, and no Python code can restore it.
+    """
+    with TaskGroup(1) as group, fastpool.cancel_on_signals(group, signal.SIGTERM):
+        _guard._guard.before[signal.SIGTERM] = None
+    left = signal.signal(signal.SIGTERM, sigterm)
+
+    assert left is signal.SIG_DFL
 
 
 def test_ctrl_c_can_be_taken_from_a_foreign_handler():
