@@ -526,6 +526,7 @@ class Run(Ledger):
                     self.called[lane] = None
                 except BaseException:
                     resting[lane] = None
+                    self.passed(lane)
                     raise
                 try:
                     lane.gate.open()
@@ -630,6 +631,7 @@ class Run(Ledger):
             self.called[lane] = None
         except BaseException:
             self.lanes.pop(lane, None)
+            self.passed(lane)
             raise
         began[0] = lane  # with no call in between, after which a signal handler could raise
 
@@ -646,6 +648,7 @@ class Run(Ledger):
             lane.gate.open()  # where its thread is; it comes, with the slot
         elif self.called.pop(lane, lane) is None:  # else it has come, or was recalled
             self.lanes.pop(lane, None)
+            self.passed(lane)
             self.free_slot()
 
     def begin(self, lane: Lane) -> bool:
@@ -704,6 +707,7 @@ class Run(Ledger):
         lane = take_last(self.called)
         if lane is not None:
             self.lanes.pop(lane, None)
+            self.passed(lane)  # a wait may have begun just as it was called
         return lane
 
     def passed(self, lane: Lane) -> None:
@@ -756,7 +760,7 @@ class Run(Ledger):
             raise
         return taken
 
-    def untake(self, places: list[At], lane: Lane, error: BaseException) -> None:
+    def untake(self, places: Sequence[At], lane: Lane | None, error: BaseException) -> None:
         """A lane that fails has taken these, and is at none of them: they end with the group."""
         self._report(error)
         for task in map(handle, places):
@@ -767,21 +771,34 @@ class Run(Ledger):
             self.settle(task)  # who waits has heard of the cancel, and hears of this only from here
 
     def give_back(self, tasks: list[Task[Any]]) -> None:
-        """What a lane took and has not begun, for another one to run; it comes first again."""
-        for task in reversed(tasks):
-            # It may hold the verdict that this lane runs it. Who has laid it before that and is
-            # yet to decide, alone with it, would withdraw what others run: so it is decided.
-            claim = self.claims.pop(task, None)
-            if claim is not None:
-                claim.decide(GIVEN_BACK)
-            task._lane = None
-            task._taken = False
-            self.queue.appendleft(task)
-        if self.stopping():
+        """
+        What a lane took and has not begun, for another one to run; it comes first again.
+
+        Args:
+            tasks: In the order taken. If this fails, the group does, and none of them is lost.
+        """
+        left: Sequence[Task[Any]] = tasks
+        try:
+            left = [*tasks]
+            while left:
+                task = left[-1]
+                # It may hold the verdict that this lane runs it. Who has laid it before that and is
+                # yet to decide, alone with it, would withdraw what others run: so it is decided.
+                claim = self.claims.pop(task, None)
+                if claim is not None:
+                    claim.decide(GIVEN_BACK)
+                task._lane = None
+                task._taken = False
+                self.queue.appendleft(task)
+                del left[-1]
+            if not self.stopping():
+                self.look_at_queue()
+                return
             for task in tasks:
                 self.settle(task)  # who began to wait after the cancel hears only from here
-        else:
-            self.look_at_queue()
+        except BaseException as error:
+            self.untake(left, left[0]._lane if left else None, error)
+            raise
 
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""
@@ -789,6 +806,7 @@ class Run(Ledger):
         # Who leaves the block says so first, and names what lanes are at then: it runs, and is
         # named, or never runs.
         if self.abandoned is not None:
+            lane.at = None
             return
         self.started(task, lane)
         try:
@@ -955,9 +973,10 @@ class Run(Ledger):
         if not self.queue or self.stopping():
             while (recalled := self.recall()) is not None:
                 if recalled.stays:
-                    # It will pass its gate, find that nobody has called it, and wait on.
-                    self.lanes[recalled] = None
+                    # It will pass its gate, find that nobody has called it, and wait on. In this
+                    # order: who waits for the lanes leaves out those that rest.
                     self.recalled[recalled] = None
+                    self.lanes[recalled] = None
                 else:
                     self.free_slot()
         # Looked at again after the recalls: a submitter may have counted on such a lane.
@@ -1014,6 +1033,12 @@ class Run(Ledger):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):
             lanes.clear()
+        if self.token._reason is not None:
+            # Nobody tells of what a lane took and never began, nor of a lane that then left.
+            for pending in list(self.fences.values()):
+                pending.clear()
+            for gate in (*list(self.fences), *self.token._sleepers()):
+                gate.open()
         self.loose.clear()
         failures, queue = tuple(self.failures), deque[Any]()
         # No call from here on, after which a handler could run: these have to come home.
@@ -1051,7 +1076,8 @@ class Run(Ledger):
             # Off the list first: a wait that begins now does not find it, or is told here.
             self.lanes.pop(lane, None)
             self.passed(lane)
-            self.emit("task_abandoned", task, context=lane.context, worker=lane.worker)
+            context = self.untold.pop(task, None) or lane.context  # it may be yet to be started
+            self.emit("task_abandoned", task, context=context, worker=lane.worker)
         backend = self.backend
         if backend is not None:
             backend.abandon(self)

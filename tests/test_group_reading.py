@@ -19,6 +19,7 @@ from fastpool import (
     Batch,
     Cancelled,
     CancelToken,
+    StuckTaskError,
     Task,
     TaskCancelledError,
     TaskGroup,
@@ -652,6 +653,182 @@ def test_group_wait_waits_for_what_was_submitted_before(watched, workers, call, 
     assert seen == ([True] * 6, False, [None])
     assert at_last
     assert more.result() == 404
+
+
+@pytest.mark.parametrize("why", ["recalled", "no memory"])
+@pytest.mark.parametrize("lane", ["new", "idle"])
+def test_group_wait_that_begins_as_a_worker_is_called_does_not_wait_for_one_that_never_comes(
+    watched, monkeypatch, lane, why
+):
+    """
+    Others have run all there was by then, so it is called back; or it could not be called.
+    """
+    begin, release, goes_on = Run.begin, threading.Event(), threading.Event()
+    late, waiters = [], []
+
+    class Called(dict):
+        def __setitem__(self, lane, value):
+            if not late:
+                late.append(lane)
+                waiters.append(start(group.wait))
+                until(lambda: is_asleep(waiters[0][0]))
+                if why == "no memory":
+                    raise MemoryError("no room for an entry")
+            super().__setitem__(lane, value)
+
+    def begin_late(run, lane):
+        if lane in late:
+            assert goes_on.wait(timeout=60)
+        return begin(run, lane)
+
+    with TaskGroup(2) as group:
+        if lane == "idle":
+            both = threading.Barrier(2, timeout=60)
+            group.map(lambda _: both.wait(), range(2)).wait()
+            until(group._run.at_rest)
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        monkeypatch.setattr(Run, "begin", begin_late)
+        group._run.called = Called()
+        with suppress(MemoryError):
+            group.submit(int)
+        release.set()
+    waiter, outcome = waiters[0]
+    waiter.join(timeout=20)
+    ended = list(outcome)
+    goes_on.set()
+
+    assert ended == [None]
+
+
+def test_group_wait_that_begins_as_a_worker_is_called_back_leaves_it_out(watched, monkeypatch):
+    """
+    It is among those that rest before it is among them all.
+    """
+    begin, release, goes_on = Run.begin, threading.Event(), threading.Event()
+    late, waiters = [], []
+
+    class Recalled(dict):
+        def __setitem__(self, lane, value):
+            waiters.append(start(group.wait))
+            until(lambda: waiters[0][1] or is_asleep(waiters[0][0]))
+            super().__setitem__(lane, value)
+
+    def begin_late(run, lane):
+        if running._lane is not lane:
+            late.append(lane)
+            assert goes_on.wait(timeout=60)
+        return begin(run, lane)
+
+    with TaskGroup(2) as group:
+        both = threading.Barrier(2, timeout=60)
+        group.map(lambda _: both.wait(), range(2)).wait()
+        until(group._run.at_rest)
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        monkeypatch.setattr(Run, "begin", begin_late)
+        group._run.recalled = Recalled()
+        group.submit(int)
+        until(lambda: late)
+        release.set()
+    waiter, outcome = waiters[0]
+    waiter.join(timeout=20)
+    ended = list(outcome)
+    goes_on.set()
+
+    assert ended == [None]
+
+
+def test_group_wait_in_a_worker_does_not_wait_for_one_that_it_stands_in_for(watched, make_pool):
+    """
+    Another thread calls one just as it begins to wait, and it takes the call back.
+    """
+    held, entered, ran, inner = threading.Event(), threading.Event(), [], []
+
+    class Called(dict):
+        def __setitem__(self, lane, value):
+            if not held.is_set():
+                held.set()
+                until(lambda: is_asleep(inner[1]))
+            super().__setitem__(lane, value)
+
+    def worker():
+        with TaskGroup(pool=pool) as group:
+            group._run.called = Called()
+            inner.extend((group, threading.current_thread()))
+            entered.set()
+            assert held.wait(timeout=60)
+            group.wait()
+            ran.append("waited")
+
+    def outer():
+        with TaskGroup(pool=pool) as group:
+            group.submit(worker)
+
+    pool = make_pool(1)
+    thread, outcome = start(outer)
+    assert entered.wait(timeout=60)
+    task = inner[0].submit(ran.append, "task")
+    thread.join(timeout=20)
+    ended = list(outcome)
+    inner[0].cancel()  # or it would hang on
+
+    assert ended == [None]
+    assert task.done()
+    assert ran == ["task", "waited"]
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+@pytest.mark.parametrize("begins", ["before", "after"])
+def test_group_wait_ends_though_the_block_was_left_as_a_worker_came_to_rest(
+    watched, monkeypatch, begins
+):
+    """
+    It was at nothing that could be named, and nobody takes it back.
+    """
+    rest = Run.rest
+    held, goes_on, rested, release = (threading.Event() for _ in range(4))
+    running, waiters = [], []
+
+    def rest_late(run, lane):
+        if not running or held.is_set():
+            return rest(run, lane)
+        held.set()
+        assert goes_on.wait(timeout=60)
+        comes = rest(run, lane)
+        rested.set()
+        return comes
+
+    def wait():
+        waiters.append(start(group.wait))
+        until(lambda: is_asleep(waiters[0][0]))
+
+    def observe(event):
+        if event.name == "task_abandoned" and begins == "after":
+            goes_on.set()
+            assert rested.wait(timeout=60)
+            wait()
+
+    monkeypatch.setattr(Run, "rest", rest_late)
+    with (
+        pytest.raises(StuckTaskError),
+        TaskGroup(2, grace=0, on_stuck="abandon", observers=[observe]) as group,
+    ):
+        stuck = group.submit(release.wait, 60)
+        until(stuck.running)
+        running.append(stuck)
+        group.submit(int)
+        assert held.wait(timeout=60)
+        if begins == "before":
+            wait()
+        group.cancel()
+    waiter, outcome = waiters[0]
+    waiter.join(timeout=20)
+    ended = list(outcome)
+    goes_on.set()
+    release.set()
+
+    assert ended == [None]
 
 
 def test_group_wait_has_seen_everything_end(workers):

@@ -157,7 +157,11 @@ class Processes:
     def number_of(self, run: Run) -> int:
         """What the workers know a group by."""
         number = self._numbers.get(run)
-        return self._numbers.setdefault(run, next(_numbers)) if number is None else number
+        if number is None:
+            number = self._numbers.setdefault(run, next(_numbers))
+            if run.over:  # looked at after that: who ends it does the reverse
+                self._numbers.pop(run, None)
+        return number
 
     def carries(self) -> bool:
         """Whether anything of a task's context may go along with it."""
@@ -306,6 +310,7 @@ class _Lane(Lane):
                     continue
                 self.at, self._batch = batch[0], batch
                 if run.abandoned is not None:  # as in `Run.perform`
+                    self.let_go()
                     return
                 done = self._ship(run, number, batch, bell)
                 if run.observers:
@@ -345,7 +350,12 @@ class _Lane(Lane):
                     ended = self._take_home(run, far, number, bell)
                 except BaseException as error:
                     # Whatever it was: what the worker says next would be taken for something else.
-                    early = self._bury(run, far, error)
+                    try:
+                        early = self._bury(run, far, error)
+                    except BaseException as wrong:
+                        if wrong is not error:
+                            run.broken(self, wrong)  # what was begun runs no second time
+                        raise
                     if early is not None and not self._killed:
                         died = early
                         continue
@@ -369,9 +379,6 @@ class _Lane(Lane):
         try:
             if rest:
                 run.give_back(rest)
-        except BaseException as error:
-            run.untake([task for task in rest if task._lane is self], self, error)
-            raise
         finally:
             self.let_go()  # only now: who looks for them finds them here or there
         if run.fences:
@@ -666,8 +673,10 @@ class _Lane(Lane):
         # Looked at after it was said: the worker does the reverse, and so has begun no other one.
         begun = max(far.shared.at - self._first, 0) + 1
         rest = [task for task in map(handle, self._batch[begun:]) if not task._state]
-        run.give_back(rest)
-        self._batch = self._batch[:begun]
+        try:
+            run.give_back(rest)
+        finally:
+            self._batch = self._batch[:begun]
 
     def _pass_on(self, far: WorkerProcess) -> None:
         """Tell the worker which of its tasks have been cancelled."""
