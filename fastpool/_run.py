@@ -760,7 +760,7 @@ class Run(Ledger):
             raise
         return taken
 
-    def untake(self, places: Sequence[At], lane: Lane | None, error: BaseException) -> None:
+    def untake(self, places: list[At], lane: Lane, error: BaseException) -> None:
         """A lane that fails has taken these, and is at none of them: they end with the group."""
         self._report(error)
         for task in map(handle, places):
@@ -771,34 +771,21 @@ class Run(Ledger):
             self.settle(task)  # who waits has heard of the cancel, and hears of this only from here
 
     def give_back(self, tasks: list[Task[Any]]) -> None:
-        """
-        What a lane took and has not begun, for another one to run; it comes first again.
-
-        Args:
-            tasks: In the order taken. If this fails, the group does, and none of them is lost.
-        """
-        left: Sequence[Task[Any]] = tasks
-        try:
-            left = [*tasks]
-            while left:
-                task = left[-1]
-                # It may hold the verdict that this lane runs it. Who has laid it before that and is
-                # yet to decide, alone with it, would withdraw what others run: so it is decided.
-                claim = self.claims.pop(task, None)
-                if claim is not None:
-                    claim.decide(GIVEN_BACK)
-                task._lane = None
-                task._taken = False
-                self.queue.appendleft(task)
-                del left[-1]
-            if not self.stopping():
-                self.look_at_queue()
-                return
+        """What a lane took and has not begun, for another one to run; it comes first again."""
+        for task in reversed(tasks):
+            # It may hold the verdict that this lane runs it. Who has laid it before that and is
+            # yet to decide, alone with it, would withdraw what others run: so it is decided.
+            claim = self.claims.pop(task, None)
+            if claim is not None:
+                claim.decide(GIVEN_BACK)
+            task._lane = None
+            task._taken = False
+            self.queue.appendleft(task)
+        if self.stopping():
             for task in tasks:
                 self.settle(task)  # who began to wait after the cancel hears only from here
-        except BaseException as error:
-            self.untake(left, left[0]._lane if left else None, error)
-            raise
+        else:
+            self.look_at_queue()
 
     def perform(self, task: Task[Any], lane: Lane) -> None:
         """Run a task that a lane was admitted to, with everything that may go along with it."""

@@ -11,7 +11,7 @@ import traceback
 import weakref
 from contextlib import suppress
 from contextvars import Context, ContextVar
-from multiprocessing.pool import ApplyResult
+from multiprocessing.pool import ApplyResult, ThreadPool
 
 import pytest
 from staging import fail, is_asleep, sleeper, start, started_sleeper, until
@@ -39,6 +39,7 @@ from fastpool._lane import Lane
 from fastpool._ledger import Ledger
 from fastpool._run import Run
 from fastpool.backends import threads
+from fastpool.backends.processes import Processes
 
 # --- The first failure -------------------------------------------------------------------------
 
@@ -752,17 +753,17 @@ def test_worker_that_breaks_as_it_is_called_comes(monkeypatch):
     """
     It has been woken by then, and is woken no second time.
     """
-    wait, errors = Gate.wait, []
+    wait, errors, threads = Gate.wait, [], []
 
     def breaks(gate, timeout=None):
         through = wait(gate, timeout)
-        if errors and threading.current_thread().name.startswith("fastpool-"):
+        if errors and threading.current_thread() in threads:
             raise errors.pop()
         return through
 
     def run():
         with TaskGroup(1) as group:
-            group.submit(abs, -1).wait()
+            threads.append(group.submit(threading.current_thread).result())
             until(group._run.at_rest)
             errors.append(MemoryError("no room for a float"))
             group.submit(abs, -2)
@@ -2479,6 +2480,121 @@ def test_who_waits_for_what_a_helper_is_about_to_run_is_told_as_the_block_is_lef
     assert told == [True]
     assert tasks[0].cancelled()
     assert ran == []
+
+
+POOLS = {"workers": lambda: ThreadPool(1), "processes": lambda: Processes(1)}
+
+
+@pytest.fixture(params=POOLS)
+def taken_late(request, monkeypatch):
+    """
+    A pool, and a call that is about to be taken from the queue of a group of it, and no further:
+    an event when it is, one to go on, and the lanes that are held.
+    """
+    take, held, goes_on, lanes = Run.take_places, threading.Event(), threading.Event(), []
+
+    def take_late(run, lane, most=1):
+        places = take(run, lane, most)
+        if places:
+            lanes.append(lane)
+            held.set()
+            assert goes_on.wait(timeout=60)
+        return places
+
+    pool = POOLS[request.param]()
+    with TaskGroup(pool=pool) as group:
+        group.submit(int)  # the worker is ready
+    monkeypatch.setattr(Run, "take_places", take_late)
+    yield pool, held, goes_on, lanes
+    goes_on.set()
+    if request.param == "workers":
+        pool.close()
+        pool.join()
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_who_takes_values_of_what_a_worker_is_about_to_run_is_told_as_the_block_is_left(
+    watched, taken_late
+):
+    """
+    It never runs, and whoever takes them is in another thread, whose own token is not set.
+    """
+    pool, held, *_ = taken_late
+    with TaskGroup(pool=pool, grace=0, on_stuck="abandon") as group:
+        thread, outcome = start(lambda: list(group.imap_unordered(abs, [-404])))
+        assert held.wait(timeout=60)
+        until(lambda: is_asleep(thread))
+        group.cancel("enough")
+    thread.join(timeout=20)
+
+    assert list(map(type, outcome)) == [TaskCancelledError]
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_what_a_worker_lets_go_as_the_block_is_left_is_not_said_to_run(taken_late, monkeypatch):
+    """
+    Just before it is asked what it is at; and it is told to have ended once.
+    """
+    pool, held, goes_on, lanes = taken_late
+    cancel, told = CancelToken.cancel, []
+
+    def cancel_late(token, reason=None):
+        won = cancel(token, reason)
+        if token is group.token and group._run.abandoned is not None:
+            goes_on.set()
+            until(lambda: not lanes[0].in_hand(), within=20)
+        return won
+
+    monkeypatch.setattr(CancelToken, "cancel", cancel_late)
+    with TaskGroup(
+        pool=pool, grace=0, on_stuck="abandon", observers=[lambda event: told.append(event.name)]
+    ) as group:
+        task = group.submit(abs, -1)
+        assert held.wait(timeout=60)
+        group.cancel("enough")
+
+    assert task.cancelled()
+    assert told == [
+        "group_opened",
+        "task_submitted",
+        "group_cancelled",
+        "task_cancelled",
+        "group_closed",
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_task_that_is_about_to_begin_as_its_block_is_left_is_told_to_have_ended_once(monkeypatch):
+    """
+    It is left behind, and so is not told as cancelled as well.
+    """
+    started, held, goes_on, told = Ledger.started, threading.Event(), threading.Event(), []
+
+    def start_late(run, task, lane):
+        held.set()
+        assert goes_on.wait(timeout=60)
+        started(run, task, lane)
+
+    monkeypatch.setattr(Ledger, "started", start_late)
+    with (
+        pytest.raises(StuckTaskError),
+        TaskGroup(
+            1, grace=0, on_stuck="abandon", observers=[lambda event: told.append(event.name)]
+        ) as group,
+    ):
+        group.submit(abs, -1)
+        assert held.wait(timeout=60)
+        group.cancel()
+    seen = list(told)
+    goes_on.set()
+
+    assert seen == [
+        "group_opened",
+        "task_submitted",
+        "group_cancelled",
+        "task_abandoned",
+        "group_closed",
+    ]
 
 
 def test_group_refuses_clearly_after_it_failed():

@@ -220,4 +220,4 @@ def test_what_is_left_behind_of_a_map_that_did_not_return_is_known():
 
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rounds, abandoned = re.search(r"(\d+) rounds,.* (\d+) abandoned", ended.stdout).groups()
-    assert rounds == abandoned
+    assert rounds == abandoned != "0"

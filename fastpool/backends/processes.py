@@ -378,7 +378,7 @@ class _Lane(Lane):
             run.stopped(rest.pop(), self)  # there is but one, and it is told to have started
         try:
             if rest:
-                run.give_back(rest)
+                self._give_back(run, rest)
         finally:
             self.let_go()  # only now: who looks for them finds them here or there
         if run.fences:
@@ -674,9 +674,17 @@ class _Lane(Lane):
         begun = max(far.shared.at - self._first, 0) + 1
         rest = [task for task in map(handle, self._batch[begun:]) if not task._state]
         try:
-            run.give_back(rest)
+            self._give_back(run, rest)
         finally:
             self._batch = self._batch[:begun]
+
+    def _give_back(self, run: Run, tasks: list[Task[Any]]) -> None:
+        """Have others run what the worker has not begun; none of it is lost if that fails."""
+        try:
+            run.give_back(tasks)
+        except BaseException as error:
+            run.untake([task for task in tasks if task._lane is self], self, error)
+            raise
 
     def _pass_on(self, far: WorkerProcess) -> None:
         """Tell the worker which of its tasks have been cancelled."""
