@@ -2482,31 +2482,38 @@ def test_who_waits_for_what_a_helper_is_about_to_run_is_told_as_the_block_is_lef
     assert ran == []
 
 
-POOLS = {"workers": lambda: ThreadPool(1), "processes": lambda: Processes(1)}
+POOLS = {
+    "workers": (lambda: ThreadPool(1), lambda pool: pool.apply(int)),
+    "processes": (lambda: Processes(1), lambda pool: until(lambda: not pool._serving)),
+}
 
 
 @pytest.fixture(params=POOLS)
 def taken_late(request, monkeypatch):
     """
-    A pool, and a call that is about to be taken from the queue of a group of it, and no further:
-    an event when it is, one to go on, and the lanes that are held.
+    A pool, and a call that is taken from the queue of a group of it, and no further: an event
+    when it is, and what lets the worker go on and waits until it has left the group.
     """
-    take, held, goes_on, lanes = Run.take_places, threading.Event(), threading.Event(), []
+    make, leave = POOLS[request.param]
+    take, held, goes_on = Run.take_places, threading.Event(), threading.Event()
 
     def take_late(run, lane, most=1):
         places = take(run, lane, most)
         if places:
-            lanes.append(lane)
             held.set()
             assert goes_on.wait(timeout=60)
         return places
 
-    pool = POOLS[request.param]()
+    def go_on():
+        goes_on.set()
+        leave(pool)
+
+    pool = make()
     with TaskGroup(pool=pool) as group:
         group.submit(int)  # the worker is ready
     monkeypatch.setattr(Run, "take_places", take_late)
-    yield pool, held, goes_on, lanes
-    goes_on.set()
+    yield pool, held, go_on
+    go_on()
     if request.param == "workers":
         pool.close()
         pool.join()
@@ -2519,7 +2526,7 @@ def test_who_takes_values_of_what_a_worker_is_about_to_run_is_told_as_the_block_
     """
     It never runs, and whoever takes them is in another thread, whose own token is not set.
     """
-    pool, held, *_ = taken_late
+    pool, held, _ = taken_late
     with TaskGroup(pool=pool, grace=0, on_stuck="abandon") as group:
         thread, outcome = start(lambda: list(group.imap_unordered(abs, [-404])))
         assert held.wait(timeout=60)
@@ -2535,14 +2542,13 @@ def test_what_a_worker_lets_go_as_the_block_is_left_is_not_said_to_run(taken_lat
     """
     Just before it is asked what it is at; and it is told to have ended once.
     """
-    pool, held, goes_on, lanes = taken_late
+    pool, held, go_on = taken_late
     cancel, told = CancelToken.cancel, []
 
     def cancel_late(token, reason=None):
         won = cancel(token, reason)
         if token is group.token and group._run.abandoned is not None:
-            goes_on.set()
-            until(lambda: not lanes[0].in_hand(), within=20)
+            go_on()
         return won
 
     monkeypatch.setattr(CancelToken, "cancel", cancel_late)
@@ -2561,6 +2567,44 @@ def test_what_a_worker_lets_go_as_the_block_is_left_is_not_said_to_run(taken_lat
         "task_cancelled",
         "group_closed",
     ]
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_what_a_thread_lets_go_as_the_block_is_left_is_not_said_to_run(monkeypatch):
+    """
+    The same in a thread of the group's own, which stays on.
+    """
+    admit, cancel, rest = Ledger.admit, CancelToken.cancel, Run.rest
+    held, goes_on, rested = (threading.Event() for _ in range(3))
+
+    def admit_late(run, task, lane):
+        admitted = admit(run, task, lane)
+        held.set()
+        assert goes_on.wait(timeout=60)
+        return admitted
+
+    def cancel_late(token, reason=None):
+        won = cancel(token, reason)
+        if token is group.token and group._run.abandoned is not None:
+            goes_on.set()
+            assert rested.wait(timeout=60)
+        return won
+
+    def note(run, lane):
+        rests = rest(run, lane)
+        if run.abandoned is not None:
+            rested.set()
+        return rests
+
+    monkeypatch.setattr(Ledger, "admit", admit_late)
+    monkeypatch.setattr(CancelToken, "cancel", cancel_late)
+    monkeypatch.setattr(Run, "rest", note)
+    with TaskGroup(1, grace=0, on_stuck="abandon") as group:
+        task = group.with_options(timeout=60).submit(abs, -1)
+        assert held.wait(timeout=60)
+        group.cancel("enough")
+
+    assert task.cancelled()
 
 
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
@@ -2595,6 +2639,30 @@ def test_task_that_is_about_to_begin_as_its_block_is_left_is_told_to_have_ended_
         "task_abandoned",
         "group_closed",
     ]
+
+
+def test_who_waits_for_the_token_of_a_group_is_not_woken_by_a_good_end(monkeypatch):
+    """
+    A wait that nothing ends says that the token is not set.
+    """
+    opened, opens = [], Gate.open
+
+    def note(gate):
+        opened.append(gate)
+        opens(gate)
+
+    monkeypatch.setattr(Gate, "open", note)
+    with TaskGroup(1) as group:
+        thread, outcome = start(group.token.wait)
+        until(group.token._sleepers)
+        group.submit(int)
+    (gate,) = group.token._sleepers()
+    woken = gate in opened
+    gate.open()
+    thread.join(timeout=60)
+
+    assert not woken
+    assert outcome == [False]
 
 
 def test_group_refuses_clearly_after_it_failed():

@@ -927,11 +927,12 @@ def test_calls_that_there_is_no_memory_to_take_back_run_no_second_time(monkeypat
             if errors and task is tasks[1]:
                 far.note(tmp_path / "go on")  # the other worker is free, and takes the third
                 far.seen(tmp_path / "third")
+                lanes.append(tasks[0]._lane)
                 raise errors.pop()
             super().appendleft(task)
 
     monkeypatch.setattr(processes, "SLICE", 300)  # seconds: batches grow, whatever they take
-    tasks = []
+    tasks, lanes = [], []
     with (
         pytest.raises(ExceptionGroup) as raised,
         TaskGroup(pool=Processes(2), policy=CollectAll()) as group,
@@ -947,11 +948,13 @@ def test_calls_that_there_is_no_memory_to_take_back_run_no_second_time(monkeypat
         behind = group.map(abs, range(400)).tasks
         far.note(tmp_path / "go")
         far.seen(tmp_path / "third")
-        until(lambda: all(task.done() for task in behind))
+        until(lambda: lanes and not lanes[0]._batch and all(task.done() for task in behind))
+        ended = tasks[2].done()
         far.note(tmp_path / "end")
 
     assert MemoryError in map(type, raised.value.exceptions)
     assert tasks[1].cancelled()
+    assert not ended
     assert tasks[2].result() == 404
     assert len(far.lines(tmp_path / "third")) == 1
 
