@@ -655,16 +655,26 @@ def test_group_wait_waits_for_what_was_submitted_before(watched, workers, call, 
     assert more.result() == 404
 
 
-@pytest.mark.parametrize("why", ["recalled", "no memory"])
-@pytest.mark.parametrize("lane", ["new", "idle"])
+@pytest.mark.parametrize(
+    ("lane", "why"),
+    [
+        ("new", "recalled"),
+        ("new", "no memory"),
+        ("of a pool", "interrupted"),
+        ("idle", "recalled"),
+        ("idle", "no memory"),
+    ],
+)
 def test_group_wait_that_begins_as_a_worker_is_called_does_not_wait_for_one_that_never_comes(
-    watched, monkeypatch, lane, why
+    watched, monkeypatch, make_pool, lane, why
 ):
     """
-    Others have run all there was by then, so it is called back; or it could not be called.
+    Others have run all there was by then, so it is called back; or it could not be called, or a
+    signal handler raised as it was.
     """
     begin, release, goes_on = Run.begin, threading.Event(), threading.Event()
-    late, waiters = [], []
+    enlist = Run.enlist
+    late, waiters, ended = [], [], []
 
     class Called(dict):
         def __setitem__(self, lane, value):
@@ -681,7 +691,13 @@ def test_group_wait_that_begins_as_a_worker_is_called_does_not_wait_for_one_that
             assert goes_on.wait(timeout=60)
         return begin(run, lane)
 
-    with TaskGroup(2) as group:
+    def enlist_and_raise(*arguments):
+        enlist(*arguments)
+        if why == "interrupted" and late:
+            raise TimeoutError("what an alarm's handler raises")
+
+    monkeypatch.setattr(Run, "enlist", enlist_and_raise)
+    with TaskGroup(2, pool=make_pool(2) if lane == "of a pool" else None) as group:
         if lane == "idle":
             both = threading.Barrier(2, timeout=60)
             group.map(lambda _: both.wait(), range(2)).wait()
@@ -690,15 +706,19 @@ def test_group_wait_that_begins_as_a_worker_is_called_does_not_wait_for_one_that
         until(running.running)
         monkeypatch.setattr(Run, "begin", begin_late)
         group._run.called = Called()
-        with suppress(MemoryError):
+        with suppress(MemoryError, TimeoutError):
             group.submit(int)
         release.set()
+        if why != "recalled":  # by the end of the block
+            waiters[0][0].join(timeout=20)
+            ended += waiters[0][1]
     waiter, outcome = waiters[0]
     waiter.join(timeout=20)
-    ended = list(outcome)
+    ended += outcome
     goes_on.set()
 
-    assert ended == [None]
+    assert len(ended) == 1 + (why != "recalled")
+    assert not any(ended)
 
 
 def test_group_wait_that_begins_as_a_worker_is_called_back_leaves_it_out(watched, monkeypatch):
