@@ -48,6 +48,14 @@ def served(talk, listener=None):
 
 
 @contextlib.contextmanager
+def refusing():
+    """An address that refuses every connection; it is taken meanwhile, so that no other listens."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        yield silent.getsockname()
+
+
+@contextlib.contextmanager
 def full(family, address):
     """The address of a listener whose queue is full, so that connecting hangs."""
     with contextlib.ExitStack() as ending:

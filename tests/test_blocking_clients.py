@@ -18,7 +18,7 @@ from blocked import FOR_FILES, canceller, ended, is_blocked, under
 from clients import CLIENTS, WHOLE, Httpx, Requests, Urllib3, answering
 from httpcore._sync import connection_pool
 from interrupted import in_child
-from servers import certificate, full, read_request, served
+from servers import certificate, full, read_request, refusing, served
 from staging import start, until
 
 from fastpool import Cancelled, CancelToken, TaskGroup, shield, timeout, use_token
@@ -403,8 +403,6 @@ def test_failing_request_raises_as_its_library_does():
     """
     Nobody there, nobody trusted, no time, a body that is too short.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        nobody = f"http://127.0.0.1:{listener.getsockname()[1]}/"
     short = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nConnection: close\r\n\r\nsho"
 
     def close(connection):
@@ -416,7 +414,9 @@ def test_failing_request_raises_as_its_library_does():
         use_token(CancelToken()),
         served(close) as (host, port),
         answering(*[b""] * 3) as (slow, _),
+        refusing() as (_, port_of_nobody),
     ):
+        nobody = f"http://127.0.0.1:{port_of_nobody}/"
         ending = f"http://{host}:{port}/"
         with PoolManager(retries=False) as ours:
             with pytest.raises(urllib3.exceptions.NewConnectionError, match="refused"):

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import pytest
 from blocked import cancel_while_blocked, ended, is_blocked, under
-from servers import certificate, full, read_request, served
+from servers import certificate, full, read_request, refusing, served
 from staging import start, until
 
 from fastpool import Cancelled, CancelToken, TaskGroup, blocking, current_token, use_token
@@ -358,9 +358,7 @@ def test_failing_request_raises_as_in_the_standard_library():
     """
     Nobody there, nobody trusted, no time, no such kind of URL.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        nobody = listener.getsockname()
-    with pytest.raises(urllib.error.URLError, match="refused"):
+    with refusing() as nobody, pytest.raises(urllib.error.URLError, match="refused"):
         read_all(url_of(nobody))
     with running(secure=True) as url, pytest.raises(urllib.error.URLError, match="CERTIFICATE"):
         read_all(url)

@@ -15,7 +15,7 @@ import time
 
 import pytest
 from blocked import cancel_while_blocked, ended, is_blocked, under
-from servers import certificate, full, served
+from servers import certificate, full, refusing, served
 from staging import start, until
 
 import fastpool
@@ -419,8 +419,6 @@ def test_failing_connect_leaves_no_socket(path):
     """
     Refused, out of time, not to be looked up, or of a set token.
     """
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        nobody = listener.getsockname()
     with full(socket.AF_INET, ("127.0.0.1", 0)) as tcp, full(socket.AF_UNIX, path) as unix:
         for address in (tcp, unix):
             with pytest.raises(TimeoutError):
@@ -430,12 +428,13 @@ def test_failing_connect_leaves_no_socket(path):
             with pytest.raises(Cancelled), use_token(CancelToken(timeout=0)):
                 blocking.connect(address)
 
-    with pytest.raises(ConnectionRefusedError):
-        blocking.connect(nobody)
+    with refusing() as nobody:
+        with pytest.raises(ConnectionRefusedError):
+            blocking.connect(nobody)
+        with pytest.raises(ValueError, match="Timeout"):
+            blocking.connect(nobody, -1)
     with pytest.raises(FileNotFoundError):
         blocking.connect(path + "x")
-    with pytest.raises(ValueError, match="Timeout"):
-        blocking.connect(nobody, -1)
     with pytest.raises(socket.gaierror):
         blocking.connect(("127.0.0.1", "no such service"))
 
