@@ -141,9 +141,12 @@ class Items:
         return self.states.count(VALUE) == len(self.states)
 
     def unfinished(self) -> Iterator[Task[Any]]:
-        """The tasks that have not ended, the last one first, looked at when asked for."""
+        """Of those there are now, the tasks not ended, the last first, looked at when asked for."""
+        return self._unfinished(len(self))
+
+    def _unfinished(self, count: int) -> Iterator[Task[Any]]:
         yielded = 0
-        for index in range(len(self) - 1, -1, -1):
+        for index in range(count - 1, -1, -1):
             if self.states[index] != VALUE and not self.done(index):
                 yield self.task(index)
                 yielded += 1

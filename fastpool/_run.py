@@ -1020,12 +1020,13 @@ class Run(Ledger):
             belongings.clear()
         for lanes in (self.lanes, self.idle, self.recalled):
             lanes.clear()
-        if self.token._reason is not None:
-            # Nobody tells of what a lane took and never began, nor of a lane that then left.
-            for pending in list(self.fences.values()):
-                pending.clear()
-            for gate in (*list(self.fences), *self.token._sleepers()):
-                gate.open()
+        # Nobody tells of what a lane took and never began, nor of a lane that then left; nor, to a
+        # wait that was yet to look which of them rest, of those that did.
+        for pending in list(self.fences.values()):
+            pending.clear()
+        told = () if self.token._reason is None else self.token._sleepers()
+        for gate in (*list(self.fences), *told):
+            gate.open()
         self.loose.clear()
         failures, queue = tuple(self.failures), deque[Any]()
         # No call from here on, after which a handler could run: these have to come home.

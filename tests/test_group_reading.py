@@ -851,6 +851,67 @@ def test_group_wait_ends_though_the_block_was_left_as_a_worker_came_to_rest(
     assert ended == [None]
 
 
+def test_group_wait_that_has_begun_ends_with_the_block(watched, monkeypatch):
+    """
+    It had noted all workers, and was yet to look which of them rest, as they were let go.
+    """
+    look, held, goes_on = Run.look_at_queue, threading.Event(), threading.Event()
+
+    def look_late(run):
+        if threading.current_thread() in waiters and not held.is_set():
+            held.set()
+            assert goes_on.wait(timeout=60)
+        look(run)
+
+    def wait():
+        waiters.append(threading.current_thread())
+        group.wait()
+
+    waiters = []
+    monkeypatch.setattr(Run, "look_at_queue", look_late)
+    with TaskGroup(2) as group:
+        group.submit(int).result()
+        thread, outcome = start(wait)
+        assert held.wait(timeout=60)
+    goes_on.set()
+    thread.join(timeout=20)
+
+    assert outcome == [None]
+
+
+def test_group_wait_waits_for_no_call_of_a_map_that_is_read_after_it_has_begun(watched):
+    """
+    Of a map that goes on, those that had been read are waited for.
+    """
+    more, release, after, busy = *(threading.Event() for _ in range(3)), threading.Barrier(2)
+
+    def items():
+        yield 0
+        assert more.wait(timeout=60)
+        yield 1
+
+    def call(number):
+        return number == 0 or after.wait(timeout=60)
+
+    with TaskGroup(1) as group:
+        group.submit(lambda: (busy.wait(timeout=60), release.wait(timeout=60)))
+        busy.wait(timeout=60)
+        mapper, batches = start(group.map, call, items())
+        until(lambda: group._run.queue)
+        group.submit(int)  # what comes last is looked at first
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        more.set()
+        mapper.join(timeout=60)
+        release.set()
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        after.set()
+
+    assert ended == [None]
+    assert batches[0].results() == [True, True]
+
+
 def test_group_wait_has_seen_everything_end(workers):
     """
     Whatever was submitted before it is done after it, again and again.
