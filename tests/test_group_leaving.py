@@ -588,11 +588,12 @@ def test_failures_that_are_recorded_at_once_have_an_order():
             super().append(failure)
             both.wait()
 
-    both = threading.Barrier(2, timeout=60)
+    both, go = threading.Barrier(2, timeout=60), threading.Event()
     with pytest.raises(ValueError, match="root") as raised, TaskGroup(2) as group:
         group._run.failures = Together()
-        tasks = [group.submit(fail_together, both, ValueError("root")) for _ in range(2)]
+        tasks = [group.submit(fail_after, go, ValueError("root")) for _ in range(2)]
         queued = group.submit(int)
+        go.set()
     first, second = sorted(tasks, key=lambda task: task._value[2])
 
     assert [first._value[2], second._value[2]] == [0, 1]
@@ -602,8 +603,8 @@ def test_failures_that_are_recorded_at_once_have_an_order():
     assert queued._error().__cause__ is raised.value
 
 
-def fail_together(both, error):
-    both.wait()
+def fail_after(go, error):
+    assert go.wait(60)
     raise error
 
 
