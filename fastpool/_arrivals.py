@@ -107,10 +107,10 @@ class Arrivals(Closing, Generic[K]):
         tasks = [self.task(key) for key in self.left()]
         # Only what may get no other worker: a task that one of them begins could wait for what
         # we do once the first of all has ended, and here it never would.
-        queued = next((task for task in tasks if not (task._taken or task._state)), None)
+        # Of each group the first: one of them may stand behind what waits for another one.
+        queued = {task._run: task for task in reversed(tasks) if not (task._taken or task._state)}
         at_work = [task for run in self._keys for task in run.in_hand() if task in tasks]
-        helped = [*at_work] if queued is None else [queued, *at_work]
-        if help_along(lane, *helped, last_resort=True):
+        if help_along(lane, *queued.values(), *at_work, last_resort=True):
             return
         first = AnyOf(tasks)
         with waiting(lane, first):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -76,7 +77,16 @@ class Gate:
         return True
 
     @_marks.sits_out
-    def sit_out(self) -> None:
-        """Wait until the gate opens, whatever comes but a second Ctrl-C."""
+    def sit_out(self) -> bool:
+        """
+        Wait until the gate opens, whatever comes but a second Ctrl-C.
+
+        Returns:
+            True if it has opened; False in a child that a signal handler has forked meanwhile,
+            where no other thread is there to open it.
+        """
+        pid = os.getpid()
         while not self._lock.acquire(True, SLICE):
-            pass
+            if os.getpid() != pid:
+                return False
+        return True

@@ -17,6 +17,7 @@ from fastpool._scope import OUTSIDE, current
 from fastpool._task import CANCELLED, ERROR, NOTHING, VALUE, Failure, Task, label
 from fastpool._token import CancelToken
 from fastpool._unraisable import unraisable
+from fastpool._whole import whole
 from fastpool.events import Event, Observer
 from fastpool.exceptions import Cancelled
 from fastpool.policies import FirstFailure, Judge
@@ -217,7 +218,11 @@ class Ledger:
             verdict = None if decided else claim.decide(withdrawn)
         won = verdict is withdrawn
         if won:
-            self.never_ran(task, withdrawn)
+            try:
+                self.never_ran(task, withdrawn)
+            except BaseException:  # what a signal handler raised: somebody may be waiting
+                whole(self.never_ran, task, withdrawn)
+                raise
         # Laid first and looked at then: `end` says that it is over first and lets go then.
         if self.over or (not won and task._state):
             self.claims.pop(task, None)
@@ -567,10 +572,11 @@ class Ledger:
 
     def notify(self, task: Task[Any]) -> None:
         """Wake who waits for a task."""
-        watchers = self.watchers.pop(task, None)
+        watchers = self.watchers.get(task)
         if watchers is None:
             return
         try:
+            watchers = self.watchers.pop(task, [])  # a handler that raises at its end loses none
             for watcher in tuple(watchers):  # others may take theirs off it now
                 watcher.notify(task)
         except BaseException:

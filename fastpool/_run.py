@@ -122,6 +122,7 @@ class Run(Ledger):
         "queue",
         "recalled",
         "sharing",
+        "short",
     )
 
     def __init__(self, name: str) -> None:
@@ -145,6 +146,7 @@ class Run(Ledger):
         self.limit = 0
         self.full = False  # no slot was free when last looked; said first, and looked again then
         self.sharing = False  # lanes may have to wait for what others do on the same pool
+        self.short = False  # there was no lane to be had when one was last to be started
         self._fresh = itertools.count()
         self._freed: deque[None] = deque()
         # Whether the thread that leaves is looking on, and calls more lanes if they are needed:
@@ -538,9 +540,13 @@ class Run(Ledger):
         if self.take_slot():
             try:
                 backend.start_lane(self, functools.partial(self.enlist, began))
-            except BaseException:
+            except BaseException as error:
                 self.not_started(began[0])
+                if is_a(error, *NO_LANE):
+                    self.short = True
+                    tell_helpers(self)  # what one of them waits for may get no other worker
                 raise
+            self.short = False
 
     def while_open(self, fn: Callable[[], object]) -> bool:
         """
@@ -558,8 +564,12 @@ class Run(Ledger):
                 fn()
             return goes_on
         finally:
-            del self.calling[me]
-            self.wake_leavers()  # one may have stayed for our sake
+            try:
+                del self.calling[me]
+                self.wake_leavers()  # one may have stayed for our sake
+            except BaseException:  # what a signal handler raised
+                whole(self.wake_leavers)
+                raise
 
     def goes_on(self) -> bool:
         """Whether the group has not ended. If it is about to, it does not, for our sake."""
@@ -656,6 +666,8 @@ class Run(Ledger):
         if self.called.pop(lane, lane) is not None:
             return False
         lane.at_work = True
+        if self.fences:
+            self.passed(lane)  # a wait may have begun just as it came
         if len(self.queue) > 1 and not self.attended and self.want_lane():
             with contextlib.suppress(*NO_LANE):
                 self.call()  # if there is no lane to be had, go on with those there are
@@ -668,10 +680,15 @@ class Run(Ledger):
         self.idle[lane] = None
         lane.at_work = False
         self.passed(lane)
-        # A group that was seen at rest may have ended, and what is queued now is to be refused.
-        wanted = self.queue and not self.stopping() and self.goes_on()
-        if wanted:
-            lane.at_work = self.idle.pop(lane, lane) is None
+        if self.queue and not self.stopping():
+            # As in `while_open`: a group that was seen at rest may have ended. What is queued now
+            # is to be refused then, and whoever closes the group has this lane.
+            self.calling[lane] = None
+            try:
+                if self.goes_on():
+                    lane.at_work = self.idle.pop(lane, lane) is None
+            finally:
+                del self.calling[lane]
             if lane.at_work:
                 return False
         self.wake_leavers()
@@ -703,10 +720,18 @@ class Run(Ledger):
             self.wake_leavers()
 
     def recall(self) -> Lane | None:
-        """Take back a lane that was called and has not come; its slot is the caller's then."""
+        """
+        Take back a lane that was called and has not come.
+
+        Its slot is the caller's then; but one that stays keeps it, and rests: it will pass its
+        gate, find that nobody has called it, and wait on.
+        """
         lane = take_last(self.called)
         if lane is not None:
-            self.lanes.pop(lane, None)
+            if lane.stays:
+                self.recalled[lane] = None  # without a call before, at which a handler could raise
+            else:
+                self.lanes.pop(lane, None)
             self.passed(lane)  # a wait may have begun just as it was called
         return lane
 
@@ -751,6 +776,8 @@ class Run(Ledger):
                 if self.disturbed or token._reason is not None:  # as in `threads.serve`
                     if not self.admit(handle(at), lane):
                         taken.pop()
+                        if self.fences and not taken:
+                            self.passed(lane)
                 elif isinstance(at, tuple):
                     at[1].items.note(at[0], lane)
                 else:
@@ -814,7 +841,7 @@ class Run(Ledger):
 
     def crowded(self) -> bool:
         """Whether what is queued may get no worker before one of those that wait goes on."""
-        return self.full or self.sharing
+        return self.full or self.sharing or self.short
 
     def help_out(self, lane: Lane, task: Task[Any]) -> bool:
         """
@@ -959,12 +986,7 @@ class Run(Ledger):
         """
         if not self.queue or self.stopping():
             while (recalled := self.recall()) is not None:
-                if recalled.stays:
-                    # It will pass its gate, find that nobody has called it, and wait on. In this
-                    # order: who waits for the lanes leaves out those that rest.
-                    self.recalled[recalled] = None
-                    self.lanes[recalled] = None
-                else:
+                if not recalled.stays:
                     self.free_slot()
         # Looked at again after the recalls: a submitter may have counted on such a lane.
         if not self.queue or self.stopping():

@@ -97,7 +97,10 @@ class InHand:
         self._lanes = lanes
 
     def __iter__(self) -> Iterator[Task[Any]]:
-        return iter([task for lane in list(self._lanes) if (task := lane.task) is not None])
+        lanes = self._lanes
+        # Looked at again after the task: one that has been taken off meanwhile is at another.
+        at_work = ((lane, lane.task) for lane in list(lanes))
+        return iter([task for lane, task in at_work if task is not None and lane in lanes])
 
 
 @contextlib.contextmanager

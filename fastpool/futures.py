@@ -110,8 +110,11 @@ class GroupExecutor(Executor):
         while frame.f_globals is Executor.submit.__globals__ and frame.f_back is not None:
             frame = frame.f_back  # whoever called `Executor.map`
         task._code, task._lasti = frame.f_code, frame.f_lasti
-        if not future.done():
-            future.task = task
+        future.task = task  # and look then: `cancel` does the reverse
+        if future.done():
+            future.task = None
+            if future.cancelled():
+                task.cancel(WHY)
         if away:
             future.watch()
         return future
@@ -262,7 +265,10 @@ class _Call(Future[T]):
                 self._let_go()
                 token.check()
                 return
-            self.task = current_place()  # type: ignore[assignment] # a task's function is called in it
+            task: Task[Any] = current_place()  # type: ignore[assignment] # a task's function is called in it
+            self.task = task
+            if task._run.token.cancelled():  # looked at after: `_Calls.cancel` does the reverse
+                self.watch()
             fn, args, kwargs = call
             try:
                 value = fn(*args, **kwargs)
@@ -277,7 +283,7 @@ class _Call(Future[T]):
         finally:
             self._call = None
             # What failed refers to this frame.
-            self = call = fn = args = kwargs = value = None  # type: ignore[assignment]
+            self = call = task = fn = args = kwargs = value = None  # type: ignore[assignment]
 
     def watch(self) -> None:
         """Take note of what the task comes to; it may be abandoned while the call runs."""

@@ -658,6 +658,28 @@ def test_thread_that_is_started_as_its_pool_is_closed_ends_with_it(monkeypatch):
     assert outcome is None
 
 
+def test_thread_whose_lane_there_is_no_memory_to_note_serves_the_next_call():
+    """
+    It has started by then, and nobody is served by it yet.
+    """
+
+    class Called(dict):
+        def __setitem__(self, lane, value):
+            raise MemoryError
+
+    fastpool.shutdown()
+    with TaskGroup(1) as group:
+        called, group._run.called = group._run.called, Called()
+        with pytest.raises(MemoryError):
+            group.submit(int)
+        group._run.called = called
+        group.submit(int).wait()
+        pool = group._run.pool
+
+    assert set(pool.reserve) == set(pool.lanes)
+    assert len(pool.lanes) == 1
+
+
 # --- Forks ----------------------------------------------------------------------------------------
 
 

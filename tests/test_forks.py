@@ -397,6 +397,58 @@ def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled
         assert (said, heard.read()) == ("held", "cancelled")
 
 
+@pytest.mark.parametrize("what", ["submit", "close"])
+def test_handler_that_forks_while_a_helper_is_at_work_ends_in_the_child(what, watched, monkeypatch):
+    """
+    It starts a thread for a submit, or runs a callback that is taken back: in the parent alone.
+    """
+    reader, writer = os.pipe()
+    release, running, forked, said = threading.Event(), threading.Event(), [], "hung"
+    start_thread = threads._Pool._start
+
+    def fork(signum, frame):
+        forked.append(os.fork())
+        if forked[0]:
+            release.set()
+        else:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(30)
+
+    def meet_fork():
+        running.set()
+        until(lambda: is_asleep(threading.main_thread()))
+        signal.raise_signal(signal.SIGUSR1)
+        assert release.wait(60)
+
+    def start_late(*arguments):
+        meet_fork()
+        start_thread(*arguments)
+
+    before = signal.signal(signal.SIGUSR1, fork)
+    try:
+        if what == "close":
+            token = CancelToken()
+            registration = token._register(Callback(meet_fork, slow=True))
+            token.cancel()
+            assert running.wait(60)
+            registration.close()
+            said = "held" if forked[0] else "cancelled"
+        else:
+            monkeypatch.setattr(threads._Pool, "_start", start_late)
+            with TaskGroup(1) as group:
+                task = group.submit(str, "held")
+            said = outcome_of(task)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+        if not forked[0]:
+            os.write(writer, said.encode())
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(forked[0], 0)
+    with open(reader) as heard:
+        assert (said, heard.read()) == ("held", "cancelled")
+
+
 def outcome_of(task):
     """What a task comes to, in a word."""
     try:

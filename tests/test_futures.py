@@ -19,6 +19,7 @@ import weakref
 from concurrent.futures import FIRST_COMPLETED, FIRST_EXCEPTION, Executor, Future
 from contextlib import closing
 
+import far
 import pytest
 from blocked import is_blocked
 from staging import (
@@ -44,6 +45,7 @@ from fastpool import (
     current_token,
 )
 from fastpool import futures as futures_module
+from fastpool._submitter import Submitter
 from fastpool.futures import GroupExecutor
 
 LONG = 30  # seconds; only ends a hang
@@ -554,6 +556,36 @@ def test_shutdown_may_cancel_what_has_not_begun(executor, gate):
     assert all(future.cancelled() for future in futures[4:])
 
 
+@pytest.mark.parametrize("pool", [None, "processes"])
+def test_call_that_is_cancelled_as_it_is_submitted_never_runs(pool, monkeypatch, tmp_path):
+    """
+    It is in the queue, and its future is yet to be told which task it is.
+    """
+    submit, submitted, goes_on = Submitter.submit, threading.Event(), threading.Event()
+    begun, release = tmp_path / "begun", tmp_path / "release"
+
+    def submit_late(*arguments):
+        task = submit(*arguments)
+        submitted.set()
+        assert goes_on.wait(LONG)
+        return task
+
+    with TaskGroup(1, pool=pool) as group:
+        executor = GroupExecutor(group)
+        group.submit(far.begin_and_hold, begun, release)
+        far.seen(begun)
+        monkeypatch.setattr(Submitter, "submit", submit_late)
+        thread, futures = start(executor.submit, far.note, tmp_path / "ran")
+        assert submitted.wait(LONG)
+        executor.shutdown(wait=False, cancel_futures=True)
+        goes_on.set()
+        thread.join(LONG)
+        far.note(release)
+
+    assert futures[0].cancelled()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_shutdown_gives_what_was_submitted_the_time_to_begin(monkeypatch):
     """
     Some calls have begun when the rest is cancelled, as those of the standard library have.
@@ -1018,6 +1050,52 @@ def test_abandoned_call_ends_its_future():
 
     assert isinstance(outcome[0], TaskCancelledError)
     assert isinstance(future.exception(0), TaskCancelledError)
+
+
+def test_call_that_begins_as_its_group_is_cancelled_and_abandoned_ends_its_future(
+    gate, monkeypatch
+):
+    """
+    It had begun as the cancel looked, and neither it nor who submitted had said which task it is.
+    """
+    place, submit, cancel = (
+        futures_module.current_place,
+        Submitter.submit,
+        futures_module._Calls.cancel,
+    )
+    begins, cancelled, goes_on = (threading.Event() for _ in range(3))
+
+    def find_place():
+        begins.set()
+        assert goes_on.wait(LONG)
+        return place()
+
+    def submit_late(*arguments):
+        task = submit(*arguments)
+        assert goes_on.wait(LONG)
+        return task
+
+    def cancel_and_say(calls):
+        cancel(calls)
+        cancelled.set()
+
+    monkeypatch.setattr(futures_module, "current_place", find_place)
+    monkeypatch.setattr(Submitter, "submit", submit_late)
+    monkeypatch.setattr(futures_module._Calls, "cancel", cancel_and_say)
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0.01, on_stuck="abandon") as group,
+    ):
+        thread, futures = start(GroupExecutor(group).submit, gate.wait, LONG)
+        assert begins.wait(LONG)
+        group.cancel("enough")
+        assert cancelled.wait(LONG)
+        goes_on.set()
+        thread.join(LONG)
+
+    with pytest.raises(TaskCancelledError):
+        futures[0].result(timeout=20)
 
 
 # --- fail_fast ------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from contextvars import Context, ContextVar
 from multiprocessing.pool import ApplyResult, ThreadPool
 
 import pytest
-from staging import fail, is_asleep, sleeper, start, started_sleeper, until
+from staging import fail, in_thread, is_asleep, sleeper, start, started_sleeper, until
 
 import fastpool
 from fastpool import (
@@ -40,6 +40,7 @@ from fastpool._ledger import Ledger
 from fastpool._run import Run
 from fastpool.backends import threads
 from fastpool.backends.processes import Processes
+from fastpool.backends.threads import Leased
 
 # --- The first failure -------------------------------------------------------------------------
 
@@ -578,6 +579,60 @@ def test_who_waits_is_told_though_the_worker_breaks_as_it_tells(holder, watched,
     assert task.result() is True
 
 
+def test_worker_that_finds_work_as_the_block_is_left_is_not_lost(monkeypatch, watched):
+    """
+    It has come to rest and seen a task that another one does, and goes on as the group would end.
+    """
+    end, rest = Leased.end, Run.rest
+    first, second, looked, again, ending, left = (threading.Event() for _ in range(6))
+    lanes, leavers = [], []
+
+    class Idle(dict):
+        def __setitem__(self, lane, value):
+            if not lanes:
+                lanes.append(lane)
+                group.submit(int)
+            super().__setitem__(lane, value)
+
+        def pop(self, lane, default):
+            if not looked.is_set():
+                looked.set()
+                until(lambda: ending.is_set() or (leavers and is_asleep(leavers[0])))
+            return super().pop(lane, default)
+
+    def rest_again(run, lane):
+        if looked.is_set() and lane is lanes[0]:
+            again.set()
+            assert not ending.is_set() or left.wait(timeout=60)
+        return rest(run, lane)
+
+    def end_late(backend, run):
+        ending.set()
+        assert again.wait(timeout=60)
+        end(backend, run)
+
+    def leave():
+        with group:
+            running = [group.submit(event.wait, 60) for event in (first, second)]
+            until(lambda: all(task.running() for task in running))
+            first.set()
+            assert looked.wait(timeout=60)
+            second.set()
+            until(lambda: group._run.idle.keys() == group._run.lanes.keys())
+            leavers.append(threading.current_thread())
+
+    group = TaskGroup(2)
+    group._run.idle = Idle()
+    monkeypatch.setattr(Run, "rest", rest_again)
+    monkeypatch.setattr(Leased, "end", end_late)
+    outcome = in_thread(leave)
+    left.set()
+    pool = lanes[0].pool
+
+    assert outcome is None
+    assert set(pool.reserve) == set(pool.lanes)
+
+
 def test_failures_that_are_recorded_at_once_have_an_order():
     """
     The first of them is what leaves, what cancels, and the cause of what it has cancelled.
@@ -593,6 +648,7 @@ def test_failures_that_are_recorded_at_once_have_an_order():
         group._run.failures = Together()
         tasks = [group.submit(fail_after, go, ValueError("root")) for _ in range(2)]
         queued = group.submit(int)
+        until(lambda: all(task.running() for task in tasks))
         go.set()
     first, second = sorted(tasks, key=lambda task: task._value[2])
 

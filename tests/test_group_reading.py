@@ -30,8 +30,10 @@ from fastpool import (
     use_token,
 )
 from fastpool._gate import Gate
+from fastpool._lane import Lane
 from fastpool._ledger import Ledger
 from fastpool._run import Run
+from fastpool.backends import threads
 
 
 class Lenient:
@@ -723,7 +725,7 @@ def test_group_wait_that_begins_as_a_worker_is_called_does_not_wait_for_one_that
 
 def test_group_wait_that_begins_as_a_worker_is_called_back_leaves_it_out(watched, monkeypatch):
     """
-    It is among those that rest before it is among them all.
+    It has just been taken off those that are called, and is not among those that rest yet.
     """
     begin, release, goes_on = Run.begin, threading.Event(), threading.Event()
     late, waiters = [], []
@@ -877,6 +879,147 @@ def test_group_wait_that_has_begun_ends_with_the_block(watched, monkeypatch):
     thread.join(timeout=20)
 
     assert outcome == [None]
+
+
+def test_group_wait_waits_for_no_worker_that_gets_no_thread(watched, monkeypatch, make_pool):
+    """
+    It was called as the wait began, and all threads of the pool have something else to do.
+    """
+    release, freed = threading.Event(), threading.Event()
+    waiters = []
+
+    class Called(dict):
+        def __setitem__(self, lane, value):
+            if not waiters:
+                waiters.append(start(group.wait))
+                until(lambda: is_asleep(waiters[0][0]))
+            super().__setitem__(lane, value)
+
+    monkeypatch.setattr(threads, "SLICE", 300)  # seconds: a worker at work does not make way
+    pool = make_pool(2)
+    with TaskGroup(2, pool=pool) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        for _ in range(2):
+            pool.apply_async(freed.wait, (60,))
+        group._run.called = Called()
+        group.submit(int)
+        release.set()
+        waiter, outcome = waiters[0]
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        freed.set()
+
+    assert ended == [None]
+
+
+def test_group_wait_waits_for_nothing_that_a_worker_begins_with_later(watched):
+    """
+    It has come in vain, others have run what it was called for, and a wait begins just then.
+    """
+    release, after, come, goes_on = (threading.Event() for _ in range(4))
+
+    class Called(dict):
+        def pop(self, lane, default):
+            taken = super().pop(lane, default)
+            if not come.is_set():
+                come.set()
+                assert goes_on.wait(timeout=60)
+            return taken
+
+    with TaskGroup(2) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        group._run.called = Called()
+        other = group.submit(int)
+        assert come.wait(timeout=60)
+        release.set()
+        until(other.done)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        later = [group.submit(after.wait, 60) for _ in range(2)]
+        goes_on.set()
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        after.set()
+
+    assert ended == [None]
+    assert [task.result() for task in later] == [True, True]
+
+
+def test_group_wait_waits_for_nothing_that_a_worker_goes_on_to(monkeypatch):
+    """
+    It looks what a worker is at, which has just done what was submitted before.
+    """
+    look, passed, wait_for_all = Lane.task.fget, Run.passed, _run.wait_for_all
+    release, later_runs, after, looked = (threading.Event() for _ in range(4))
+    waiters = []
+
+    def wait_and_note(*arguments):
+        waiters.append(threading.current_thread())
+        return wait_for_all(*arguments)
+
+    def look_late(lane):
+        if threading.current_thread() in waiters and not looked.is_set():
+            looked.set()
+            assert later_runs.wait(timeout=60)
+        return look(lane)
+
+    def pass_late(run, lane):
+        assert not waiters or looked.wait(timeout=60)
+        passed(run, lane)
+
+    def run_later():
+        later_runs.set()
+        return after.wait(timeout=60)
+
+    with TaskGroup(1) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        monkeypatch.setattr(Lane, "task", property(look_late))
+        monkeypatch.setattr(Run, "passed", pass_late)
+        monkeypatch.setattr(_run, "wait_for_all", wait_and_note)
+        waiter, outcome = start(group.wait)
+        until(lambda: waiters)
+        later = group.submit(run_later)
+        release.set()
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        after.set()
+
+    assert ended == [None]
+    assert later.result()
+
+
+def test_group_wait_waits_for_nothing_after_a_cancelled_call(workers, monkeypatch, watched):
+    """
+    A worker has taken that, and is yet to find that it may not run it, as the wait begins.
+    """
+    admit = Run.admit
+    release, after, held, goes_on = (threading.Event() for _ in range(4))
+
+    def admit_late(run, task, lane):
+        held.set()
+        assert goes_on.wait(timeout=60)
+        return admit(run, task, lane)
+
+    with TaskGroup(**workers(1)) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        assert group.submit(int).cancel()
+        monkeypatch.setattr(Run, "admit", admit_late)
+        release.set()
+        assert held.wait(timeout=60)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        later = group.submit(after.wait, 60)
+        goes_on.set()
+        waiter.join(timeout=20)
+        ended = list(outcome)
+        after.set()
+
+    assert ended == [None]
+    assert later.result()
 
 
 def test_group_wait_waits_for_no_call_of_a_map_that_is_read_after_it_has_begun(watched):

@@ -3671,7 +3671,17 @@ def test_map_that_gets_no_thread_queues_nothing(monkeypatch):
     assert list(items) == [1, 2, 3, 4]
 
 
-def test_task_submits_although_no_other_thread_can_be_started(monkeypatch):
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda group, numbers: group.map(abs, numbers).results(),
+        lambda group, numbers: [value for _, value in group.map(abs, numbers).as_completed()],
+        lambda group, numbers: list(group.imap(abs, numbers)),
+        lambda group, numbers: list(group.imap_unordered(abs, numbers)),
+    ],
+    ids=["map", "as_completed", "imap", "imap_unordered"],
+)
+def test_task_submits_although_no_other_thread_can_be_started(monkeypatch, take):
     """
     A task's own thread is enough for what it submits.
     """
@@ -3679,12 +3689,56 @@ def test_task_submits_although_no_other_thread_can_be_started(monkeypatch):
 
     def parent():
         refuse_threads(patch, 0, RuntimeError("can't start new thread"))
-        return group.map(abs, range(-10, 0)).results()
+        return take(group, range(-10, 0))
 
     with TaskGroup(8) as group, monkeypatch.context() as patch:
-        seen = group.submit(parent).result(timeout=60)
+        task = group.submit(parent)
+        ended = task.wait(timeout=20)
+        if not ended:
+            group.cancel()
 
-    assert seen == list(range(10, 0, -1))
+    assert ended
+    assert sorted(task.result()) == list(range(1, 11))
+
+
+def test_task_that_waits_hears_that_no_thread_can_be_started(monkeypatch, watched):
+    """
+    Another one was about to come, and had the last slot; so it runs itself what it waits for.
+    """
+    not_started = Run.not_started
+    starting, submitted, given_up = (threading.Event() for _ in range(3))
+    parents = []
+
+    def refuse(pool, ready):
+        starting.set()
+        assert submitted.wait(timeout=60)
+        raise RuntimeError("can't start new thread")
+
+    def give_up(run, lane):
+        not_started(run, lane)
+        if not given_up.is_set():
+            given_up.set()
+            until(lambda: is_asleep(parents[0]))
+
+    def parent():
+        parents.append(threading.current_thread())
+        assert starting.wait(timeout=60)
+        children = [group.submit(abs, -404)]
+        submitted.set()
+        assert given_up.wait(timeout=60)
+        return [child.result() for child in fastpool.as_completed(children)]
+
+    with TaskGroup(2) as group:
+        task = group.submit(parent)
+        until(task.running)
+        with monkeypatch.context() as patch:
+            patch.setattr(threads._Pool, "start", refuse)
+            patch.setattr(Run, "not_started", give_up)
+            group.submit(int)
+            ended = task.wait(timeout=20)
+
+    assert ended
+    assert task.result() == [404]
 
 
 def test_queue_of_tasks_survives_threads_that_cannot_be_started(monkeypatch):

@@ -54,6 +54,7 @@ from fastpool._bounded import BoundedQueue
 from fastpool._gate import Gate
 from fastpool._run import Run
 from fastpool._stream import Source
+from fastpool.backends import threads
 from fastpool.blocking import _elsewhere
 
 
@@ -1355,6 +1356,38 @@ def test_pool_of_an_abandoned_task_is_not_used_again(monkeypatch):
     assert not threads[0].is_alive()
 
 
+def test_submit_that_meets_an_abandoned_group_leases_no_threads(monkeypatch):
+    """
+    It was about to call a worker as the block was left, and there is nothing to serve any more.
+    """
+    take_slot, release = Run.take_slot, threading.Event()
+    taken, goes_on = threading.Event(), threading.Event()
+
+    def take_late(run):
+        has_slot = take_slot(run)
+        taken.set()
+        assert goes_on.wait(60)
+        return has_slot
+
+    with (
+        pytest.warns(RuntimeWarning, match="still runs"),
+        pytest.raises(StuckTaskError),
+        TaskGroup(2, grace=0.01, on_stuck="abandon") as group,
+    ):
+        until(group.submit(release.wait, 60).running)
+        monkeypatch.setattr(Run, "take_slot", take_late)
+        submitter, submitted = start(group.submit, int)
+        assert taken.wait(60)
+        group.cancel()
+    before = set(threads._live_pools)
+    goes_on.set()
+    submitter.join(60)
+    release.set()
+
+    assert submitted[0].cancelled()
+    assert set(threads._live_pools) <= before
+
+
 def test_on_stuck_is_one_of_two_words():
     """
     Anything else is refused.
@@ -1837,6 +1870,105 @@ def test_room_that_a_cancel_makes_is_told_wherever_a_foreign_handler_has_raised(
 
     assert task.cancelled()
     assert point > 10
+
+
+def test_cancel_is_told_wherever_a_foreign_handler_has_raised(watched):
+    """
+    Who waits for the task wakes, by the cancel or by the worker that comes to it.
+    """
+    for point in itertools.count():
+        with TaskGroup(1) as group:
+            holding = Holding(group)
+            task = group.submit(abs, -1)
+            waiter, outcome = start(task.wait)
+            until(lambda waiter=waiter: is_asleep(waiter))
+            torn = tear(point, task.cancel)
+            holding.go.set()
+            waiter.join(20)
+
+            assert outcome == [True], point
+        if not torn:
+            break
+
+    assert task.cancelled()
+    assert point > 10
+
+
+def test_block_is_left_though_a_foreign_handler_has_torn_the_end_of_a_submit(monkeypatch, watched):
+    """
+    Another thread leaves it, and has waited for the end of that.
+    """
+    call, close, wake = Run._call, Run.close, Run.wake_leavers
+    leaves, refused, raised = (threading.Event() for _ in range(3))
+
+    def call_and_wait(run):
+        call(run)
+        leaves.set()
+        assert refused.wait(60)
+        until(lambda: is_asleep(leaver))
+
+    def close_and_note(run):
+        closed = close(run)
+        if not closed and run.at_rest():
+            refused.set()
+        return closed
+
+    def raise_once(run):
+        if threading.current_thread() is threading.main_thread() and not raised.is_set():
+            raised.set()
+            raise TimeoutError("what an alarm's handler raises")
+        wake(run)
+
+    def leave():
+        with TaskGroup(1) as group:
+            groups.append(group)
+            assert leaves.wait(60)
+
+    groups = []
+    leaver, outcome = start(leave)
+    until(lambda: groups)
+    monkeypatch.setattr(Run, "_call", call_and_wait)
+    monkeypatch.setattr(Run, "close", close_and_note)
+    monkeypatch.setattr(Run, "wake_leavers", raise_once)
+    with pytest.raises(TimeoutError, match="alarm"):
+        groups[0].submit(int)
+    leaver.join(20)
+    left = list(outcome)
+    wake(groups[0]._run)
+
+    assert left == [None]
+
+
+def test_worker_whose_recall_a_foreign_handler_has_torn_is_not_lost(monkeypatch):
+    """
+    It was called, and taken back as the block is left; it serves the next group.
+    """
+    begin, passed = Run.begin, Run.passed
+    come, goes_on, raised = (threading.Event() for _ in range(3))
+    lanes = []
+
+    def begin_late(run, lane):
+        lanes.append(lane)
+        come.set()
+        assert goes_on.wait(60)
+        return begin(run, lane)
+
+    def raise_once(run, lane):
+        if threading.current_thread() is threading.main_thread() and not raised.is_set():
+            raised.set()
+            raise TimeoutError("what an alarm's handler raises")
+        passed(run, lane)
+
+    monkeypatch.setattr(Run, "begin", begin_late)
+    monkeypatch.setattr(Run, "passed", raise_once)
+    with pytest.raises(TimeoutError, match="alarm"), TaskGroup(1) as group:
+        group.submit(int)
+        assert come.wait(60)
+        group.cancel()
+    goes_on.set()
+    pool = lanes[0].pool
+
+    assert set(pool.reserve) == set(pool.lanes)
 
 
 def test_submit_by_a_handler_takes_no_room_from_the_one_that_it_interrupts(watched):

@@ -1174,6 +1174,31 @@ def test_as_completed_can_be_handed_to_a_worker_and_back():
     assert {*four, *rest} == {*tasks, *later}
 
 
+def test_as_completed_of_two_groups_is_no_deadlock(make_pool):
+    """
+    What the first has queued stands behind a task that waits for what the second has.
+    """
+    seen, pool = threading.Event(), make_pool(1)
+
+    def consume():
+        behind, ahead = other.submit(resize, 1), shared.submit(resize, 2)
+        ended = fastpool.as_completed([behind, ahead])
+        first = next(ended)
+        seen.set()
+        return first is ahead and list(ended) == [behind]
+
+    with TaskGroup(1) as other:
+        running = other.submit(seen.wait, LIMIT)
+        until(running.running)
+        with TaskGroup(pool=pool) as group, TaskGroup(pool=pool) as shared:
+            task = group.submit(consume)
+            ended = task.wait(timeout=20)
+            seen.set()
+
+    assert ended
+    assert task.result()
+
+
 def test_as_completed_handed_to_the_only_worker_is_no_deadlock():
     """
     Begun in the body, it waits in the task for what nobody else can run.

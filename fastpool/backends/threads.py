@@ -199,7 +199,11 @@ class _Pool:
             lane = self.crew.lane(self, len(self.lanes) + 1)
             self.lanes.append(lane)
         threads.apply_async(_park, (self, lane))  # first: if it raises, nobody counts on the lane
-        lane_ready(lane)
+        try:
+            lane_ready(lane)
+        except BaseException:
+            self.reserve[lane] = None
+            raise
         lane.gate.open()
 
     def end(self) -> None:
@@ -275,12 +279,13 @@ def _out_of_reach(fn: Callable[[], None]) -> None:
         interrupt = error  # the helper is at it all the same
     while not outcome:
         try:
-            gate.sit_out()
+            if not gate.sit_out():
+                break  # in a forked child, where nobody is at it
         except BaseException as error:
             interrupt = error
     if interrupt is not None:
         _marks.held += (interrupt,)
-    leaving = outcome.pop()
+    leaving = outcome.pop() if outcome else None
     try:
         if leaving is not None:
             raise leaving
@@ -464,6 +469,8 @@ def _serve_disturbed(run: Run, lane: Lane, task: Task[Any]) -> None:
         run.perform(task, lane)
     else:
         lane.at = None
+        if run.fences:
+            run.passed(lane)
     del run, task, lane  # what failed refers to this frame: see `strip`
 
 
@@ -486,6 +493,9 @@ class Leased:
         pool = self._leases.get("pool")
         if pool is None:
             pool = self._lease()
+            if run.abandoned is not None:  # looked at then: `abandon` says so first
+                self.abandon(run)
+                return  # nobody comes any more, as for all that is queued
         run.pool = pool
         lane = take_last(pool.reserve)
         if lane is None:
@@ -561,6 +571,7 @@ class Shared:
         run.sharing = True
         lane = Lane(self.pool)
         enlist(lane)
+        run.passed(lane)  # a wait may have begun, and this may get no thread before it ends
         self.pool.apply_async(self._job, (run, lane))
         # A worker that waits for the group can do what this job would, if it never gets there.
         tell_helpers(run)
