@@ -2686,6 +2686,7 @@ def test_task_that_is_about_to_begin_as_its_block_is_left_is_told_to_have_ended_
         group.submit(abs, -1)
         assert held.wait(timeout=60)
         group.cancel()
+        until(lambda: "group_cancelled" in told)  # in a helper
     seen = list(told)
     goes_on.set()
 
