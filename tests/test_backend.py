@@ -13,7 +13,7 @@ import weakref
 from multiprocessing.pool import Pool
 
 import pytest
-from staging import in_thread, is_asleep, until
+from staging import in_thread, is_asleep, start, until
 
 import fastpool
 from fastpool import (
@@ -233,6 +233,43 @@ def test_task_that_is_given_back_again_and_again_runs():
 
     assert task.result() == 3
     assert len(set(backend.taken)) == 3
+
+
+def test_lane_that_took_a_cancelled_task_is_not_done_with_the_others(watched, monkeypatch):
+    """
+    It takes three at once; who waits for the group sleeps until it has run what it may.
+    """
+    admit, release, held = Run.admit, threading.Event(), threading.Event()
+    waiters, seen = [], []
+
+    class Slow(Batches):
+        slots = 1
+
+    def admit_late(run, task, lane):
+        if task is cancelled:
+            held.set()
+            until(lambda: waiters and is_asleep(waiters[0][0]))
+        return admit(run, task, lane)
+
+    def look():
+        waiter, outcome = waiters[0]
+        until(lambda: outcome or is_asleep(waiter))
+        seen.extend(outcome)
+
+    with TaskGroup(pool=Slow()) as group:
+        group.submit(release.wait, 60)
+        until(group._run.in_hand)
+        group.submit(look)
+        cancelled = group.submit(int)
+        cancelled.cancel()
+        monkeypatch.setattr(Run, "admit", admit_late)
+        release.set()
+        assert held.wait(timeout=60)
+        waiters.append(start(group.wait))
+        waiters[0][0].join(timeout=60)
+
+    assert seen == []
+    assert waiters[0][1] == [None]
 
 
 def test_pool_is_idle_from_when_its_group_has_ended():

@@ -3741,6 +3741,37 @@ def test_task_that_waits_hears_that_no_thread_can_be_started(monkeypatch, watche
     assert task.result() == [404]
 
 
+def test_task_runs_nothing_itself_once_there_are_threads_again(monkeypatch, watched):
+    """
+    It takes what comes first, and what it ran could wait for what it does then.
+    """
+    fastpool.shutdown()
+    begin = Run.begin
+
+    def begin_late(run, lane):
+        until(lambda: children and (children[0].done() or is_asleep(parents[0])))
+        return begin(run, lane)
+
+    def child():
+        return threading.current_thread()
+
+    def parent():
+        with monkeypatch.context() as patch:
+            refuse_threads(patch, 0, RuntimeError("can't start new thread"))
+            (alone,) = fastpool.as_completed([group.submit(child)])
+        parents.append(threading.current_thread())
+        monkeypatch.setattr(Run, "begin", begin_late)
+        children.append(group.submit(child))
+        (after,) = fastpool.as_completed(children)
+        return [one.result() is parents[0] for one in (alone, after)]
+
+    children, parents = [], []
+    with TaskGroup(8) as group:
+        seen = group.submit(parent).result(timeout=60)
+
+    assert seen == [True, False]
+
+
 def test_queue_of_tasks_survives_threads_that_cannot_be_started(monkeypatch):
     """
     What is queued when the system says no is run by the threads that there are, to the end.
