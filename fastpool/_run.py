@@ -1028,13 +1028,17 @@ class Run(Ledger):
         if backend is not None:
             backend.end(self)
         self.token._seal()
-        for token in () if self.abandoned else (self.token, *self.loose):
+        waits = [
+            token._close_callbacks
+            for token in (() if self.abandoned else (self.token, *self.loose))
+        ]
+        if notice is not None:
+            waits.append(notice.close)  # what it tells is told before the end is
+        for wait in waits:
             try:
-                token._close_callbacks()
+                wait()
             except BaseException as interrupt:  # a second Ctrl-C; the end comes all the same
                 _marks.held += (interrupt,)
-        if notice is not None:
-            notice.unregister()
         for task in list(self.watchers):
             self.settle(task)  # what a lane that failed has lost, or never ran, has ended only now
             self.notify(task)

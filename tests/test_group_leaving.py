@@ -2699,6 +2699,32 @@ def test_task_that_is_about_to_begin_as_its_block_is_left_is_told_to_have_ended_
     ]
 
 
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_abandoned_group_is_told_as_closed_after_its_cancel(watched):
+    """
+    That is told by a helper, which is still at it as the block is left.
+    """
+    release, told = threading.Event(), []
+
+    def observe(event):
+        if event.name == "group_cancelled":
+            until(lambda: "task_abandoned" in told)
+            until(lambda: "group_closed" in told or is_asleep(threading.main_thread()))
+        told.append(event.name)
+
+    with (
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0, on_stuck="abandon", observers=[observe]) as group,
+    ):
+        until(group.submit(release.wait, 60).running)
+        group.cancel()
+    until(lambda: "group_cancelled" in told)
+    seen = told[-3:]
+    release.set()
+
+    assert seen == ["task_abandoned", "group_cancelled", "group_closed"]
+
+
 def test_who_waits_for_the_token_of_a_group_is_not_woken_by_a_good_end(monkeypatch):
     """
     A wait that nothing ends says that the token is not set.
