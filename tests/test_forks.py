@@ -355,46 +355,27 @@ def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled
     """
     It is a thread of the parent's that was to end it.
     """
-    reader, writer = os.pipe()
-    release, forked, said = threading.Event(), [], "hung"
+    release = threading.Event()
 
-    def fork(signum, frame):
-        forked.append(os.fork())
-        if forked[0]:
-            release.set()
-        else:
-            signal.signal(signal.SIGALRM, signal.SIG_DFL)
-            signal.alarm(30)
-
-    def hold():
+    def hold(group):
         if cancelled:
             group.cancel()
-        until(lambda: is_asleep(threading.main_thread()))
-        signal.raise_signal(signal.SIGUSR1)
-        release.wait(60)
+        meet_fork(release)
         return "held"
 
-    before = signal.signal(signal.SIGUSR1, fork)
-    try:
+    def wait():
         with TaskGroup(1) as group:
-            task = group.submit(hold)
+            task = group.submit(hold, group)
             if waits != "leave":
                 with use_token(CancelToken.NEVER):
                     if waits == "wait":
                         group.wait()
                     elif waits == "as_completed":
                         assert list(as_completed([task])) == [task]
-                    said = outcome_of(task)
-        said = outcome_of(task)
-    finally:
-        signal.signal(signal.SIGUSR1, before)
-        if not forked[0]:
-            os.write(writer, said.encode())
-            os._exit(0)
-    os.close(writer)
-    os.waitpid(forked[0], 0)
-    with open(reader) as heard:
-        assert (said, heard.read()) == ("held", "cancelled")
+                    outcome_of(task)
+        return outcome_of(task)
+
+    assert said_on_both_sides(wait, release) == ("held", "cancelled")
 
 
 @pytest.mark.parametrize("what", ["submit", "close"])
@@ -402,9 +383,46 @@ def test_handler_that_forks_while_a_helper_is_at_work_ends_in_the_child(what, wa
     """
     It starts a thread for a submit, or runs a callback that is taken back: in the parent alone.
     """
+    release, running = threading.Event(), threading.Event()
+    start_thread, parent = threads._Pool._start, os.getpid()
+
+    def start_late(*arguments):
+        meet_fork(release)
+        start_thread(*arguments)
+
+    def submit():
+        monkeypatch.setattr(threads._Pool, "_start", start_late)
+        with TaskGroup(1) as group:
+            task = group.submit(str, "held")
+        return outcome_of(task)
+
+    def callback():
+        running.set()
+        meet_fork(release)
+
+    def close():
+        token = CancelToken()
+        registration = token._register(Callback(callback, slow=True))
+        token.cancel()
+        assert running.wait(60)
+        registration.close()
+        return "held" if os.getpid() == parent else "cancelled"
+
+    play = submit if what == "submit" else close
+    assert said_on_both_sides(play, release) == ("held", "cancelled")
+
+
+def meet_fork(release):
+    """Have the main thread's handler fork as that sleeps; the parent goes on."""
+    until(lambda: is_asleep(threading.main_thread()))
+    signal.raise_signal(signal.SIGUSR1)
+    assert release.wait(60)
+
+
+def said_on_both_sides(play, release):
+    """What a function returns here, and in the child that a handler forks in the middle of it."""
     reader, writer = os.pipe()
-    release, running, forked, said = threading.Event(), threading.Event(), [], "hung"
-    start_thread = threads._Pool._start
+    forked, said = [], "hung"
 
     def fork(signum, frame):
         forked.append(os.fork())
@@ -414,39 +432,18 @@ def test_handler_that_forks_while_a_helper_is_at_work_ends_in_the_child(what, wa
             signal.signal(signal.SIGALRM, signal.SIG_DFL)
             signal.alarm(30)
 
-    def meet_fork():
-        running.set()
-        until(lambda: is_asleep(threading.main_thread()))
-        signal.raise_signal(signal.SIGUSR1)
-        assert release.wait(60)
-
-    def start_late(*arguments):
-        meet_fork()
-        start_thread(*arguments)
-
     before = signal.signal(signal.SIGUSR1, fork)
     try:
-        if what == "close":
-            token = CancelToken()
-            registration = token._register(Callback(meet_fork, slow=True))
-            token.cancel()
-            assert running.wait(60)
-            registration.close()
-            said = "held" if forked[0] else "cancelled"
-        else:
-            monkeypatch.setattr(threads._Pool, "_start", start_late)
-            with TaskGroup(1) as group:
-                task = group.submit(str, "held")
-            said = outcome_of(task)
+        said = play()
     finally:
         signal.signal(signal.SIGUSR1, before)
-        if not forked[0]:
+        if forked == [0]:
             os.write(writer, said.encode())
             os._exit(0)
     os.close(writer)
     os.waitpid(forked[0], 0)
     with open(reader) as heard:
-        assert (said, heard.read()) == ("held", "cancelled")
+        return said, heard.read()
 
 
 def outcome_of(task):
