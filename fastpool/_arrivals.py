@@ -84,6 +84,11 @@ class Arrivals(Closing, Generic[K]):
                 if self.ended:
                     return
                 token.check()
+                # A token that was set may have opened the gate together with what ended before.
+                if any(run.stopping() for run in self._keys):
+                    self.look()
+                    if self.ended:
+                        return
                 if lane is None:
                     self.gate.wait()
                 else:

@@ -152,8 +152,8 @@ class Callback:
         """
         Wait until it has finished.
 
-        Not from inside a callback, which could be this one, nor from a signal handler that
-        interrupted what runs them.
+        Not from inside a callback, which could be this one, nor from a signal handler or a
+        finalizer that interrupted what runs them, or takes one back.
         """
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
@@ -170,18 +170,11 @@ class Callback:
             gate.sit_out()
 
 
-# What is on a thread's stack while it decides on a callback, or runs it. Asked of the stack and
-# not noted in a variable, which an interrupt between two lines would leave wrong.
-_RUNNING = frozenset(
-    fn.__code__ for fn in (Callback._run, Callback._go_on, Callback.run_in, Callback.finish)
-)
-
-
 def run_callbacks(pending: list[tuple[Callback, CancelToken]]) -> None:
-    first = _first
     for entry, token in pending:
-        if _first != first:
-            return  # one of them has forked, and returned in the child as well
+        cause = token._cause
+        if cause is not None and is_left(cause.number):
+            return  # somebody has forked since, and returned in the child: the parent runs them
         entry.run_in(token)
 
 
@@ -246,6 +239,20 @@ class Registration(Closing):
     def let_go(self) -> None:
         """Hold the token no longer."""
         self._token = None
+
+
+# What is on a thread's stack while it decides on a callback, or runs it. Asked of the stack and
+# not noted in a variable, which an interrupt between two lines would leave wrong.
+_RUNNING = frozenset(
+    fn.__code__
+    for fn in (
+        Callback._run,
+        Callback._go_on,
+        Callback.run_in,
+        Callback.finish,
+        Registration.unregister,
+    )
+)
 
 
 class Interrupts:

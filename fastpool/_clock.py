@@ -237,6 +237,7 @@ class _Clock:
 
     def _fire(self) -> None:
         heap = self._heap
+        again: list[Deadline] = []
         now = time.monotonic()
         while heap and (heap[0][0] <= now or not _alive(heap[0])):
             when, _, reference = heap[0]
@@ -245,9 +246,14 @@ class _Clock:
                 if target is not None and target._due() == when:
                     target._expire()
             except BaseException as error:  # out of memory, say: the others still expire
+                if isinstance(error, MemoryError):
+                    again.append(heap[0])
                 unraisable(error, target)
             finally:
                 heapq.heappop(heap)
+        if again:
+            self.arrivals.extend(again)
+            time.sleep(MOMENT)
         # A deadline that was lifted stays in the heap until its time comes, so sweep them out
         # whenever they may be half of it: a constant cost for each deadline added.
         if len(heap) > self._sweep_at:
@@ -283,7 +289,15 @@ def add_deadline(when: float, target: Expiring) -> None:
     Threads:
         Any. Takes no lock. `_expire()` is called in the clock's thread.
     """
-    _arrive((when, next(_counter), weakref.ref(target)))
+    entry = when, next(_counter), weakref.ref(target)
+    try:
+        _arrive(entry)
+    except BaseException:
+        clock = _clocks.get("clock")
+        if clock is not None:
+            with contextlib.suppress(ValueError, IndexError):  # it has been taken from there
+                clock.arrivals.remove(entry)
+        raise
 
 
 def _arrive(entry: Deadline) -> None:
@@ -352,6 +366,7 @@ def run_in_helper(job: Callable[[], object]) -> None:
     Threads:
         Any. Takes no lock of ours; may start a thread. If none can be started, `job` runs here.
     """
+    helper: _Helper | None
     for helper in reversed(list(_idle_helpers)):
         # Taken off and given its job without a call, after which a signal handler could raise.
         try:
@@ -365,16 +380,18 @@ def run_in_helper(job: Callable[[], object]) -> None:
             whole(helper.gate.open)
             raise
         return
-    helper = _Helper()
-    helper.job = job
-    _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
-    note = functools.partial(setattr, helper, "thread")
+    helper = None
     try:
+        helper = _Helper()
+        helper.job = job
+        _helpers[helper] = None  # before it can begin, so that `shutdown` always finds it
+        note = functools.partial(setattr, helper, "thread")
         start_thread(helper.run, "fastpool-helper", note)
     except BaseException as error:
-        if helper.thread is not None:
-            raise  # a signal handler's, and it is at it
-        _helpers.pop(helper, None)
+        if helper is not None:
+            if helper.thread is not None:
+                raise  # a signal handler's, and it is at it
+            _helpers.pop(helper, None)
         if not _says_no_thread(error):
             raise
         job()  # late is better than never

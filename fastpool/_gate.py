@@ -8,7 +8,7 @@ import time
 
 from fastpool import _marks
 
-__all__ = ["Gate"]
+__all__ = ["SLICE", "Gate"]
 
 # Seconds that the main thread sleeps at a time. It alone handles signals, and is not woken by one
 # that comes between the interpreter's last look and the sleep, or that another thread was given.

@@ -46,8 +46,9 @@ class _Guard:
     """
 
     def __init__(self) -> None:
-        # By signal: the groups that it stops, the outermost first; the handler there was before.
-        self.wards: dict[int, dict[Guarded, None]] = {SIGINT: {}}
+        # By signal: the groups that it stops, the outermost first, and how often each of them has
+        # asked for that; the handler there was before.
+        self.wards: dict[int, dict[Guarded, int]] = {SIGINT: {}}
         # Any: as `signal` has it
         self.before: dict[int, Any] = {SIGINT: signal.default_int_handler}
         self.heard: dict[Guarded, int] = {}  # how many signals each of them has heard
@@ -60,9 +61,8 @@ class _Guard:
         It takes no lock and runs no callback.
         """
         wards = list(self.wards.get(signum, ()))
-        if not wards:  # they were left on another thread
-            _restore(signum)
-            signal.raise_signal(signum)
+        if not wards:
+            self.pass_on(signum, frame)
             return
         again = any(guarded in self.heard for guarded in wards)
         # Those that did not ask for this signal, and are open in one that did, are left with it.
@@ -86,6 +86,23 @@ class _Guard:
         finally:
             del error, frame  # its traceback holds this frame: without these names it is no cycle
 
+    def pass_on(self, signum: int, frame: FrameType | None) -> None:
+        """No group is stopped by it: have it do what it does without us."""
+        handler = _signal.getsignal(signum)
+        if handler is _handler:  # they were left on another thread
+            _restore(signum)
+            signal.raise_signal(signum)
+            return
+        # The user's, put in place in a block, has called the one that it found there.
+        before = self.before.get(signum)
+        if before is None or before is handler:
+            before = signal.default_int_handler if signum == SIGINT else _signal.SIG_DFL
+        if callable(before):
+            before(signum, frame)
+        elif before == _signal.SIG_DFL:
+            _signal.signal(signum, before)
+            signal.raise_signal(signum)
+
 
 SIGINT = int(signal.SIGINT)  # as a key of a dictionary, the enum's member takes calls to look up
 
@@ -105,7 +122,7 @@ def hold(guarded: Guarded) -> None:
     if handler is not signal.default_int_handler and handler is not _handler:
         return
     try:
-        _guard.wards[SIGINT][guarded] = None
+        _guard.wards[SIGINT][guarded] = 1
         _guard.thread = threading.get_ident()
         if handler is not _handler:
             _guard.before[SIGINT] = handler
@@ -161,18 +178,19 @@ def _let_go(guarded: Guarded) -> BaseException | None:
 def _tidy() -> None:
     """Restore the handlers that nobody needs any more."""
     for signum, wards in list(_guard.wards.items()):
-        if not wards:
-            _restore(signum)
-            if signum != SIGINT:
-                _guard.before.pop(signum, None)
+        if not wards and _restore(signum) and signum != SIGINT:
+            _guard.before.pop(signum, None)
 
 
-def _restore(signum: int) -> None:
+def _restore(signum: int) -> bool:
+    """Put back the handler there was, unless somebody has replaced ours; whether it is there."""
     # In this order: a finalizer that leaves a group in the middle restores it, and forgets this.
     before = _guard.before.get(signum)
-    if _signal.getsignal(signum) is _handler:
+    handler = _signal.getsignal(signum)
+    if handler is _handler:
         # None: it was not set by Python code.
         _signal.signal(signum, _signal.SIG_DFL if before is None else before)
+    return handler is _handler
 
 
 def _in_main_thread() -> bool:
@@ -270,10 +288,9 @@ class cancel_on_signals(Closing):
             handler = _signal.getsignal(signum)
             number = int(signum)
             wards = _guard.wards.setdefault(number, {})
-            if self._run in wards:
-                return  # Ctrl-C, which it hears by itself
+            count = wards.get(self._run, 0) + 1
+            wards[self._run] = count  # in one breath: what is taken is given back
             self._taken.append(number)
-            wards[self._run] = None
             _guard.thread = threading.get_ident()
             if handler is not _handler:
                 _guard.before[number] = handler
@@ -288,6 +305,11 @@ class cancel_on_signals(Closing):
     def close(self) -> None:
         """Restore the handlers now; once is enough."""
         while self._taken:
-            _guard.wards.get(self._taken.pop(), {}).pop(self._run, None)
+            wards = _guard.wards.get(self._taken.pop(), {})
+            count = wards.get(self._run, 0)
+            if count > 1:
+                wards[self._run] = count - 1  # it has asked for that by another one, too
+            else:
+                wards.pop(self._run, None)
         if _in_main_thread():
             _tidy()

@@ -159,23 +159,27 @@ def enter(token: CancelToken, group: object = None, maker: object = None) -> Sco
     return scope
 
 
-def leave(scope: Scope) -> None:
+def leave(scope: Scope) -> bool:
     """
     Make current what was so before the scope.
 
     Left out of order (by a generator, say), it is taken from under those that are on top of it,
     so that they do not come back to it.
+
+    Returns:
+        Whether it was current here, or under what is.
     """
     scope._thread = None
     place = current_place()
     if place is scope:
         current.set(scope.before)  # type: ignore[arg-type] # the default alone has none
-        return
+        return True
     while isinstance(place, Scope):
         if place.before is scope:
             place.before = scope.before
-            return
+            return True
         place = place.before  # type: ignore[assignment] # None ends the loop
+    return False
 
 
 class _Scopes:
@@ -204,14 +208,18 @@ class _Scopes:
         scope: Scope | None = None
         try:
             scope = self._innermost()
-            self._take_off(scope)
+            here = self._take_off(scope)
         except BaseException:  # what a signal handler raised
             if scope is None and self._entered:
                 scope = whole(self._innermost)
             if scope is not None:
                 whole(self._take_off, scope)
             raise
-        self._ends(scope._token, error)
+        token, around = scope._token, scope.before
+        if not here and around is not None:
+            # It stays current where it was entered, and stands there for what is around it.
+            scope._token, scope._group = around._token, around._group
+        self._ends(token, error)
 
     def _innermost(self) -> Scope:
         """This context's; other threads may have entered it as well."""
@@ -221,10 +229,11 @@ class _Scopes:
         # A generator that is closed in another context than it began in finds none of its own.
         return place if isinstance(place, Scope) else self._entered[-1]
 
-    def _take_off(self, scope: Scope) -> None:
-        leave(scope)
+    def _take_off(self, scope: Scope) -> bool:
+        here = leave(scope)
         if scope in self._entered:  # else it was interrupted, and is called again
             self._entered.remove(scope)
+        return here
 
     def _ends(self, token: CancelToken, error: BaseException | None) -> None:
         """Look at what leaves the block."""
@@ -265,9 +274,10 @@ class _Limited(_Scopes):
         super().__init__()
         self._seconds = _clock.seconds(seconds, what)
 
-    def _take_off(self, scope: Scope) -> None:
-        super()._take_off(scope)
+    def _take_off(self, scope: Scope) -> bool:
+        here = super()._take_off(scope)
         scope._token._unlink()
+        return here
 
     def _ends(self, token: CancelToken, error: BaseException | None) -> None:
         # A descendant that heard this token has its very reason.

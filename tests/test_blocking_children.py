@@ -16,6 +16,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+from blocked import descriptors, is_blocked
 from staging import start, until
 
 import fastpool.blocking as blocking
@@ -376,10 +377,88 @@ def test_child_is_not_left_running_if_it_cannot_be_watched(monkeypatch):
     def refuse(*args):
         raise OSError(24, "too many open files")
 
-    monkeypatch.setattr(_children._Child, "_watch", refuse)
+    monkeypatch.setattr(_children, "_watch", refuse)
     monkeypatch.delattr(os, "pidfd_open")
     with pytest.raises(OSError, match="too many open files"):
         blocking.run(["sleep", "60"])
+
+
+def test_child_is_not_left_running_if_there_is_no_thread_to_watch_it(monkeypatch):
+    """
+    It would be waited for before what it prints is read, and nothing be heard meanwhile.
+    """
+
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.delattr(os, "pidfd_open")
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            blocking.run(["head", "-c", "1000000", "/dev/zero"], capture_output=True)
+
+
+def test_process_is_watched_once_however_often_it_is_waited_for(way):
+    """
+    Where there is no pidfd that takes a thread and a pipe, until it ends.
+    """
+    process = subprocess.Popen(["sleep", "60"])
+    before = threading.active_count(), descriptors()
+    waited = [blocking.wait(process, 0.001) for _ in range(20)]
+    after = threading.active_count(), descriptors()
+    process.kill()
+
+    assert waited == [False] * 20
+    assert blocking.wait(process, 60)
+    assert after <= (before[0] + 1, before[1] + 2)
+
+
+def test_end_of_a_process_is_seen_though_another_thread_has_forked(way):
+    """
+    That child holds whatever is open here, and may live for long.
+    """
+    reader, writer = os.pipe()
+    process = subprocess.Popen(["sleep", "60"])
+    waiter, outcome = start(blocking.wait, process)
+    until(lambda: is_blocked(waiter.native_id, among=None))
+    child = os.fork()
+    if child == 0:
+        os.close(writer)
+        os.read(reader, 1)
+        os._exit(0)
+    process.kill()
+    waiter.join(timeout=20)
+    seen = list(outcome)
+    os.close(writer)
+    os.close(reader)
+    os.waitpid(child, 0)
+    waiter.join(timeout=60)
+
+    assert seen == [True]
+
+
+@pytest.mark.parametrize("obeys", [True, False])
+def test_cancel_ends_a_process_though_no_descriptor_is_left(obeys, monkeypatch):
+    """
+    It is told by its number, and waited for by looking.
+    """
+
+    def refuse(*arguments):
+        raise OSError(24, "too many open files")
+
+    script = "echo ready; exec sleep 60" if obeys else "trap '' TERM; echo ready; sleep 60"
+    process = subprocess.Popen(["sh", "-c", script], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    monkeypatch.setattr(_children, "GRACE", 0.01)
+    monkeypatch.setattr(os, "pidfd_open", refuse)
+    monkeypatch.setattr(os, "pipe", refuse)
+    token = CancelToken()
+    with pytest.raises(Cancelled), token.interrupts(process):
+        token.cancel()
+        process.wait(60)
+    process.stdout.close()
+
+    assert process.returncode == (-signal.SIGTERM if obeys else -signal.SIGKILL)
 
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------

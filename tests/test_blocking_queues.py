@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 import time
+from collections import deque
 
 import pytest
 from blocked import cancel_while_blocked, descriptors, ended, under
@@ -69,6 +70,31 @@ def test_item_and_room_wake_as_they_do_without_a_token(kind):
     assert ended(*getter) == 7
     assert ended(*putter) is None
     assert busy.get_nowait() == 5
+
+
+def test_get_that_a_handler_ends_as_it_begins_to_wait_takes_no_notification_along(monkeypatch):
+    """
+    What is put next wakes the one who waits.
+    """
+
+    class Waiters(deque):
+        def append(self, waiter):
+            super().append(waiter)
+            if threading.current_thread() is threading.main_thread():
+                raise TimeoutError("what an alarm's handler raises")
+
+    queue = queues.Queue()
+    queue.not_empty._waiters = waiters = Waiters()
+    with pytest.raises(TimeoutError, match="alarm"):
+        blocking.get(queue)
+    left = list(waiters)
+    thread, outcome = start(blocking.get, queue)
+    until(lambda: waiters)
+    queue.put(404)
+    thread.join(timeout=20)
+
+    assert left == []
+    assert outcome == [404]
 
 
 def test_set_token_takes_and_puts_nothing():

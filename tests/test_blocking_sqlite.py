@@ -4,6 +4,7 @@ SQLite: a query in progress and a wait for a lock hear the token, and the connec
 
 import sqlite3
 import threading
+import warnings
 
 import pytest
 from blocked import cancel_while_blocked, ended, under
@@ -44,6 +45,48 @@ def with_endless_query(connection):
 def fetch_interruptible(connection):
     with current_token().interrupts(connection):
         return connection.execute(ENDLESS).fetchone()
+
+
+def test_cancel_is_heard_though_another_cursor_is_being_read(connect):
+    """
+    SQLite interrupts that as well, and takes nothing until it is at its end: the user is told.
+    """
+    connection = connect(timeout=7)
+    rows = with_endless_query(connection)
+    other = connection.execute("SELECT 1 UNION ALL SELECT 2")
+    other.fetchone()
+    token = CancelToken()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        thread, outcome = under(token, lambda: blocking.execute(connection, ENDLESS))
+        until(lambda: len(rows) > 100)
+        token.cancel("enough")
+        error = ended(thread, outcome)
+    (advice,) = [str(one.message) for one in told if one.category is RuntimeWarning]
+    other.close()
+    connection.execute(advice.partition("execute '")[2].rstrip("'"))
+
+    assert type(error) is Cancelled
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (7000,)
+
+
+def test_cancel_that_meets_rows_that_are_not_read_yet_is_heard(connect):
+    """
+    They would never come; the timeout of the connection is as before.
+    """
+    token = CancelToken()
+
+    class Cancels(sqlite3.Connection):
+        def execute(self, *arguments):
+            cursor = super().execute(*arguments)
+            token.cancel("enough")
+            return cursor
+
+    connection = connect(timeout=7, factory=Cancels)
+    with use_token(token), pytest.raises(Cancelled):
+        blocking.execute(connection, "SELECT 1 UNION ALL SELECT 2")
+
+    assert connection.execute("PRAGMA busy_timeout").fetchone() == (7000,)
 
 
 @pytest.mark.parametrize(

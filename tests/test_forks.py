@@ -2,12 +2,15 @@
 A process that is forked while other threads are in the middle of something: they do not come along.
 """
 
+import _thread
 import inspect
 import multiprocessing
 import os
 import resource
 import select
 import signal
+import socket
+import ssl
 import threading
 import time
 import traceback
@@ -30,6 +33,7 @@ from fastpool import (
     _taskgroup,
     _token,
     as_completed,
+    blocking,
     use_token,
 )
 from fastpool._callbacks import Callback, Interrupts, Registration
@@ -412,6 +416,43 @@ def test_handler_that_forks_while_a_helper_is_at_work_ends_in_the_child(what, wa
     assert said_on_both_sides(play, release) == ("held", "cancelled")
 
 
+@pytest.mark.parametrize("call", ["abandon", "connect"])
+def test_call_in_which_a_signal_handler_forks_ends_in_the_child(call, watched):
+    """
+    A thread of the parent's makes it, which has its value, or its connection, to itself.
+    """
+    release = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+    context = ssl.create_default_context()
+
+    def hold():
+        meet_fork(release)
+        return "held"
+
+    def hang_up():
+        connection, _ = listener.accept()
+        hold()
+        connection.close()
+
+    def play():
+        try:
+            if call == "abandon":
+                return blocking.abandon(hold)
+            blocking.connect(listener.getsockname(), ssl_context=context)
+        except RuntimeError as error:
+            return str(error)
+        except OSError:  # an end in the middle of the handshake
+            return "held"
+
+    if call == "connect":
+        start(hang_up)
+    with listener:
+        here, there = said_on_both_sides(play, release)
+
+    assert here == "held"
+    assert there == f"this call is made by a thread of {PARENTS}"
+
+
 def meet_fork(release):
     """Have the main thread's handler fork as that sleeps; the parent goes on."""
     until(lambda: is_asleep(threading.main_thread()))
@@ -480,6 +521,63 @@ def test_child_leaves_a_block_at_the_end_of_its_stack_though_another_thread_did_
         said = in_child(_taskgroup._limit_by, 0)
 
     assert said == "None"
+
+
+def test_callbacks_that_are_about_to_run_as_a_handler_forks_are_the_parents(monkeypatch):
+    """
+    It returns in the child as well, in the middle of the cancel.
+    """
+    run_callbacks, forked, ran = _token.run_callbacks, [], []
+    reader, writer = os.pipe()
+
+    def fork_and_run(pending):
+        forked.append(os.fork())
+        run_callbacks(pending)
+
+    monkeypatch.setattr(_token, "run_callbacks", fork_and_run)
+    token = CancelToken()
+    token.on_cancel(lambda: ran.append("ran"))
+    try:
+        token.cancel()
+    finally:
+        if forked == [0]:
+            os.write(writer, str((token.cancelled(), ran)).encode())
+            os._exit(0)
+    os.close(writer)
+    os.waitpid(forked[0], 0)
+
+    with open(reader) as heard:
+        assert heard.read() == "(True, [])"
+    assert ran == ["ran"]
+
+
+def test_callbacks_that_no_thread_could_be_found_for_are_the_parents(monkeypatch):
+    """
+    Ctrl-C has left them for later, and the body forks.
+    """
+
+    def refuse(*arguments):
+        raise RuntimeError("can't start new thread")
+
+    def work():
+        with TaskGroup(1) as group:
+            group.submit(abs, -2).wait()
+        return ran
+
+    ran = []
+    with pytest.raises(KeyboardInterrupt), TaskGroup(1) as group:
+        group.submit(abs, -1).wait()
+        group.token.on_cancel(lambda: ran.append("ran"))
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(_thread, "start_new_thread", refuse)
+                signal.raise_signal(signal.SIGINT)
+        finally:
+            with use_token(CancelToken.NEVER):
+                said = in_child(work)
+
+    assert said == "[]"
+    assert ran == ["ran"]
 
 
 def test_callbacks_behind_one_that_forks_are_the_parents():

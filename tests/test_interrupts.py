@@ -1528,6 +1528,77 @@ def test_ctrl_c_can_be_taken_from_a_foreign_handler():
     assert not foreign
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_signal_is_heard_until_all_who_asked_for_it_have_given_it_back(signum, sigterm):
+    """
+    A group may ask twice: a library in its body, say, for itself.
+    """
+    before = signal.getsignal(signum)
+    with TaskGroup(1) as group:
+        first, second = (fastpool.cancel_on_signals(group, signum) for _ in range(2))
+        first.close()
+        first.close()
+        still = signal.getsignal(signum)
+        second.close()
+        after = signal.getsignal(signum)
+
+    assert still not in (before, None)
+    assert (after is before) == (signum == signal.SIGTERM)  # it hears Ctrl-C by itself
+    assert signal.getsignal(signum) is before
+
+
+@pytest.mark.parametrize(
+    ("signum", "again"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)]
+)
+def test_handler_that_calls_the_one_it_found_in_a_block_calls_what_was_before(
+    signum, again, sigterm
+):
+    """
+    It was put in place inside, calls ours then, and is still there after the block.
+    """
+
+    def foreign(number, frame):
+        heard.append(number)
+        raise Stop
+
+    def chained(number, frame):
+        heard.append("chained")
+        found(number, frame)
+
+    heard = []
+    before = signal.signal(signum, foreign)
+    try:
+        with TaskGroup(1) as group:
+            fastpool.cancel_on_signals(group, signum)
+            found = signal.signal(signum, chained)
+        if again:  # it is what is found the next time, and is given back
+            with TaskGroup(1) as group, fastpool.cancel_on_signals(group, signum):
+                pass
+        with pytest.raises(KeyboardInterrupt if again else Stop):
+            signal.raise_signal(signum)
+    finally:
+        signal.signal(signum, before)
+
+    assert heard == ["chained"] if again else ["chained", signum]
+
+
+def test_handler_that_calls_the_one_it_found_ends_the_program_where_nobody_else_handles():
+    """
+    As the system does by itself.
+    """
+    program = """
+import signal, fastpool
+with fastpool.TaskGroup() as group:
+    fastpool.cancel_on_signals(group, signal.SIGTERM)
+    found = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, lambda *arguments: found(*arguments))
+signal.raise_signal(signal.SIGTERM)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60)
+
+    assert ended.returncode == -signal.SIGTERM
+
+
 def test_group_must_be_open_and_the_signal_one_that_can_be_handled(sigterm):
     """
     The message says what is wrong, and no handler is left behind.

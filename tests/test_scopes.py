@@ -214,6 +214,28 @@ def test_scope_may_be_shared_by_threads(make):
     assert two == (True, CancelToken.NEVER, isinstance(scope, timeout))
 
 
+@pytest.mark.parametrize("scope", [timeout, shield, lambda limit: use_token(CancelToken())])
+def test_generator_that_is_closed_in_another_thread_leaves_no_scope_behind(scope):
+    """
+    Where it was begun the token around it is current again.
+    """
+
+    def generate():
+        with scope(60):
+            yield
+
+    token = CancelToken()
+    with use_token(token):
+        generator = generate()
+        next(generator)
+        inside = current_token()
+        in_thread(generator.close)
+        after = current_token()
+
+    assert inside is not token
+    assert after is token
+
+
 def test_scope_that_is_held_by_a_generator_stays_apart():
     """
     A block beside it leaves its own scope, not the generator's.

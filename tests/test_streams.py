@@ -34,6 +34,7 @@ from fastpool import (
     shield,
     use_token,
 )
+from fastpool._gate import Gate
 from fastpool._run import Run
 
 LIMIT = 30  # seconds, after which a test hangs
@@ -1172,6 +1173,39 @@ def test_as_completed_can_be_handed_to_a_worker_and_back():
 
     assert {first, *pair} == set(tasks)
     assert {*four, *rest} == {*tasks, *later}
+
+
+def test_as_completed_hears_of_a_failure_and_of_what_that_cancels_at_once(monkeypatch):
+    """
+    Both wake it together, in a thread that does not hear the group's token by itself.
+    """
+    wait, consumers = Gate.wait, []
+    held, goes_on = threading.Event(), threading.Event()
+
+    def wait_late(gate, timeout=None):
+        if threading.current_thread() in consumers and not held.is_set():
+            held.set()
+            assert goes_on.wait(LIMIT)
+        return wait(gate, timeout)
+
+    def fails():
+        assert held.wait(LIMIT)
+        raise ValueError("bad header")
+
+    def consume(tasks):
+        consumers.append(threading.current_thread())
+        return list(fastpool.as_completed(tasks))
+
+    monkeypatch.setattr(Gate, "wait", wait_late)
+    with pytest.raises(ValueError, match="bad header"), TaskGroup(1) as group:
+        tasks = [group.submit(fails), *(group.submit(resize, 404) for _ in range(2))]
+        consumer, outcome = start(consume, tasks)
+        until(lambda: held.is_set() and group.token.cancelled())
+        goes_on.set()
+        consumer.join(20)
+        seen = list(outcome)
+
+    assert seen == [tasks]
 
 
 def test_as_completed_of_two_groups_is_no_deadlock(make_pool):

@@ -365,9 +365,43 @@ def test_slow_callback_holds_up_no_other_deadline():
     assert first.wait(timeout=60)
 
 
+def test_deadline_that_was_refused_is_forgotten(monkeypatch):
+    """
+    There was no thread to watch it, and its token was never made.
+    """
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    fastpool.shutdown()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            CancelToken(timeout=3600)
+
+    assert not _clock._clocks["clock"].pending()
+
+
+def test_callbacks_run_though_there_is_no_memory_for_a_helper(monkeypatch):
+    """
+    Late is better than never: where the deadline is noticed.
+    """
+
+    def refuse(helper):
+        raise MemoryError
+
+    fastpool.shutdown()
+    ran = threading.Event()
+    token = CancelToken(timeout=0.01)
+    token.on_cancel(ran.set)
+    monkeypatch.setattr(_clock._Helper, "__init__", refuse)
+
+    assert ran.wait(20)
+
+
 def test_deadline_that_cannot_be_kept_stops_no_other(monkeypatch, unraised):
     """
-    An error on the way, as when memory is short, goes to `sys.unraisablehook`.
+    An error on the way, as when memory is short, goes to `sys.unraisablehook`; it is tried again.
     """
     expire = CancelToken._expire
     due = itertools.count()
@@ -378,10 +412,11 @@ def test_deadline_that_cannot_be_kept_stops_no_other(monkeypatch, unraised):
         expire(token)
 
     monkeypatch.setattr(CancelToken, "_expire", failing)
-    _first, second = CancelToken(timeout=0.01), CancelToken(timeout=0.05)
+    first, second = CancelToken(timeout=0.01), CancelToken(timeout=0.05)
 
     assert second.wait(60)
     assert [type(error) for error in unraised] == [MemoryError]
+    assert first.wait(20)
 
 
 def test_nearest_deadline_of_all_ancestors_counts():
@@ -1060,6 +1095,36 @@ def test_handler_that_closes_a_running_callback_does_not_wait():
     races = list(itertools.takewhile(bool, map(closed_at, itertools.count())))
 
     assert len(races) > 30
+
+
+def test_handler_that_closes_what_its_thread_takes_back_does_not_wait():
+    """
+    A finalizer may come there as well, and close the registration that it owns.
+    """
+
+    def closed_at(step):
+        reached = []
+        registration = CancelToken().on_cancel(lambda: None)
+
+        def close():
+            reached.append(step)
+            registration.close()
+
+        def unregister():
+            sys.settrace(act_at(step, close))
+            try:
+                registration.unregister()
+            finally:
+                sys.settrace(None)
+
+        thread, ended = start(unregister)
+        thread.join(timeout=20)
+        return reached, ended
+
+    races = list(itertools.takewhile(lambda race: race[0], map(closed_at, itertools.count())))
+
+    assert len(races) > 5
+    assert [reached for reached, ended in races if ended != [None]] == []
 
 
 def test_registration_holds_its_token_until_it_has_run():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from fastpool import _clock
+from fastpool._gate import SLICE
 from fastpool._scope import current_token
 from fastpool._text import plain
 from fastpool._unraisable import unraisable
@@ -36,7 +38,8 @@ def abandon(fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     Raises:
         Cancelled: As soon as the current token is set.
         BaseException: What it raises.
-        RuntimeError: If no thread can be started.
+        RuntimeError: If no thread can be started; and in a child that a signal handler forks in
+            the main thread meanwhile, where nobody makes the call.
         TypeError: If `fn` is no function.
     """
     if not callable(fn):
@@ -46,12 +49,15 @@ def abandon(fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> R:
     call = _Call(lambda: fn(*args, **kwargs), plain(getattr(fn, "__qualname__", repr(fn))))
     _clock.start_thread(call.run, f"fastpool-abandon-{call.name}")
     key = token._add_sleeper(call.gate)
+    # Signals are handled in the main thread, whose sleep is in slices in any case.
+    longest = SLICE if threading.current_thread() is threading.main_thread() else None
     try:
         while not (call.ended() or token.cancelled()):
-            call.gate.wait()
+            call.gate.wait(longest)
+            call.check_process()
     finally:
         token._remove(key)
-        left = call.leave()
+        left = not call.is_left() and call.leave()
         if left:
             _warn(call.name)
     if left:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import select
 import signal
 import subprocess
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Sequence
 from typing import IO, Any
 
@@ -77,7 +80,7 @@ def run(
 
     Threads:
         Safe from any thread. Nothing polls: the end of the process is a descriptor (a pidfd) where
-        the system has that, elsewhere a helper thread waits for it.
+        the system has that, elsewhere a thread waits for it.
     """
     token = current_token()
     token.check()
@@ -97,8 +100,8 @@ def run(
     try:
         child = _Child(popen)
     except BaseException:  # no descriptor is left for us, say
-        popen.kill()
-        popen.wait()
+        with popen:
+            popen.kill()
         raise
     with child:
         try:
@@ -134,12 +137,74 @@ def wait(popen: subprocess.Popen[Any], timeout: float | None) -> bool:
 
 def _interrupt(popen: subprocess.Popen[Any]) -> None:
     """What `CancelToken.interrupts` does to a process that somebody else waits for."""
-    if popen.returncode is None:
-        with _Child(popen) as child:
-            child.stop(GRACE)
+    if popen.returncode is not None:
+        return
+    try:
+        child = _Child(popen)
+    except OSError:  # no descriptor is left: it is looked at, then
+        popen.terminate()
+        try:
+            popen.wait(GRACE)
+        except subprocess.TimeoutExpired:
+            popen.kill()
+        return
+    with child:
+        child.stop(GRACE)
 
 
 _wakers.provide("subprocess.Popen", _interrupt, slow=True)
+
+
+class _Watch:
+    """
+    What stands for a pidfd: a pipe that a thread closes when the process ends.
+
+    One for each process, however often it is waited for.
+    """
+
+    def __init__(self) -> None:
+        self.end, self._alive = os.pipe()
+        self.pid = os.getpid()  # a thread does not come along to a forked child
+        weakref.finalize(self, os.close, self.end).atexit = False
+
+    def wait(self, popen: subprocess.Popen[Any]) -> None:
+        try:
+            if hasattr(os, "waitid"):
+                # Not reaped, so that its number stays taken for as long as we signal it.
+                os.waitid(os.P_PID, popen.pid, os.WEXITED | os.WNOWAIT)
+            else:
+                popen.wait()
+        except OSError:  # somebody else has reaped it
+            return
+        finally:
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Nobody looks any more."""
+        # A child that another thread has forked meanwhile holds this end as well, so it is said,
+        # too; and never read, since many may be waiting.
+        with contextlib.suppress(OSError):
+            os.write(self._alive, b"!")
+        os.close(self._alive)
+
+
+_watches: weakref.WeakKeyDictionary[subprocess.Popen[Any], _Watch] = weakref.WeakKeyDictionary()
+
+
+def _watch(popen: subprocess.Popen[Any]) -> _Watch:
+    """The one of a process; its thread is started with it."""
+    watch = _watches.get(popen)
+    if watch is None or watch.pid != os.getpid():
+        watch, started = _Watch(), list[threading.Thread]()
+        try:
+            waits = functools.partial(watch.wait, popen)
+            _clock.start_thread(waits, "fastpool-child", started.append)
+        except BaseException:
+            if not started:
+                watch.give_up()
+            raise
+        _watches[popen] = watch  # of two that two threads have made at once, either
+    return watch
 
 
 class _Child(Closing):
@@ -150,6 +215,7 @@ class _Child(Closing):
     def __init__(self, popen: subprocess.Popen[Any]) -> None:
         self._popen = popen
         self._pidfd = -1
+        self._watch: _Watch | None = None
         self._files: dict[int, IO[Any]] = {}  # the pipes that are open, by their descriptors
         self._rest = memoryview(b"")  # of the input
         self._read: tuple[list[bytes] | None, list[bytes] | None] = (None, None)
@@ -157,31 +223,14 @@ class _Child(Closing):
         try:
             self._end = self._pidfd = os.pidfd_open(popen.pid)
         except (AttributeError, OSError):  # there is none here, or a sandbox forbids it
-            self._end = self._watch()
-
-    def _watch(self) -> int:
-        """What stands for a pidfd: a pipe that a helper thread closes when the process ends."""
-        end, alive = os.pipe()
-
-        def wait() -> None:
-            try:
-                if hasattr(os, "waitid"):
-                    # Not reaped, so that its number stays taken for as long as we signal it.
-                    os.waitid(os.P_PID, self._popen.pid, os.WEXITED | os.WNOWAIT)
-                else:
-                    self._popen.wait()
-            except OSError:  # somebody else has reaped it
-                return
-            finally:
-                os.close(alive)
-
-        _clock.run_in_helper(wait)
-        return end
+            self._watch = _watch(popen)
+            self._end = self._watch.end
 
     def close(self) -> None:
         for fd in list(self._files):
             self._close(fd)
-        os.close(self._end)
+        if self._watch is None:
+            os.close(self._end)
 
     # --- Pipes --------------------------------------------------------------------------------
 

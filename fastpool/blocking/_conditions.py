@@ -83,8 +83,14 @@ def sleep_on(condition: threading.Condition, timeout: float | None, *, hand_on: 
     inside = cast(_Inside, condition)
     waiter = _Waiter(token)
     key = token._add_sleeper(waiter.gate)
-    inside._waiters.append(waiter)
-    state = inside._release_save()
+    try:
+        inside._waiters.append(waiter)
+        state = inside._release_save()
+    except BaseException:  # a signal handler's: it takes no notification then
+        with contextlib.suppress(ValueError):
+            inside._waiters.remove(waiter)
+        token._remove(key)
+        raise
     try:
         try:
             # Registered first, looked at then: whatever happens from here on opens the gate.

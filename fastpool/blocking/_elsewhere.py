@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextvars
+import functools
+import os
 import threading
 from collections.abc import Callable
 from typing import Generic, ParamSpec, TypeVar
 
 from fastpool import _clock, _marks
-from fastpool._gate import Gate
+from fastpool._gate import SLICE, Gate
 from fastpool._unraisable import unraisable
 
 __all__ = ["Call", "call_out", "sit_in"]
@@ -25,7 +27,7 @@ class Call(Generic[R]):
         gate: Opened when it has ended.
     """
 
-    __slots__ = ("_context", "_ended", "_error", "_fn", "_value", "gate")
+    __slots__ = ("_context", "_ended", "_error", "_fn", "_pid", "_value", "gate")
 
     def __init__(self, fn: Callable[[], R]) -> None:
         self.gate = Gate()
@@ -34,6 +36,7 @@ class Call(Generic[R]):
         self._value: tuple[R, ...] = ()
         self._error: BaseException | None = None
         self._ended = False
+        self._pid = os.getpid()
 
     def run(self) -> None:
         """Make it, in a copy of the context of whoever wants it made."""
@@ -46,6 +49,32 @@ class Call(Generic[R]):
 
     def ended(self) -> bool:
         return self._ended
+
+    def is_left(self) -> bool:
+        """Whether nobody makes it: this is a child that a signal handler has forked meanwhile."""
+        return os.getpid() != self._pid
+
+    # A function of its own: see `Run._wait_for_room`.
+    def see_end(self, wait: Callable[[], object]) -> None:
+        """
+        Wait until it has ended.
+
+        Args:
+            wait: Comes back when it has, and now and then before.
+
+        Raises:
+            RuntimeError: If nobody makes it.
+        """
+        while not self.ended():
+            wait()
+            self.check_process()
+
+    def check_process(self) -> None:
+        """Raise if nobody makes it."""
+        if self.is_left():
+            raise RuntimeError(
+                "this call is made by a thread of the process that this one was forked from"
+            )
 
     def unwrap(self) -> R:
         """What it has returned or raised."""
@@ -84,18 +113,13 @@ def sit_in(
     call = Call(lambda: fn(*args, **kwargs))
     _clock.run_in_helper(call.run)
     try:
-        _see_end_of(call, call.gate.wait)
+        call.see_end(functools.partial(call.gate.wait, SLICE))
     except BaseException:
-        try:
-            interrupt()
-        except Exception as error:  # it must not come in the place of the other
-            unraisable(error, interrupt)
-        _see_end_of(call, call.gate.sit_out)
+        if not call.is_left():  # else it is the parent's
+            try:
+                interrupt()
+            except Exception as error:  # it must not come in the place of the other
+                unraisable(error, interrupt)
+            call.see_end(call.gate.sit_out)
         raise
     return call.unwrap()
-
-
-# A function of its own: see `Run._wait_for_room`.
-def _see_end_of(call: Call[R], wait: Callable[[], object]) -> None:
-    while not call.ended():
-        wait()

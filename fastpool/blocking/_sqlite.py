@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastpool import _wakers
 from fastpool._scope import current_token
+from fastpool._unraisable import unraisable
 from fastpool.blocking._conditions import slices
 from fastpool.exceptions import Cancelled
 
@@ -37,7 +39,9 @@ def execute(
     Args:
         connection: It is usable afterwards, and its timeout is as before. What an interrupted
             statement has written is rolled back, and where it was part of a transaction it may
-            have ended that: `connection.in_transaction` tells.
+            have ended that: `connection.in_transaction` tells. SQLite interrupts all that it runs:
+            a cursor with rows left as well, until whose end it takes nothing, the timeout
+            neither; a `RuntimeWarning` tells then how to set that.
         sql: One statement.
         parameters: Its parameters, as `sqlite3` takes them.
 
@@ -82,9 +86,50 @@ def execute(
         if cursor is None:
             raise
     finally:
-        _busy_timeout(connection, before)
+        unharmed = _set_back(connection, cursor, before)
     assert cursor is not None  # `slices` of no timeout never ends
+    if not unharmed:
+        current_token().check()
+        raise sqlite3.OperationalError("interrupted")  # by somebody else
     return cursor
+
+
+def _set_back(
+    connection: sqlite3.Connection, cursor: sqlite3.Cursor | None, milliseconds: int
+) -> bool:
+    """
+    Give a connection its timeout back; whether the cursor has come to no harm.
+
+    As long as a statement is there that was to be interrupted, the connection takes no other: the
+    cursor's, which has rows left, or one that somebody else is reading.
+    """
+    sqlite3 = sys.modules["sqlite3"]
+    for last in (False, True):
+        try:
+            _busy_timeout(connection, milliseconds)
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_INTERRUPT:
+                raise
+            if cursor is not None:
+                cursor.close()
+            if last:
+                _warn(milliseconds)
+        else:
+            return not last
+    return False
+
+
+def _warn(milliseconds: int) -> None:
+    try:
+        warnings.warn(
+            "another cursor of the connection was being read, which SQLite interrupts as well; it "
+            "has left the timeout at a moment: close that cursor, and execute "
+            f"'PRAGMA busy_timeout = {milliseconds}'",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+    except Warning as error:  # made an error by a filter: it must not pass for what is raised
+        unraisable(error, _warn)
 
 
 def _busy_timeout(connection: sqlite3.Connection, milliseconds: int | None = None) -> int:
