@@ -419,7 +419,7 @@ def file_of(test):
 
 def copy_tree(folder):
     """A copy of what the tests need."""
-    names = ("fastpool", "tests", "docs", "examples", "benchmarks")
+    names = (".ci", "fastpool", "tests", "docs", "examples", "benchmarks")
     for name in names:
         shutil.copytree(ROOT / name, folder / name)
     for file in ROOT.glob("*.*"):
