@@ -170,16 +170,19 @@ def leave(scope: Scope) -> bool:
         Whether it was current here, or under what is.
     """
     scope._thread = None
-    place = current_place()
-    if place is scope:
-        current.set(scope.before)  # type: ignore[arg-type] # the default alone has none
-        return True
-    while isinstance(place, Scope):
-        if place.before is scope:
-            place.before = scope.before
-            return True
-        place = place.before  # type: ignore[assignment] # None ends the loop
-    return False
+    place: Place | None = current_place()
+    top, above = place, None
+    while isinstance(place, Scope) and place is not scope:
+        above, place = place, place.before
+    if place is scope and above is not None:
+        above.before = scope.before
+    # With those on top that were left from elsewhere.
+    now = top
+    while isinstance(now, Scope) and now._thread is None and now.before is not None:
+        now = now.before
+    if now is not top:
+        current.set(now)  # type: ignore[arg-type] # the default alone has none
+    return place is scope
 
 
 class _Scopes:

@@ -234,6 +234,7 @@ def test_generator_that_is_closed_in_another_thread_leaves_no_scope_behind(scope
 
     assert inside is not token
     assert after is token
+    assert current_token() is CancelToken.NEVER
 
 
 def test_scope_that_is_held_by_a_generator_stays_apart():
