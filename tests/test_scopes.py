@@ -214,6 +214,37 @@ def test_scope_may_be_shared_by_threads(make):
     assert two == (True, CancelToken.NEVER, isinstance(scope, timeout))
 
 
+def test_scope_that_was_left_from_under_another_is_not_left_again():
+    """
+    Its object has been entered elsewhere since, and is left here.
+    """
+    scope, other = use_token(CancelToken()), use_token(CancelToken())
+    elsewhere = contextvars.Context()
+    scope.__enter__()
+    with other:
+        scope.__exit__(None, None, None)
+        elsewhere.run(scope.__enter__)
+        scope.__exit__(None, None, None)
+
+    assert elsewhere.run(current_token) is CancelToken.NEVER
+    assert current_token() is CancelToken.NEVER
+
+
+@pytest.mark.parametrize("scope", [timeout, shield, lambda limit: use_token(CancelToken())])
+def test_context_that_was_copied_in_a_block_keeps_its_token(scope):
+    """
+    A thread that was started with it goes on with that, whatever becomes of the block.
+    """
+    around = CancelToken()
+    with use_token(around):
+        with scope(60):
+            inside, context = current_token(), contextvars.copy_context()
+        after = current_token()
+
+    assert after is around
+    assert context.run(current_token) is inside is not around
+
+
 @pytest.mark.parametrize("scope", [timeout, shield, lambda limit: use_token(CancelToken())])
 def test_generator_that_is_closed_in_another_thread_leaves_no_scope_behind(scope):
     """
