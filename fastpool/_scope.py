@@ -170,19 +170,20 @@ def leave(scope: Scope) -> bool:
         Whether it was current here, or under what is.
     """
     scope._thread = None
-    place: Place | None = current_place()
-    top, above = place, None
-    while isinstance(place, Scope) and place is not scope:
-        above, place = place, place.before
-    if place is scope and above is not None:
-        above.before = scope.before
+    top = current_place()
+    place: Scope | None = None
+    below: Place | None = top
+    while isinstance(below, Scope) and below is not scope:
+        place, below = below, below.before
+    if below is scope and place is not None:
+        place.before = scope.before
     # With those on top that were left from elsewhere.
-    now = top
+    now: Place | None = top
     while isinstance(now, Scope) and now._thread is None and now.before is not None:
         now = now.before
     if now is not top:
         current.set(now)  # type: ignore[arg-type] # the default alone has none
-    return place is scope
+    return below is scope
 
 
 class _Scopes:
