@@ -55,13 +55,20 @@ def test_cancel_is_heard_though_another_cursor_is_being_read(connect):
     rows = with_endless_query(connection)
     other = connection.execute("SELECT 1 UNION ALL SELECT 2")
     other.fetchone()
-    token = CancelToken()
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        thread, outcome = under(token, lambda: blocking.execute(connection, ENDLESS))
-        until(lambda: len(rows) > 100)
-        token.cancel("enough")
-        error = ended(thread, outcome)
+    token, told = CancelToken(), []
+
+    def execute():
+        with warnings.catch_warnings(record=True) as seen:  # of this thread, on some builds
+            warnings.simplefilter("always")
+            try:
+                blocking.execute(connection, ENDLESS)
+            finally:
+                told.extend(seen)
+
+    thread, outcome = under(token, execute)
+    until(lambda: len(rows) > 100)
+    token.cancel("enough")
+    error = ended(thread, outcome)
     (advice,) = [str(one.message) for one in told if one.category is RuntimeWarning]
     other.close()
     connection.execute(advice.partition("execute '")[2].rstrip("'"))
