@@ -54,7 +54,7 @@ class BoundedQueue(deque[T]):
             for other in list(promised):
                 if other is entry:
                     break
-                ahead += promised.get(other, (0, 0))[0]  # what is gone is in the queue by now
+                ahead += promised.get(other, (0,))[0]  # what is gone is in the queue by now
         # In this order: who puts something in does so first and gives its promise up then.
         room = self.limit - ahead - max(len(self) - len(self._lent), 0)
         if room <= 0:

@@ -1054,6 +1054,7 @@ class Run(Ledger):
         for gate in (*list(self.fences), *told):
             gate.open()
         self.loose.clear()
+        self.queue.clear()  # a thread that was left behind has it for as long as it runs
         failures, queue = tuple(self.failures), deque[Any]()
         # No call from here on, after which a handler could run: these have to come home.
         self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them
@@ -1087,9 +1088,6 @@ class Run(Ledger):
                 f"{task.site}, in {lane.where}{_waits_for(lane)}"
             )
         for lane, task in running:
-            # Off the list first: a wait that begins now does not find it, or is told here.
-            self.lanes.pop(lane, None)
-            self.passed(lane)
             context = self.untold.pop(task, None) or lane.context  # it may be yet to be started
             self.emit("task_abandoned", task, context=context, worker=lane.worker)
         backend = self.backend

@@ -335,22 +335,30 @@ def places_of(source):
     """For each line the function that it is in, the lines of its statement and of the function."""
     places = defaultdict(lambda: ("", ()))
 
-    def visit(node, path, function):
+    def visit(node, path, function, of_class):
         for child in ast.iter_child_nodes(node):
-            inner, around = path, function
+            inner, around, again = path, function, of_class
             if isinstance(child, ast.stmt | ast.ExceptHandler):
                 body = getattr(child, "body", None)
                 end = body[0].lineno if body else child.end_lineno + 1
                 lines = range(child.lineno, max(end, child.lineno + 1))
                 if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                     inner, around = [*path, child.name], range(end, child.end_lineno + 1)
-                # What a function takes is run as the module is imported, and tried by its calls.
-                by = around if isinstance(child, ast.FunctionDef) else lines
+                    again = isinstance(child, ast.ClassDef)
+                # What a function takes, or a class says outside of its functions, is run as the
+                # module is imported, and tried by who calls it.
+                by = (
+                    around
+                    if isinstance(child, ast.FunctionDef)
+                    else function
+                    if of_class
+                    else lines
+                )
                 for line in lines:
                     places[line] = (".".join(path), (by, function))
-            visit(child, inner, around)
+            visit(child, inner, around, again)
 
-    visit(ast.parse(source), [], range(0))
+    visit(ast.parse(source), [], range(0), of_class=False)
     return places
 
 
@@ -498,6 +506,7 @@ def run(tests, known, modules, match, seconds, jobs, log):
             told.write(f"{took:.0f} s\t{count} tests\t{mutant.name}\t{by}\n")
             return by
 
+        submitted = []
         for module in modules:
             text = source(module)
             sound = Mutant(f"{module} as it is", module, (range(1, len(text)),), text)
@@ -507,6 +516,8 @@ def run(tests, known, modules, match, seconds, jobs, log):
                 for mutant in mutants(module)
                 if match in mutant.name
             ]
+            submitted.append((module, passes, tasks))
+        for module, passes, tasks in submitted:  # only now: some take as long as all the others
             if passes.result():
                 raise RuntimeError(f"{module} as it is fails {passes.result()}")
             left = [mutant.name for mutant, task in tasks if not task.result()]

@@ -37,6 +37,8 @@ from fastpool import (
     Cancelled,
     CancelToken,
     CollectAll,
+    FirstSuccess,
+    StuckTaskError,
     TaskGroup,
     cancellable,
     shield,
@@ -369,6 +371,41 @@ def test_inner_group_that_fails_and_is_handled_leaves_the_outer_alone():
 
 
 # --- Memory ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+@pytest.mark.parametrize("what", ["winner", "queued", "taken back"])
+def test_handle_is_freed_without_the_collector(what):
+    """
+    Its group knew it until the block was left, with a thread that runs on behind it or without.
+    """
+    release = threading.Event()
+    gc.collect()
+    gc.disable()
+    try:
+        if what == "winner":
+            with TaskGroup(1, policy=FirstSuccess()) as group:
+                task = group.submit(abs, -404)
+            release.set()
+        else:
+            with (
+                pytest.raises(StuckTaskError),
+                TaskGroup(1, grace=0, on_stuck="abandon") as group,
+            ):
+                until(group.submit(release.wait, 60).running)
+                task = group.submit(abs, -404)
+                if what == "taken back":
+                    task.cancel()
+                group.cancel()
+        handle = weakref.ref(task)
+        del task, group
+        fastpool.shutdown()  # without a GIL, what a parked thread made is freed when it wakes
+        freed = handle() is None
+    finally:
+        release.set()
+        gc.enable()
+
+    assert freed
 
 
 @pytest.mark.parametrize("policy", [None, CollectAll()], ids=repr)

@@ -11,6 +11,7 @@ import select
 import signal
 import socket
 import ssl
+import sys
 import threading
 import time
 import traceback
@@ -382,6 +383,33 @@ def test_wait_in_which_a_signal_handler_forks_ends_in_the_child(waits, cancelled
     assert said_on_both_sides(wait, release) == ("held", "cancelled")
 
 
+def test_wait_for_a_worker_in_which_a_signal_handler_forks_ends_in_the_child(watched, monkeypatch):
+    """
+    Its task has ended, and it was yet to say that it is through with it.
+    """
+    release, passed, tasks = threading.Event(), Run.passed, []
+
+    def hold(group):
+        until(lambda: group._run.fences)
+        return "held"
+
+    def pass_late(run, lane):
+        if tasks[0].done() and not release.is_set():
+            meet_fork(release)
+        passed(run, lane)
+
+    def wait():
+        with TaskGroup(1) as group:
+            tasks.append(group.submit(hold, group))
+            until(tasks[0].running)
+            with use_token(CancelToken.NEVER), monkeypatch.context() as patch:
+                patch.setattr(Run, "passed", pass_late)
+                group.wait()
+        return outcome_of(tasks[0])
+
+    assert said_on_both_sides(wait, release) == ("held", "held")
+
+
 @pytest.mark.parametrize("what", ["submit", "close"])
 def test_handler_that_forks_while_a_helper_is_at_work_ends_in_the_child(what, watched, monkeypatch):
     """
@@ -466,7 +494,8 @@ def said_on_both_sides(play, release):
     forked, said = [], "hung"
 
     def fork(signum, frame):
-        forked.append(os.fork())
+        # In the midst of a profiler, perhaps: nothing of the child's would be seen by others.
+        forked.append(sys.call_tracing(os.fork, ()))
         if forked[0]:
             release.set()
         else:
@@ -496,6 +525,20 @@ def outcome_of(task):
 
 
 # --- What is left to other threads ----------------------------------------------------------------
+
+
+def test_child_does_not_wait_for_a_group_of_its_parents(release):
+    """
+    Whatever its threads had in hand.
+    """
+    with TaskGroup(1) as group:
+        running = group.submit(release.wait, 60)
+        until(running.running)
+        with use_token(CancelToken.NEVER):
+            said = in_child(group.wait)
+        release.set()
+
+    assert said == "None"
 
 
 def test_child_leaves_an_executor_of_a_parents_group(release):

@@ -2700,6 +2700,57 @@ def test_task_that_is_about_to_begin_as_its_block_is_left_is_told_to_have_ended_
 
 
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_what_is_told_of_an_abandoned_task_is_told_in_its_context():
+    """
+    And whoever submits afterwards hears how its group was left.
+    """
+    release, variable, seen = threading.Event(), ContextVar("request"), []
+
+    def observe(event):
+        if event.name == "task_abandoned":
+            seen.append(variable.get())
+
+    with (
+        pytest.raises(StuckTaskError),
+        TaskGroup(1, grace=0, on_stuck="abandon", observers=[observe]) as group,
+    ):
+        variable.set("of the task")
+        until(group.submit(release.wait, 60).running)
+        variable.set("of the block")
+        group.cancel()
+    release.set()
+
+    assert seen == ["of the task"]
+    with pytest.raises(GroupClosedError, match="its with block was left while tasks still ran"):
+        group.submit(abs, -1)
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+@pytest.mark.parametrize("named", [{}, {"value": 404}])
+def test_handle_of_what_was_left_behind_stays_cancelled(named):
+    """
+    Whatever its task comes to.
+    """
+    goes_on, threads = threading.Event(), []
+
+    def hold(value=0):
+        threads.append(threading.current_thread())
+        goes_on.wait(timeout=60)
+        return value
+
+    with pytest.raises(StuckTaskError), TaskGroup(1, grace=0, on_stuck="abandon") as group:
+        task = group.submit(hold, **named)
+        until(lambda: threads)
+        group.cancel()
+    before = task.cancelled()
+    goes_on.set()
+    threads[0].join(timeout=60)
+
+    assert not threads[0].is_alive()
+    assert [before, task.cancelled()] == [True, True]
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
 def test_abandoned_group_is_told_as_closed_after_its_cancel(watched):
     """
     That is told by a helper, which is still at it as the block is left.

@@ -761,6 +761,65 @@ def test_group_wait_that_begins_as_a_worker_is_called_back_leaves_it_out(watched
     assert ended == [None]
 
 
+def test_group_wait_does_not_wait_for_a_worker_that_was_about_to_end(
+    watched, make_pool, monkeypatch
+):
+    """
+    It had found nothing more to do as the wait began.
+    """
+    dismiss, held, goes_on = Run.dismiss, threading.Event(), threading.Event()
+
+    def dismiss_late(run, lane):
+        held.set()
+        assert goes_on.wait(timeout=60)
+        dismiss(run, lane)
+
+    monkeypatch.setattr(Run, "dismiss", dismiss_late)
+    with TaskGroup(pool=make_pool(1)) as group:
+        group.submit(int)
+        assert held.wait(timeout=60)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        goes_on.set()
+        waiter.join(timeout=20)
+        ended = list(outcome)
+
+    assert ended == [None]
+
+
+def test_group_wait_does_not_wait_for_a_worker_that_broke_as_it_came_to_rest(watched, monkeypatch):
+    """
+    It was about to say that it had nothing in hand.
+    """
+    rest, passed = Run.rest, Run.passed
+    held, goes_on = threading.Event(), threading.Event()
+    broken = MemoryError("as it rests")
+
+    def rest_late(run, lane):
+        held.set()
+        assert goes_on.wait(timeout=60)
+        monkeypatch.setattr(Run, "passed", breaks)
+        return rest(run, lane)
+
+    def breaks(run, lane):
+        monkeypatch.setattr(Run, "passed", passed)
+        raise broken
+
+    monkeypatch.setattr(Run, "rest", rest_late)
+    with pytest.raises(MemoryError) as raised, TaskGroup(1) as group:
+        group.submit(int)
+        assert held.wait(timeout=60)
+        waiter, outcome = start(group.wait)
+        until(lambda: is_asleep(waiter))
+        monkeypatch.setattr(Run, "rest", rest)
+        goes_on.set()
+        waiter.join(timeout=20)
+        ended = list(outcome)
+
+    assert raised.value is broken
+    assert ended == [None]
+
+
 def test_group_wait_in_a_worker_does_not_wait_for_one_that_it_stands_in_for(watched, make_pool):
     """
     Another thread calls one just as it begins to wait, and it takes the call back.

@@ -645,6 +645,30 @@ def test_submit_that_comes_as_the_group_is_about_to_close_keeps_it_open(monkeypa
     assert late[0].result() == 404
 
 
+def test_submit_that_comes_just_before_the_group_looks_whether_it_may_close_is_run(
+    make_pool, monkeypatch
+):
+    """
+    Everything was at rest, and no thread of the pool is free yet for what has come.
+    """
+    close, release, late = Run.close, threading.Event(), []
+
+    def submits_first(run):
+        if not late:
+            pool.apply_async(release.wait, (60,))
+            late.append(in_thread(group.submit, resize, 404))
+        closed = close(run)
+        release.set()
+        return closed
+
+    pool = make_pool(1)
+    monkeypatch.setattr(Run, "close", submits_first)
+    with TaskGroup(pool=pool) as group:
+        pass
+
+    assert late[0].result() == 404
+
+
 # --- A submit that is refused -------------------------------------------------------------------
 
 

@@ -1255,6 +1255,37 @@ def test_room_of_a_cancelled_call_is_given_back_once():
     assert queued == 2
 
 
+def test_room_that_goes_as_it_is_counted_counts_no_more():
+    """
+    What it was taken for is in the queue by then.
+    """
+
+    class Promised(dict):
+        def get(self, entry, default):
+            del self[entry]
+            return super().get(entry, default)
+
+    queue = BoundedQueue(2)
+    queue.promised = Promised(early=(1, 0))
+
+    assert queue.take_room("late", 5) == 2
+
+
+def test_stream_keeps_no_room_between_its_values(watched):
+    """
+    A submit of another thread goes in at once.
+    """
+    with TaskGroup(1, max_queued=1) as group:
+        values = group.imap(abs, (number for number in (-1, -2)), window=1)
+        assert next(values) == 1
+        submitter, _ = start(group.submit, abs, -3)
+        until(lambda: not submitter.is_alive() or is_asleep(submitter))
+        went_in = not submitter.is_alive()
+        values.close()
+
+    assert went_in
+
+
 def test_room_that_was_given_back_for_calls_that_had_gone_is_none_once_the_queue_is_empty():
     """
     Cancels may come as workers have just taken the calls off.

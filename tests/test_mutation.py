@@ -105,6 +105,30 @@ def test_mutant_is_judged_by_the_tests_that_run_its_statement():
     assert len(mutation.tests_of(mutant, without, 1)[-1]) == 5
 
 
+def test_mutant_of_what_a_class_says_is_judged_by_the_tests_of_its_functions():
+    """
+    The statement itself is run as the module is imported, by whichever test comes first.
+    """
+    source = textwrap.dedent("""
+        class Node:
+            if True:
+                slots = ()
+
+            def f(self):
+                return 1
+    """)
+    place, lines = mutation.places_of(source)[4]
+    mutant = mutation.Mutant("m Node: ()  ->  None", "m.py", lines, source)
+    tests = {
+        "test_a.py::imports": (0.1, {"m.py": {2, 3, 4, 6}}),
+        "test_a.py::calls": (0.2, {"m.py": {7}}),
+        "test_b.py::other": (0.2, {"m.py": {9}}),
+    }
+
+    assert place == "Node"
+    assert mutation.tests_of(mutant, tests, 1)[-1] == ["test_a.py::imports", "test_a.py::calls"]
+
+
 def test_program_is_the_same_however_it_is_written():
     """
     So what changes nothing is no mutant.

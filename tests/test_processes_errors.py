@@ -19,13 +19,21 @@ import pytest
 from blocked import is_blocked, rests
 from staging import fail, start, stop, until
 
-from fastpool import CollectAll, StuckTaskError, TaskGroup, WorkerDiedError, shield
+from fastpool import (
+    CollectAll,
+    StuckTaskError,
+    TaskCancelledError,
+    TaskGroup,
+    WorkerDiedError,
+    shield,
+)
 from fastpool._lane import Lane
 from fastpool._ledger import Ledger, _Claim
 from fastpool._run import Run
 from fastpool.backends import _process, _wire, processes
 from fastpool.backends._process import WorkerProcess
 from fastpool.backends.processes import Processes
+from fastpool.futures import GroupExecutor
 
 MONTH = 2_678_400  # seconds
 ALL = [*range(20)]
@@ -437,6 +445,32 @@ def test_batch_that_is_taken_as_its_block_is_left_without_it_never_runs(monkeypa
 
 
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+def test_future_of_a_call_that_was_taken_as_its_block_is_left_without_it_ends(monkeypatch):
+    """
+    Nobody comes to it any more, and nobody has withdrawn it.
+    """
+    take_places, held, goes_on = Run.take_places, threading.Event(), threading.Event()
+
+    def take_late(run, lane, most):
+        places = take_places(run, lane, most)
+        if places:
+            held.set()
+            assert goes_on.wait(timeout=60)
+        return places
+
+    with TaskGroup(pool=Processes(1), grace=0, on_stuck="abandon") as group:
+        group.submit(abs, 1).result()  # its worker is ready
+        monkeypatch.setattr(Run, "take_places", take_late)
+        future = GroupExecutor(group).submit(abs, -404)
+        assert held.wait(timeout=60)
+        group.cancel("enough")
+    error = future.exception(timeout=20)
+    goes_on.set()
+
+    assert isinstance(error, TaskCancelledError)
+
+
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
 def test_worker_that_comes_as_its_block_is_left_without_it_keeps_nothing_of_the_group(monkeypatch):
     """
     The number by which the workers know a group goes with it.
@@ -463,9 +497,10 @@ def test_worker_that_comes_as_its_block_is_left_without_it_keeps_nothing_of_the_
 
 
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
-def test_value_that_came_as_its_block_was_left_without_it_changes_nothing(monkeypatch):
+@pytest.mark.parametrize("looks", ["before", "after"])
+def test_value_that_came_as_its_block_was_left_without_it_changes_nothing(monkeypatch, looks):
     """
-    The handle says that it was left behind, and goes on to say so.
+    The handle says that it was left behind, and goes on to say so, whenever it is made.
     """
     came, held, goes_on, over = Ledger.all_succeeded, *(threading.Event() for _ in range(3))
 
@@ -483,12 +518,12 @@ def test_value_that_came_as_its_block_was_left_without_it_changes_nothing(monkey
         batch = group.map(abs, [-404])
         assert held.wait(timeout=60)
         group.cancel()
-    (task,) = batch.tasks
-    before = task.cancelled()
+    seen = [task.cancelled() for task in batch.tasks] if looks == "before" else [True]
     goes_on.set()
-
     assert over.wait(timeout=60)
-    assert [before, task.cancelled()] == [True, True]
+    seen += [task.cancelled() for task in batch.tasks]
+
+    assert seen == [True, True]
 
 
 # --- How the lane waits ---------------------------------------------------------------------------
