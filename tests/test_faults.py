@@ -374,7 +374,7 @@ def test_inner_group_that_fails_and_is_handled_leaves_the_outer_alone():
 
 
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
-@pytest.mark.parametrize("what", ["winner", "queued", "taken back"])
+@pytest.mark.parametrize("what", ["winner", "queued", "withdrawn"])
 def test_handle_is_freed_without_the_collector(what):
     """
     Its group knew it until the block was left, with a thread that runs on behind it or without.
@@ -394,7 +394,7 @@ def test_handle_is_freed_without_the_collector(what):
             ):
                 until(group.submit(release.wait, 60).running)
                 task = group.submit(abs, -404)
-                if what == "taken back":
+                if what == "withdrawn":
                     task.cancel()
                 group.cancel()
         handle = weakref.ref(task)
