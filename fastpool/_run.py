@@ -86,6 +86,22 @@ class Entry(NamedTuple):
         return site(self.code, self.lasti)
 
 
+class Fence(dict[Lane, None]):
+    """
+    The lanes that a wait has yet to see pass, for what they have in hand.
+
+    It is `complete` once they are all there. What one of them gives back, or any lane before
+    that, is waited for as well.
+    """
+
+    __slots__ = ("complete", "returned")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.complete = False
+        self.returned: deque[Task[Any]] = deque()
+
+
 class Run(Ledger):
     """
     One group at work. `TaskGroup` is its face; backends serve it with lanes.
@@ -157,7 +173,7 @@ class Run(Ledger):
         self.helpers: dict[Gate, Lane] = {}  # that a waiting worker could run something
         # Where somebody observes: has it told that the group was cancelled.
         self.notice: Registration | None = None
-        self.fences: dict[Gate, dict[Lane, None]] = {}  # that each of these has passed
+        self.fences: dict[Gate, Fence] = {}
 
     def open(
         self,
@@ -447,12 +463,14 @@ class Run(Ledger):
                 if self.idle or self.recalled:  # no memory to call one, say
                     self.look_at_queue()
                 return
-            withdrawn = [super(Run, self).withdraw(task, error) for task in tasks]
-            for _ in filter(None, withdrawn):
+            withdrawn = [task for task in tasks if super(Run, self).withdraw(task, error)]
+            for task in withdrawn:
                 with contextlib.suppress(ValueError, IndexError):
                     self.queue.remove(entry)
+                    if entry is task:  # as in `_leave_queue`
+                        self.claims.pop(task, None)
             self.look_at_queue()
-            if any(withdrawn):
+            if withdrawn:
                 raise
 
     def check_open(self, fn: object) -> None:
@@ -497,6 +515,8 @@ class Run(Ledger):
         if isinstance(task, Call):
             with contextlib.suppress(ValueError, IndexError):  # taken, or the queue has changed
                 queue.remove(task)
+                if task._state:  # no lane comes to it, which would take the claim away
+                    self.claims.pop(task, None)
         else:
             queue.lend_room()  # until a lane comes to its place among those of its map
 
@@ -797,8 +817,11 @@ class Run(Ledger):
             task._taken = False
             self.settle(task)  # who waits has heard of the cancel, and hears of this only from here
 
-    def give_back(self, tasks: list[Task[Any]]) -> None:
+    def give_back(self, tasks: list[Task[Any]], lane: Lane) -> None:
         """What a lane took and has not begun, for another one to run; it comes first again."""
+        for fence in list(self.fences.values()):
+            if lane in fence or not fence.complete:
+                fence.returned.extend(tasks)
         for task in reversed(tasks):
             # It may hold the verdict that this lane runs it. Who has laid it before that and is
             # yet to decide, alone with it, would withdraw what others run: so it is decided.
@@ -924,29 +947,32 @@ class Run(Ledger):
         if refusal is not None:
             raise refusal
         deadline = None if timeout is None else time.monotonic() + timeout
-        gate = Gate()
-        # Before the queue and after it: a far lane takes many, and gives some of them back.
-        in_hand = [task for lane in list(self.lanes) for task in lane.in_hand()]
-        queued = [
-            entry.unfinished() if type(entry) is Stretch else (entry,)
-            for entry in dict.fromkeys(self.queue.copy())
-        ]
-        # What lanes have in hand now was submitted before, too. Some have taken a task and not
-        # yet said so; they pass as soon as they are done with it.
-        pending: dict[Lane, None] = {}
-        self.fences[gate] = pending
-        in_hand += [task for lane in list(self.lanes) for task in lane.in_hand()]
-        pending.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
+        gate, fence = Gate(), Fence()
+        self.fences[gate] = fence
         try:
+            # Before the queue and after it: a far lane takes many, and gives some of them back.
+            in_hand = [task for lane in list(self.lanes) for task in lane.in_hand()]
+            queued = [
+                entry.unfinished() if type(entry) is Stretch else (entry,)
+                for entry in dict.fromkeys(self.queue.copy())
+            ]
+            # What lanes have in hand now was submitted before, too. Some have taken a task and not
+            # yet said so; they pass as soon as they are done with it.
+            in_hand += [task for lane in list(self.lanes) for task in lane.in_hand()]
+            fence.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
+            fence.complete = True
             self.look_at_queue()
             for resting in [*self.idle, *self.called, *self.recalled]:
-                pending.pop(resting, None)
-            tasks = itertools.chain(*reversed(queued), in_hand, InHand(pending))
-            return wait_for_all(tasks, deadline) and self._see_pass(pending, gate, deadline)
+                fence.pop(resting, None)
+            tasks = itertools.chain(*reversed(queued), in_hand, InHand(fence))
+            ended = wait_for_all(tasks, deadline) and self._see_pass(fence, gate, deadline)
+            while ended and fence.returned:
+                ended = wait_for_all((fence.returned.popleft(),), deadline)
+            return ended
         finally:
             self.fences.pop(gate, None)
 
-    def _see_pass(self, pending: dict[Lane, None], gate: Gate, deadline: float | None) -> bool:
+    def _see_pass(self, pending: Fence, gate: Gate, deadline: float | None) -> bool:
         """Wait until lanes have finished what they had in hand, which they may not say yet."""
         token = _scope.current_token()
         lane = here()

@@ -93,6 +93,9 @@ class TaskGroup(Submitter):
             name, `"threads"`. `None`: threads that fastpool keeps warm from group to group.
             A thread of yours that waits for a task of the group, or for room in its queue, may
             run what is queued, on top of the task that waits: hold no lock then that it takes.
+            Its own jobs that open groups on it can take up all its threads, and then wait for
+            ever, as they do for each other's jobs; and what `terminate` drops of a group that
+            is open, nobody is told of: leave the block first.
         observers: Called with an `Event` for each thing that happens. structlog's is one more,
             if the application has configured structlog; see `StructlogObserver`.
         grace: Seconds a task may go on after the cancel before it is reported by a

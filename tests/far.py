@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import ctypes
 import functools
+import multiprocessing.util
 import os
 import pickle
 import signal
@@ -77,6 +78,13 @@ def process(*_):
 
 def echo(value):
     return value
+
+
+def nest(path):
+    """Use processes in this one, and have it noted when this one ends by itself."""
+    multiprocessing.util.Finalize(None, note, (path,), exitpriority=1)
+    with TaskGroup(1, pool="processes") as group:
+        group.submit(abs, -404)
 
 
 def noted(path, value):

@@ -54,7 +54,7 @@ class Batches:
             self.taken.append(len(tasks))
             for position, task in enumerate(tasks):
                 if run.stopping():
-                    run.give_back(tasks[position:])
+                    run.give_back(tasks[position:], lane)
                     break
                 run.perform(task, lane)
         run.dismiss(lane)
@@ -117,7 +117,7 @@ def test_what_a_lane_gives_back_is_run_by_another_one():
                 if len(tasks) > 1:
                     for other in set(came) - {me}:
                         other.join(timeout=60)
-                    run.give_back(tasks[1:])
+                    run.give_back(tasks[1:], lane)
                 if tasks:
                     run.perform(tasks[0], lane)
                 run.dismiss(lane)
@@ -185,7 +185,7 @@ def test_cancel_meets_a_lane_that_gives_its_task_back(taken_again, monkeypatch):
             )
             canceller.start()
             assert held["claim"].wait(timeout=60)
-            run.give_back(tasks)
+            run.give_back(tasks, lane)
             goes_on["claim"].set()
             assert held["decide"].wait(timeout=60)
             if not taken_again:
@@ -208,6 +208,68 @@ def test_cancel_meets_a_lane_that_gives_its_task_back(taken_again, monkeypatch):
         assert task.cancelled()
 
 
+@pytest.mark.parametrize("begins", ["after it has looked", "before it is told"])
+def test_group_wait_waits_for_what_a_lane_gives_back(begins):
+    """
+    It was in the hand of that lane alone, which had yet to say so, as the wait began.
+    """
+    queued, held, goes_on, passes, again = (threading.Event() for _ in range(5))
+
+    class Watched(Lane):
+        def in_hand(self):
+            if threading.current_thread() in waiters:
+                looks.append(None)
+                if len(looks) == 2 and begins == "before it is told":
+                    goes_on.set()
+                    assert passes.wait(timeout=60)
+            return super().in_hand()
+
+    class GivesBack(Batches):
+        slots = 1
+
+        def start_lane(self, run, enlist):
+            lane = Watched(self)
+            enlist(lane)
+            threading.Thread(target=self.serve, args=(run, lane)).start()
+
+        def serve(self, run, lane):
+            assert queued.wait(timeout=60)
+            run.begin(lane)
+            lane.serve_here()
+            first, second = run.take(lane, 2)
+            held.set()
+            assert goes_on.wait(timeout=60)
+            run.give_back([second], lane)
+            run.perform(first, lane)
+            passes.set()
+            until(lambda: all(fence.complete for fence in list(run.fences.values())))
+            run.passed(lane)
+            assert again.wait(timeout=60)
+            while tasks := run.take(lane):
+                run.perform(tasks[0], lane)
+            run.dismiss(lane)
+
+    def wait():
+        waiters.append(threading.current_thread())
+        group.wait()
+        return [task.done() for task in tasks]
+
+    waiters, looks = [], []
+    with TaskGroup(pool=GivesBack()) as group:
+        batch = group.map(abs, [-1, -2])
+        queued.set()
+        tasks = batch.tasks
+        assert held.wait(timeout=60)
+        waiter, outcome = start(wait)
+        until(lambda: len(looks) >= 2)
+        goes_on.set()
+        until(lambda: outcome or tasks[1] in group._run.watchers)
+        again.set()
+        waiter.join(timeout=60)
+
+    assert outcome == [[True, True]]
+
+
 def test_task_that_is_given_back_again_and_again_runs():
     """
     By whichever lane, though it was cancelled in the hand of the first, which tells its token.
@@ -222,7 +284,7 @@ def test_task_that_is_given_back_again_and_again_runs():
                 self.taken.append(lane)
                 if len(self.taken) < 3:
                     tasks[0].cancel()
-                    run.give_back(tasks)
+                    run.give_back(tasks, lane)
                     break
                 run.perform(tasks[0], lane)
             run.dismiss(lane)

@@ -1361,6 +1361,24 @@ def test_queued_task_that_is_cancelled_makes_room(workers, watched, queued):
     assert ended(*late).result() == 2
 
 
+def test_queued_task_that_is_cancelled_is_kept_by_nobody():
+    """
+    No worker comes to it any more: it is out of the queue.
+    """
+    release = threading.Event()
+    with TaskGroup(1, max_queued=10) as group:
+        until(group.submit(release.wait, 60).running)
+        task = group.submit(abs, -404)
+        assert task.cancel()
+        gone = weakref.ref(task)
+        del task
+        gc.collect()
+        kept = gone()
+        release.set()
+
+    assert kept is None
+
+
 @pytest.mark.parametrize("call", ["submit", "map"])
 def test_running_task_that_is_cancelled_makes_no_room(workers, call):
     """
@@ -1404,6 +1422,25 @@ def test_task_that_no_thread_can_be_started_for_gives_its_room_back(monkeypatch)
 
     assert [str(error) for error in errors] == ["can't start new thread"] * 5
     assert tasks.results() == list(range(20))
+
+
+@pytest.mark.parametrize("bound", [{}, {"max_queued": 2}])
+def test_call_that_no_thread_can_be_started_for_is_kept_by_nobody(monkeypatch, bound):
+    """
+    Its group goes on, and nobody has its handle.
+    """
+
+    def refuses(*_):
+        raise RuntimeError("can't start new thread")
+
+    with TaskGroup(1, **bound) as group:
+        with monkeypatch.context() as patch:
+            patch.setattr(Leased, "start_lane", refuses)
+            with pytest.raises(RuntimeError):
+                group.submit(abs, 1)
+        kept = len(group._run.claims)
+
+    assert kept == 0
 
 
 @pytest.mark.parametrize("bound", [{}, {"max_queued": 2}])

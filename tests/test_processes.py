@@ -1467,6 +1467,18 @@ def test_task_whose_group_is_cancelled_as_it_is_written_is_not_sent(one, begun, 
     assert sent == []
 
 
+def test_worker_that_used_processes_itself_ends_by_itself(tmp_path, monkeypatch):
+    """
+    It waits for none of its own that are idle.
+    """
+    monkeypatch.setattr(_process, "FAREWELL", 20)
+    with TaskGroup(pool=Processes(1)) as group:
+        group.submit(far.nest, tmp_path / "ended")
+    fastpool.shutdown()
+
+    assert (tmp_path / "ended").exists()
+
+
 def test_abandoned_worker_is_killed(begun):
     """
     The block is left without the task, and nothing of it runs on.

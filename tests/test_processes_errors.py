@@ -923,10 +923,10 @@ def test_calls_that_there_is_no_memory_to_take_back_end_with_their_group(monkeyp
     """
     give_back, errors = Run.give_back, [MemoryError("no room for a loop")]
 
-    def breaks(run, tasks):
+    def breaks(*arguments):
         if errors:
             raise errors.pop()
-        give_back(run, tasks)
+        give_back(*arguments)
 
     def run():
         with TaskGroup(pool=backend) as group:

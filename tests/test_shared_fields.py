@@ -35,6 +35,7 @@ OBJECTS = {
     "turn": "_Turn",
     "entry": "Task Callback",
     "far": "WorkerProcess",
+    "fence": "Fence",
     "far.shared": "Shared",
     "future": "_Call",
     "group": "TaskGroup",

@@ -34,6 +34,7 @@ from fastpool.backends._wire import (
     dump_reason,
     load_reason,
 )
+from fastpool.backends.threads import shutdown
 from fastpool.exceptions import Cancelled
 
 __all__ = ["main"]
@@ -583,3 +584,5 @@ def main(calls: Connection, control: Connection, shared: Any, start: bytes) -> N
         if word[0] == "hello":
             _warm_up()
             worker.serve()
+    if "fastpool.backends.processes" in sys.modules:  # the interpreter would wait for idle ones
+        shutdown()

@@ -681,7 +681,7 @@ class _Lane(Lane):
     def _give_back(self, run: Run, tasks: list[Task[Any]]) -> None:
         """Have others run what the worker has not begun; none of it is lost if that fails."""
         try:
-            run.give_back(tasks)
+            run.give_back(tasks, self)
         except BaseException as error:
             run.untake([task for task in tasks if task._lane is self], self, error)
             raise
