@@ -82,7 +82,7 @@ def echo(value):
 
 def nest(path):
     """Use processes in this one, and have it noted when this one ends by itself."""
-    multiprocessing.util.Finalize(None, note, (path,), exitpriority=1)
+    multiprocessing.util.Finalize(None, note, (path,), exitpriority=-1)
     with TaskGroup(1, pool="processes") as group:
         group.submit(abs, -404)
 
