@@ -1080,7 +1080,8 @@ class Run(Ledger):
         for gate in (*list(self.fences), *told):
             gate.open()
         self.loose.clear()
-        self.queue.clear()  # a thread that was left behind has it for as long as it runs
+        if self.abandoned is not None:
+            self.queue.clear()  # a thread that was left behind has it for as long as it runs
         failures, queue = tuple(self.failures), deque[Any]()
         # No call from here on, after which a handler could run: these have to come home.
         self.failures, self.strays = [], []  # not emptied, under the hands of who looks into them

@@ -446,7 +446,7 @@ MUTANTS = [
             for other in list(promised):
                 if other is entry:
                     break
-                ahead += promised.get(other, (0, 0))[0]  # what is gone is in the queue by now
+                ahead += promised.get(other, (0,))[0]  # what is gone is in the queue by now
 """,
         """
         ahead = 0
@@ -569,8 +569,8 @@ MUTANTS = [
         "what a lane has just taken is not waited for",
         "waiting_for_group_against_end_of_tasks",
         _run,
-        "        pending.update(self.lanes)  #",
-        "        #",
+        "            fence.update(self.lanes)  #",
+        "            #",
     ),
     Mutant(
         "who adds a deadline looks for a thread and has it found then",

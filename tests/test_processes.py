@@ -1255,6 +1255,37 @@ def test_task_that_does_not_heed_its_timeout_is_killed(fn, way, begun, ended):
     assert not alive(worker)
 
 
+@pytest.mark.parametrize("way", ["submit", "map"])
+def test_task_heeds_its_timeout_in_its_worker(way, begun, ended):
+    """
+    Nobody has to kill it.
+    """
+    with (
+        pytest.raises(TimeoutError, match=r"timed out after 0\.1 s"),
+        TaskGroup(pool=Processes(1, kill_after=None)) as group,
+    ):
+        options = group.with_options(timeout=0.1)
+        if way == "submit":
+            options.submit(far.waits, "sleep", begun, ended)
+        else:
+            options.map(functools.partial(far.waits, "sleep", begun), [ended])
+
+    assert len(lines(ended)) == 1
+
+
+def test_arguments_that_cannot_be_sent_are_an_error_with_its_cause():
+    """
+    Where it was raised tells what could not be pickled.
+    """
+    with (
+        pytest.raises(TypeError, match="cannot be sent") as raised,
+        TaskGroup(pool=Processes(1)) as group,
+    ):
+        group.submit(far.echo, threading.Lock())
+
+    assert isinstance(raised.value.__cause__, TypeError)
+
+
 def test_task_that_is_long_in_beginning_is_killed_all_the_same(begun, release, monkeypatch):
     """
     What it may take is counted anew, if its worker still reads its arguments by then.

@@ -9,6 +9,7 @@ import os
 import pickle
 import threading
 import traceback
+from contextlib import suppress
 from multiprocessing import Pipe
 from types import SimpleNamespace
 
@@ -218,6 +219,37 @@ def test_group_that_a_task_cancels_is_cancelled_here_at_once(near):
     assert near.silent()
 
 
+def test_word_of_a_cancel_waits_for_no_answer_and_goes_ahead_of_the_next(near):
+    """
+    Another thread sends one, which may take it long; who cancels goes on.
+    """
+    near.worker._answering.acquire()
+    canceller, outcome = start(functools.partial(near.worker._token_of(1).cancel, "why"))
+    canceller.join(20)
+    went_on = list(outcome)
+    near.worker._answering.release()
+    near.worker._send(pickle.dumps(("the next", 0)))
+
+    assert went_on == [True]
+    assert [near.heard()[0] for _ in range(2)] == ["set", "the next"]
+
+
+def test_word_of_a_cancel_in_the_middle_of_an_answer_goes_after_it(near):
+    """
+    Nobody else would send it before the next one.
+    """
+    calls = near.worker._calls
+
+    def send_and_cancel(message):
+        calls.send_bytes(message)
+        near.worker._token_of(1).cancel("why")
+
+    near.worker._calls = SimpleNamespace(send_bytes=send_and_cancel)
+    near.worker._send(pickle.dumps(("an answer", 0)))
+
+    assert [near.heard()[0] for _ in range(2)] == ["an answer", "set"]
+
+
 def test_what_comes_late_is_forgotten(near):
     """
     What is said of a group, with the next one; of a call, with those that come after it.
@@ -358,14 +390,22 @@ def test_word_of_a_call_may_come_when_nothing_runs(near):
 
 def test_child_of_a_fork_says_nothing_and_waits_for_nobody(near):
     """
-    Not for the lock either that another thread had as it was forked.
+    Not for the lock either that another thread had as it was forked; nor is the parent misled.
     """
+
+    def speak():
+        near.worker._shared.at = 404
+        with suppress(OSError):  # it has no pipe
+            near.worker._send(b"its answer")
+        return near.worker._token_of(1).cancel("why")
+
     near.worker._answering.acquire()
     near.worker.disown()
-    thread, outcome = start(functools.partial(near.worker._token_of(1).cancel, "why"))
-    thread.join(60)
+    thread, outcome = start(speak)
+    thread.join(20)
 
     assert outcome == [True]
+    assert near.shared.at == -1
     for end in (near._calls, near._control):
         with pytest.raises(EOFError):
             end.recv_bytes()
