@@ -97,7 +97,6 @@ class Fence(dict[Lane, None]):
     __slots__ = ("complete", "returned")
 
     def __init__(self) -> None:
-        super().__init__()
         self.complete = False
         self.returned: deque[Task[Any]] = deque()
 

@@ -64,6 +64,9 @@ def no_configuration_is_left():
     yield
     structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
+    # It keeps a variable for each name that was ever bound, and from then on fastpool sends them
+    # to worker processes with each call.
+    structlog.contextvars._CONTEXT_VARS.clear()
 
 
 @pytest.fixture(scope="session")

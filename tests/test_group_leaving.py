@@ -2496,6 +2496,27 @@ def test_group_that_was_abandoned_is_freed_once_its_task_has_ended():
     assert run() is None
 
 
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
+@pytest.mark.parametrize("way", ["submit", "map"])
+def test_thread_that_is_left_behind_keeps_nothing_of_what_was_cancelled(way):
+    """
+    It has the group for as long as it runs, but what was queued there no worker comes to.
+    """
+    release = threading.Event()
+    with pytest.raises(StuckTaskError), TaskGroup(1, grace=0.01, on_stuck="abandon") as group:
+        until(group.submit(release.wait, 60).running)
+        task = group.submit(id, 404) if way == "submit" else group.map(id, [404]).tasks[0]
+        assert task.cancel()
+        handle = weakref.ref(task)
+        del task
+        group.cancel()
+    alive = handle()
+    release.set()
+
+    assert alive is None
+
+
 @pytest.mark.filterwarnings("ignore:task .* still runs:RuntimeWarning")
 def test_who_waits_for_what_a_helper_is_about_to_run_is_told_as_the_block_is_left(
     make_pool, monkeypatch
