@@ -220,10 +220,11 @@ class _Clock:
     def _look(self, turn: _Turn) -> bool:
         heap = self._heap
         self._wakes_at = -math.inf
-        while self.arrivals:
+        for entry in self.arrivals.copy():
             # Here or there, each can be found at any moment, by a forked child say.
-            heapq.heappush(heap, self.arrivals[0])
-            self.arrivals.popleft()
+            heapq.heappush(heap, entry)
+            with contextlib.suppress(ValueError):  # who has brought it may take it back
+                self.arrivals.remove(entry)
         self._fire()
         if turn.asked:
             self._sweep()

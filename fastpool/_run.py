@@ -86,17 +86,18 @@ class Entry(NamedTuple):
         return site(self.code, self.lasti)
 
 
-class Fence(dict[Lane, None]):
+class Fence:
     """
-    The lanes that a wait has yet to see pass, for what they have in hand.
+    The `lanes` that a wait has yet to see pass, for what they have in hand.
 
     It is `complete` once they are all there. What one of them gives back, or any lane before
     that, is waited for as well.
     """
 
-    __slots__ = ("complete", "returned")
+    __slots__ = ("complete", "lanes", "returned")
 
     def __init__(self) -> None:
+        self.lanes: dict[Lane, None] = {}
         self.complete = False
         self.returned: deque[Task[Any]] = deque()
 
@@ -757,8 +758,8 @@ class Run(Ledger):
     def passed(self, lane: Lane) -> None:
         """A lane has finished what it had in hand."""
         for gate in list(self.fences):
-            lanes = self.fences.get(gate)
-            if lanes is not None and lanes.pop(lane, lane) is None and not lanes:
+            fence = self.fences.get(gate)
+            if fence is not None and fence.lanes.pop(lane, lane) is None and not fence.lanes:
                 gate.open()
 
     # --- What a lane does -----------------------------------------------------------------
@@ -819,7 +820,7 @@ class Run(Ledger):
     def give_back(self, tasks: list[Task[Any]], lane: Lane) -> None:
         """What a lane took and has not begun, for another one to run; it comes first again."""
         for fence in list(self.fences.values()):
-            if lane in fence or not fence.complete:
+            if lane in fence.lanes or not fence.complete:
                 fence.returned.extend(tasks)
         for task in reversed(tasks):
             # It may hold the verdict that this lane runs it. Who has laid it before that and is
@@ -958,20 +959,20 @@ class Run(Ledger):
             # What lanes have in hand now was submitted before, too. Some have taken a task and not
             # yet said so; they pass as soon as they are done with it.
             in_hand += [task for lane in list(self.lanes) for task in lane.in_hand()]
-            fence.update(self.lanes)  # only now, or one that is dismissed meanwhile would stay
+            fence.lanes.update(self.lanes)  # only now: one that is dismissed meanwhile would stay
             fence.complete = True
             self.look_at_queue()
             for resting in [*self.idle, *self.called, *self.recalled]:
-                fence.pop(resting, None)
-            tasks = itertools.chain(*reversed(queued), in_hand, InHand(fence))
-            ended = wait_for_all(tasks, deadline) and self._see_pass(fence, gate, deadline)
+                fence.lanes.pop(resting, None)
+            tasks = itertools.chain(*reversed(queued), in_hand, InHand(fence.lanes))
+            ended = wait_for_all(tasks, deadline) and self._see_pass(fence.lanes, gate, deadline)
             while ended and fence.returned:
                 ended = wait_for_all((fence.returned.popleft(),), deadline)
             return ended
         finally:
             self.fences.pop(gate, None)
 
-    def _see_pass(self, pending: Fence, gate: Gate, deadline: float | None) -> bool:
+    def _see_pass(self, pending: dict[Lane, None], gate: Gate, deadline: float | None) -> bool:
         """Wait until lanes have finished what they had in hand, which they may not say yet."""
         token = _scope.current_token()
         lane = here()
@@ -1073,8 +1074,8 @@ class Run(Ledger):
             lanes.clear()
         # Nobody tells of what a lane took and never began, nor of a lane that then left; nor, to a
         # wait that was yet to look which of them rest, of those that did.
-        for pending in list(self.fences.values()):
-            pending.clear()
+        for fence in list(self.fences.values()):
+            fence.lanes.clear()
         told = () if self.token._reason is None else self.token._sleepers()
         for gate in (*list(self.fences), *told):
             gate.open()
@@ -1134,8 +1135,8 @@ class Run(Ledger):
         self.backend = None
         # Nobody wakes this thread any more: if a signal handler has forked, it may be waiting,
         # and an iterator of tasks waits for the next one.
-        for lanes in list(self.fences.values()):
-            lanes.clear()
+        for fence in list(self.fences.values()):
+            fence.lanes.clear()
         watchers = itertools.chain(*list(self.watchers.values()))
         for gate in (*list(self.fences), *watchers, *self.token._sleepers()):
             if isinstance(gate, Gate):

@@ -88,7 +88,7 @@ class GroupExecutor(Executor):
         backend = run.backend
         away = backend is not None and backend.remote
         future: _Call[T] = _Call(calls, fn, args, kwargs, self._fail_fast, away)
-        calls[future] = None  # and look then: `shutdown` does the reverse
+        calls.open[future] = None  # and look then: `shutdown` does the reverse
         try:
             if calls.closed:
                 raise RuntimeError("cannot schedule new futures after shutdown")
@@ -147,7 +147,7 @@ class GroupExecutor(Executor):
             with use_token(CancelToken.NEVER):
                 wait_for_all(calls.tasks()[::-1], None)
             if not self._group._run.foreign:  # in a forked child nobody tells the futures
-                _wait(list(calls))
+                _wait(list(calls.open))
 
     def __del__(self) -> None:
         """Nobody submits any more. This takes no lock, as it may run in the middle of anything."""
@@ -169,7 +169,7 @@ class GroupExecutor(Executor):
 
     def _has_begun(self) -> bool:
         """Whether a call has begun, or no worker is on its way to one."""
-        run, calls = self._group._run, list(self._calls)
+        run, calls = self._group._run, list(self._calls.open)
         if run.stopping() or any(call.running() for call in calls):
             return True
         at_work = run.in_hand()
@@ -179,11 +179,11 @@ class GroupExecutor(Executor):
         return not any(call.task in at_work for call in calls)
 
 
-class _Calls(dict["_Call[Any]", None]):
-    """The calls of one executor that have not ended."""
+class _Calls:
+    """The calls of one executor, of which it knows those that have not ended."""
 
     def __init__(self) -> None:
-        super().__init__()
+        self.open: dict[_Call[Any], None] = {}
         self.closed = False  # only ever set, first; who has added a call looks at it then
         self.hearing: Registration | None = None  # of the group's token
 
@@ -194,20 +194,20 @@ class _Calls(dict["_Call[Any]", None]):
 
     def ended(self, call: _Call[Any]) -> None:
         """One of them has ended."""
-        self.pop(call, None)
+        self.open.pop(call, None)
         self._look()
 
     def _look(self) -> None:
-        if self.closed and not self and self.hearing is not None:
+        if self.closed and not self.open and self.hearing is not None:
             self.hearing.unregister()
 
     def tasks(self) -> list[Task[Any]]:
         """Their tasks, of those that have one."""
-        return [task for call in list(self) if (task := call.task) is not None]
+        return [task for call in list(self.open) if (task := call.task) is not None]
 
     def cancel(self) -> None:
         """Cancel what has not begun, and have an eye on the rest."""
-        for call in list(self):
+        for call in list(self.open):
             if not _cancel(call):
                 call.watch()
 

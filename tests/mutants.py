@@ -569,7 +569,7 @@ MUTANTS = [
         "what a lane has just taken is not waited for",
         "waiting_for_group_against_end_of_tasks",
         _run,
-        "            fence.update(self.lanes)  #",
+        "            fence.lanes.update(self.lanes)  #",
         "            #",
     ),
     Mutant(

@@ -395,6 +395,23 @@ def test_container_that_is_gone_through_is_found(module, before, after):
     assert len(gone_through(changed, ROWS)) == 1
 
 
+def test_no_class_is_a_container_that_others_change():
+    """
+    Without a GIL `list` takes what a dictionary has in one go, but of one that is derived item by
+    item. The queue has a `copy` of its own that begins anew.
+    """
+    derived = {
+        (node.name, base)
+        for text in SOURCES.values()
+        for node in ast.walk(parse(text))
+        if isinstance(node, ast.ClassDef)
+        for base in (ast.unparse(each).partition("[")[0] for each in node.bases)
+        if base in {"dict", "list", "set", "deque", "defaultdict", "OrderedDict"}
+    }
+
+    assert derived == {("BoundedQueue", "deque")}
+
+
 def test_what_others_take_away_is_looked_at_once():
     """
     What a group or a lane has is read into a name before it is used, for it may be gone then.

@@ -588,6 +588,25 @@ def test_deadline_that_comes_as_the_clock_ends_is_kept(monkeypatch):
     }
 
 
+def test_deadline_that_is_taken_back_takes_no_other_along(monkeypatch):
+    """
+    Who brought it, and was ended by a signal handler, does that just as the clock takes it.
+    """
+    push, others = heapq.heappush, []
+
+    def push_and_take_back(heap, entry):
+        push(heap, entry)
+        if not others:
+            others.append(CancelToken(timeout=0.01))
+            _clock._clocks["clock"].arrivals.remove(entry)
+
+    monkeypatch.setattr(_clock.heapq, "heappush", push_and_take_back)
+    first = CancelToken(timeout=0.01)
+    assert first.wait(60)
+
+    assert others[0].wait(60)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 def test_deadline_is_kept_in_a_child_that_is_forked_at_any_line_of_the_clock():
