@@ -34,6 +34,9 @@ from fastpool import (
     shield,
 )
 
+# From Python 3.14 on Hypothesis may take what it holds itself, in each thread, for let go.
+pytestmark = pytest.mark.filterwarnings("ignore:It looks like `register_random`")
+
 PROFILE = settings(derandomize=True, database=None, deadline=None, print_blob=False)
 LIMIT = 60  # seconds; ends a hang
 FAR = 3600.0  # seconds; a deadline passes when the test says so, as the clock would
