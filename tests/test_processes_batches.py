@@ -1123,6 +1123,7 @@ def test_what_holds_up_a_batch_is_taken_back_once(one, told, monkeypatch, tmp_pa
     ahead = [0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     monkeypatch.setattr(processes, "time", clock)
+    times = []
     with TaskGroup(pool=one) as group:
         group.submit(wait_for, tmp_path / "go")
         group.map(abs, range(8))  # in one batch, and then in one of 64:
@@ -1133,15 +1134,15 @@ def test_what_holds_up_a_batch_is_taken_back_once(one, told, monkeypatch, tmp_pa
         far.seen(tmp_path / "begun")
         quick.wait()
         (lane,) = group._run.lanes
-        before = told.count("so far")
-        ahead[0] = 1000  # seconds
-        lane._bell.open()
-        until(lambda: not select.select([lane._bell], [], [], 0)[0])
-        until(lambda: is_blocked(lane.of_thread.native_id))
-        after = told.count("so far")
+        for _ in range(2):
+            ahead[0] += 1000  # seconds
+            lane._bell.open()
+            until(lambda: not select.select([lane._bell], [], [], 0)[0])
+            until(lambda: is_blocked(lane.of_thread.native_id))
+            times.append(told.count("so far"))
         far.note(tmp_path / "release")
 
-    assert before == after
+    assert times == [1, 1]
 
 
 def test_call_is_cancelled_behind_what_came_home_early(one, tmp_path):
