@@ -36,6 +36,7 @@ def test_one_row_is_measured_and_written(row, tmp_path):
         timeout=200,
         check=False,
     )
+    assert file.exists(), ended.stderr
     results = [Result(**figures) for figures in json.loads(file.read_text())["results"]]
 
     assert results
