@@ -864,7 +864,7 @@ def test_deadline_that_the_clock_looks_at_expires_in_a_child(as_it_expires, rele
 @pytest.fixture(params=["eventfd", "pipe"])
 def made_of(request, monkeypatch):
     """What a descriptor is, on this system and on others."""
-    # What others left is of one descriptor alone, where that of a pipe is of two.
+    # Those that other tests left are eventfds, which a child would try to renew as pipes.
     monkeypatch.setattr(_descriptor, "_descriptors", {})
     if request.param == "pipe":
         monkeypatch.setattr(_descriptor, "sys", SimpleNamespace(platform="", byteorder="big"))
